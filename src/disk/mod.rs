@@ -1,0 +1,3 @@
+//! Disks: append-only shards in slots of a block device.
+
+pub mod device;

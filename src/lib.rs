@@ -1,0 +1,23 @@
+//! sds: a software-defined block storage engine.
+//!
+//! A request travels downward only; each layer knows the one below it through a small trait and
+//! nothing above it:
+//!
+//! ```text
+//!  hypervisor ──► export ──► volume (head) ──► segment ──► shard ──► disk
+//!                               │                (EC)      client    (slots)
+//!                               └──────────► meta (metadata store)
+//! ```
+//!
+//! All I/O goes through four seams, so that the whole node also runs inside one deterministic
+//! simulation: [`disk::device::BlockDevice`], [`shard::ShardClient`], [`meta::MetaStore`], and
+//! time and randomness ([`env`]). Nothing else in the library touches a file, a socket, a clock
+//! or entropy.
+
+pub mod buffer;
+pub mod disk;
+pub mod env;
+pub mod export;
+pub mod id;
+pub mod limits;
+pub mod shard;

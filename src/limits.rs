@@ -1,0 +1,41 @@
+//! Every bound of the system, each with its reason; const asserts relate them to each other.
+
+use crate::id::BLOCK_SIZE;
+
+/// Largest payload of one NBD request, bytes.
+pub const REQUEST_BYTES_MAX: usize = 32 << 20;
+/// Largest number of data shards of a segment.
+pub const DATA_SHARDS_MAX: usize = 16;
+/// Largest number of parity shards (or further copies) of a segment.
+pub const PARITY_SHARDS_MAX: usize = 4;
+/// Largest number of shards of a segment.
+pub const SHARDS_MAX: usize = DATA_SHARDS_MAX + PARITY_SHARDS_MAX;
+/// Smallest size of a slot, bytes.
+pub const SLOT_BYTES_MIN: u64 = 64 << 10;
+/// Largest size of a slot, bytes: `DATA_SHARDS_MAX` of them are addressed with 20 bits of blocks.
+pub const SLOT_BYTES_MAX: u64 = 256 << 20;
+/// Bits of a block's address within its segment.
+pub const SEGMENT_BLOCK_BITS: u32 = 20;
+/// Bits of a segment's number.
+pub const SEGMENT_ID_BITS: u32 = 36;
+/// Segment numbers granted to a head at a time.
+pub const SEGMENT_RANGE: u64 = 65_536;
+/// Largest size of a volume, bytes.
+pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
+/// Blocks in the header of a record, at most.
+pub const RECORD_HEADER_BLOCKS_MAX: usize = 2;
+/// Payload blocks of one record, per shard, at most.
+pub const RECORD_PAYLOAD_BLOCKS_MAX: usize = 512;
+/// Entries of one record, at most.
+pub const RECORD_ENTRIES_MAX: usize = 120;
+/// Connections that one export listener serves at once.
+pub const CONNECTIONS_MAX: usize = 1024;
+/// Requests of one connection that run at once.
+pub const CONNECTION_REQUESTS_MAX: usize = 128;
+/// Payload bytes of one connection under way at once (writes received, reads not yet sent).
+pub const CONNECTION_BYTES_MAX: usize = 2 * REQUEST_BYTES_MAX;
+
+const _: () = assert!(
+    DATA_SHARDS_MAX as u64 * SLOT_BYTES_MAX / BLOCK_SIZE as u64 <= 1 << SEGMENT_BLOCK_BITS,
+    "a block's address in a segment must fit its bits"
+);
