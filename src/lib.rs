@@ -20,4 +20,7 @@ pub mod env;
 pub mod export;
 pub mod id;
 pub mod limits;
+pub mod planted;
+pub mod segment;
 pub mod shard;
+pub mod volume;

@@ -1,0 +1,80 @@
+//! Switches that plant known bugs, to prove that the simulation finds them.
+//!
+//! Compiled in only with the feature `planted-bugs` (or in unit tests of this crate); in a
+//! normal build [`bug`] is the constant `false`.
+
+/// A bug that can be planted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs, reason = "docs/simulation.md has a row for each")]
+pub enum Bug {
+    DropDurability,
+    SkipFence,
+    ApplyOutOfOrder,
+    IgnoreCrc,
+    ForgetFence,
+    ReplayOtherEpoch,
+    BelieveFailedSwap,
+    AckBeforeAll,
+    FreeBeforeSwap,
+    ReuseBeforeReap,
+    SkipChecksumAreaOnSeal,
+    CheckpointNotExact,
+    StaleShardAccepted,
+    LoseTrimInReplay,
+    ServeBeforeLease,
+    MoveIgnoresNewer,
+    ParityOfOldStripe,
+    AckedLsnIgnored,
+}
+
+impl Bug {
+    /// Every bug.
+    pub const ALL: &'static [Self] = &[
+        Self::DropDurability,
+        Self::SkipFence,
+        Self::ApplyOutOfOrder,
+        Self::IgnoreCrc,
+        Self::ForgetFence,
+        Self::ReplayOtherEpoch,
+        Self::BelieveFailedSwap,
+        Self::AckBeforeAll,
+        Self::FreeBeforeSwap,
+        Self::ReuseBeforeReap,
+        Self::SkipChecksumAreaOnSeal,
+        Self::CheckpointNotExact,
+        Self::StaleShardAccepted,
+        Self::LoseTrimInReplay,
+        Self::ServeBeforeLease,
+        Self::MoveIgnoresNewer,
+        Self::ParityOfOldStripe,
+        Self::AckedLsnIgnored,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+mod state {
+    use std::cell::Cell;
+    thread_local! {
+        pub(super) static PLANTED: Cell<Option<super::Bug>> = const { Cell::new(None) };
+    }
+}
+
+/// Plants `which` on this thread; none takes it out.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(which: Option<Bug>) {
+    state::PLANTED.set(which);
+}
+
+/// Whether `which` is planted on this thread.
+#[cfg(feature = "planted-bugs")]
+pub fn bug(which: Bug) -> bool {
+    state::PLANTED.get() == Some(which)
+}
+
+/// Whether `which` is planted: never, in this build.
+#[cfg(not(feature = "planted-bugs"))]
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "must vanish from the data path")]
+pub const fn bug(_which: Bug) -> bool {
+    false
+}

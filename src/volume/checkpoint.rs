@@ -1,0 +1,416 @@
+//! Checkpoints: the overlay merged into the index, the table stored, the root swapped.
+//!
+//! A checkpoint is exact: it holds the mapping as of one LSN, while later changes go to a new
+//! overlay. Everything it needs is durable before a record header or the root names it. What it no
+//! longer names is freed only after a root that names it is in force.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+
+use super::head::{Head, HeadError, add, table_entry};
+use super::index::{self, Pages, PageSink, Relocate, Tree};
+use super::overlay::{Extent, Overlay, Target};
+use super::root::CheckpointRef;
+use super::segtab::{ShardRef, Snapshot};
+use crate::buffer::AlignedBuf;
+use crate::id::{BLOCK_SIZE, Lsn, SegmentId};
+use crate::limits::RECORD_PAYLOAD_BLOCKS_MAX;
+use crate::planted::{Bug, bug};
+use crate::segment::BlockAddr;
+use crate::segment::checksum::raw_crcs;
+use crate::segment::open::{OpenError, OpenSegment, frame};
+use crate::segment::record::{CheckpointPlace, Entry, Header, header_blocks};
+use crate::shard::{SegmentKind, ShardError, SlotClass};
+
+/// Pages of one record: as many as fit with a header of one block.
+const PAGES_PER_RECORD: usize = 100;
+const _: () = assert!(128 + PAGES_PER_RECORD * 36 <= BLOCK_SIZE);
+/// How long an append of a checkpoint may take.
+const APPEND_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Writes pages and tables to meta segments.
+struct MetaWriter<'a> {
+    head: &'a Rc<Head>,
+    entries: Vec<Entry>,
+    pages: Vec<Bytes>,
+}
+
+impl Pages for MetaWriter<'_> {
+    type Error = HeadError;
+    async fn load(&self, addr: BlockAddr) -> Result<Bytes, HeadError> {
+        self.head.load(addr).await
+    }
+}
+
+impl PageSink for MetaWriter<'_> {
+    async fn store(&mut self, level: u8, number: u64, page: Bytes) -> Result<BlockAddr, HeadError> {
+        let room = |writer: &Self| {
+            let state = writer.head.state.borrow();
+            state.meta.as_ref().map_or(0, |meta| meta.shard_blocks - meta.next.get()) as usize
+        };
+        if self.pages.len() == PAGES_PER_RECORD || room(self) < self.pages.len() + 2 {
+            self.flush().await?;
+            if room(self) < 2 {
+                self.roll().await?;
+            }
+        }
+        let meta = self.segment().await?;
+        let index = u32::try_from(self.pages.len()).expect("bounded");
+        let addr = BlockAddr { segment: meta.id, block: meta.next.get() + 1 + index };
+        self.head.cache.borrow_mut().put(addr, page.clone());
+        self.entries.push(Entry::Page { level, number });
+        self.pages.push(page);
+        Ok(addr)
+    }
+}
+
+impl MetaWriter<'_> {
+    /// The open meta segment, opened if there is none.
+    async fn segment(&self) -> Result<Rc<OpenSegment>, HeadError> {
+        if let Some(meta) = self.head.state.borrow().meta.clone() {
+            return Ok(meta);
+        }
+        let meta = match self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint).await {
+            Ok(meta) => meta,
+            Err(OpenError::Fenced) => {
+                self.head.stop("fenced while opening a meta segment");
+                return Err(OpenError::Fenced.into());
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let mut state = self.head.state.borrow_mut();
+        state.table.segments.insert(meta.id, table_entry(&meta));
+        let meta = Rc::new(meta);
+        state.meta = Some(meta.clone());
+        Ok(meta)
+    }
+
+    /// Closes the open meta segment at its committed length.
+    async fn roll(&self) -> Result<(), HeadError> {
+        let meta = self.head.state.borrow_mut().meta.take();
+        if let Some(meta) = meta {
+            let blocks = {
+                let mut state = self.head.state.borrow_mut();
+                let entry = state.table.segments.get_mut(&meta.id).expect("an open one is listed");
+                entry.sealed = true;
+                entry.blocks
+            };
+            self.head.seal_in_background(meta, blocks);
+        }
+        self.segment().await.map(|_| ())
+    }
+
+    /// Makes the pages stored so far durable.
+    async fn flush(&mut self) -> Result<(), HeadError> {
+        if self.pages.is_empty() {
+            return Ok(());
+        }
+        let meta = self.segment().await?;
+        let (entries, pages) = (std::mem::take(&mut self.entries), std::mem::take(&mut self.pages));
+        self.append(&meta, entries, pages).await
+    }
+
+    /// Appends a record to every member; a failure closes the segment.
+    async fn append(
+        &self,
+        meta: &Rc<OpenSegment>,
+        entries: Vec<Entry>,
+        payload: Vec<Bytes>,
+    ) -> Result<(), HeadError> {
+        let raw: Vec<u32> = payload.iter().flat_map(|piece| raw_crcs(piece)).collect();
+        let blocks = header_blocks(entries.len(), raw.len());
+        let payload_blocks = u32::try_from(raw.len()).expect("bounded");
+        let start = meta.reserve(blocks + payload_blocks).ok_or(HeadError::Append)?;
+        let salt = meta.salt(0);
+        let header = Header {
+            kind: SegmentKind::Meta,
+            shard: 0,
+            header_blocks: blocks,
+            payload_blocks,
+            block: start,
+            volume: self.head.volume,
+            segment: meta.id,
+            epoch: self.head.authority.epoch,
+            head: self.head.authority.head,
+            lsn: Lsn(0),
+            acked: Lsn(0),
+            checkpoint: self.head.state.borrow().checkpoint_place(),
+            entries,
+            crcs: (start + blocks..).zip(raw).map(|(b, raw)| salt.apply(b, raw)).collect(),
+        };
+        let (data, crcs) = frame(salt, &header, &payload);
+        let (data, crcs): (Rc<[Bytes]>, Rc<[u32]>) = (data.into(), crcs.into());
+        let appends = (0..meta.shards.len()).map(|shard| {
+            let append = meta.append(shard, start, data.clone(), crcs.clone());
+            tokio::time::timeout(APPEND_PATIENCE, append)
+        });
+        let mut failed = false;
+        for (shard, result) in join_all(appends).await.into_iter().enumerate() {
+            let error = match result {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => error,
+                Err(_) => ShardError::Unreachable,
+            };
+            if let ShardError::Fenced(epoch) = error {
+                self.head.stop(&format!("fenced by epoch {epoch}"));
+            }
+            self.head.disks.report(meta.shards[shard].disk, &error);
+            failed = true;
+        }
+        let end = start + blocks + payload_blocks;
+        let mut state = self.head.state.borrow_mut();
+        let Some(entry) = state.table.segments.get_mut(&meta.id) else {
+            return Err(HeadError::Append);
+        };
+        if failed {
+            // What was appended before stays; the checkpoint begins anew elsewhere.
+            entry.sealed = true;
+            entry.blocks = start;
+            if state.meta.as_ref().is_some_and(|open| open.id == meta.id) {
+                state.meta = None;
+            }
+            drop(state);
+            self.head.seal_in_background(meta.clone(), start);
+            return Err(HeadError::Append);
+        }
+        entry.blocks = end;
+        add(&self.head.stats.appended_blocks, u64::from(end - start));
+        Ok(())
+    }
+
+    /// Stores the table of a checkpoint in one meta segment and tells where.
+    async fn table(&mut self, sequence: u64, lsn: Lsn) -> Result<CheckpointPlace, HeadError> {
+        self.flush().await?;
+        // The table must lie in one segment; its size changes little by opening another.
+        let mut fresh = false;
+        loop {
+            let meta = self.segment().await?;
+            let bytes = self.snapshot(sequence, lsn);
+            let blocks = u32::try_from(bytes.len() / BLOCK_SIZE).expect("bounded by the slots");
+            let records = blocks.div_ceil(RECORD_PAYLOAD_BLOCKS_MAX as u32 / 2);
+            if meta.next.get() + blocks + records > meta.shard_blocks {
+                if fresh {
+                    return Err(HeadError::Append);
+                }
+                self.roll().await?;
+                fresh = true;
+                continue;
+            }
+            let block = meta.next.get();
+            let data = AlignedBuf::copy_of(&bytes).freeze();
+            let piece = RECORD_PAYLOAD_BLOCKS_MAX / 2 * BLOCK_SIZE;
+            for at in (0..data.len()).step_by(piece) {
+                let part = data.slice(at..data.len().min(at + piece));
+                let part_blocks = u32::try_from(part.len() / BLOCK_SIZE).expect("bounded");
+                self.append(&meta, vec![Entry::Table { blocks: part_blocks }], vec![part]).await?;
+            }
+            return Ok(CheckpointPlace {
+                sequence,
+                lsn,
+                segment: meta.id,
+                block,
+                blocks: meta.next.get() - block,
+                crc: crc32fast::hash(&data),
+            });
+        }
+    }
+
+    fn snapshot(&self, sequence: u64, lsn: Lsn) -> Vec<u8> {
+        let state = self.head.state.borrow();
+        let capture = self.head.capture.borrow();
+        Snapshot {
+            volume: self.head.volume,
+            epoch: self.head.authority.epoch,
+            sequence,
+            lsn,
+            root: state.tree.root,
+            height: state.tree.height,
+            log: Some(capture.log),
+            table: state.table.clone(),
+        }
+        .encode()
+    }
+}
+
+/// Where the log stood when a checkpoint began.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Capture {
+    pub(super) log: (SegmentId, u32),
+}
+
+/// Makes checkpoints whenever they are wanted, until the head stops.
+pub(super) async fn run(head: Rc<Head>) {
+    let mut pause = Duration::from_millis(20);
+    loop {
+        head.checkpoint_wanted.notified().await;
+        if head.stopped().is_some() {
+            return;
+        }
+        match head.checkpoint().await {
+            Ok(()) => pause = Duration::from_millis(20),
+            Err(error) => {
+                tracing::warn!(volume = %head.volume, %error, "checkpoint failed, will be tried again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(2));
+                head.checkpoint_wanted.notify_one();
+            }
+        }
+    }
+}
+
+impl Head {
+    /// Makes a checkpoint of everything acknowledged so far, swaps the root to it and deletes what
+    /// nothing refers to any more.
+    ///
+    /// # Errors
+    /// [`HeadError`]; nothing is lost, and it may be tried again.
+    pub async fn checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
+        let _lock = self.checkpoint_lock.lock().await;
+        self.merge_overlay().await?;
+        let freed = self.store_table().await?;
+        self.swap_checkpoint().await?;
+        self.delete_freed(&freed).await;
+        Ok(())
+    }
+
+    /// Merges the overlay into a new index and switches to it.
+    async fn merge_overlay(self: &Rc<Self>) -> Result<(), HeadError> {
+        let (frozen, tree, blocks, lsn) = {
+            let mut state = self.state.borrow_mut();
+            if let Some(why) = &state.stopped {
+                return Err(HeadError::Stopped(why.clone()));
+            }
+            let frozen = Rc::new(std::mem::take(&mut state.overlay));
+            if !bug(Bug::CheckpointNotExact) {
+                state.frozen = Some(frozen.clone());
+            }
+            state.log_blocks = 0;
+            let capture = Capture { log: state.log_position() };
+            *self.capture.borrow_mut() = capture;
+            (frozen, state.tree, state.size.div_ceil(BLOCK_SIZE as u64), state.acked)
+        };
+        let relocate = std::mem::take(&mut *self.relocate.borrow_mut());
+        let merged = self.merge_frozen(&frozen, tree, blocks, &relocate).await;
+        let mut state = self.state.borrow_mut();
+        state.frozen = None;
+        match merged {
+            Ok((tree, deltas)) => {
+                state.tree = tree;
+                state.generation += 1;
+                state.merged_lsn = lsn;
+                for extent in frozen.iter() {
+                    if let Target::Data(addr) = extent.target {
+                        let blocks = i64::try_from(extent.len).expect("within one segment");
+                        state.table.add_recent(addr.segment, -blocks);
+                    }
+                }
+                state.table.add_live(&deltas);
+                drop(state);
+                self.wake.notify_one();
+                Ok(())
+            }
+            Err(error) => {
+                state.restore(&frozen);
+                drop(state);
+                *self.relocate.borrow_mut() = relocate;
+                Err(error)
+            }
+        }
+    }
+
+    async fn merge_frozen(
+        self: &Rc<Self>,
+        frozen: &Overlay,
+        tree: Tree,
+        blocks: u64,
+        relocate: &Relocate,
+    ) -> Result<(Tree, index::Deltas), HeadError> {
+        let extents: Vec<Extent> = frozen.iter().collect();
+        let mut writer = MetaWriter { head: self, entries: Vec::new(), pages: Vec::new() };
+        let merged = index::merge(&mut writer, tree, blocks, &extents, relocate).await?;
+        writer.flush().await?;
+        Ok(merged)
+    }
+
+    /// Frees what is dead and stores the table. Tells which shards it lists as freed.
+    async fn store_table(self: &Rc<Self>) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
+        let (sequence, lsn) = {
+            let mut state = self.state.borrow_mut();
+            let (log, _) = self.capture.borrow().log;
+            let table_segment = state.checkpoint.as_ref().map(|c| c.place.segment);
+            let root_segment = state.root.checkpoint.as_ref().map(|c| c.place.segment);
+            let dead: Vec<SegmentId> = state
+                .table
+                .segments
+                .values()
+                .filter(|s| state.table.is_dead(s.id))
+                .filter(|s| s.kind != SegmentKind::Log || s.id < log)
+                .filter(|s| Some(s.id) != table_segment && Some(s.id) != root_segment)
+                .map(|s| s.id)
+                .collect();
+            dead.into_iter().for_each(|id| state.table.free(id));
+            let sequence = state.checkpoint.as_ref().map_or(0, |c| c.place.sequence) + 1;
+            (sequence, state.merged_lsn)
+        };
+        let mut writer = MetaWriter { head: self, entries: Vec::new(), pages: Vec::new() };
+        let freed: Vec<(SegmentId, ShardRef)> =
+            self.state.borrow().table.freed.iter().copied().collect();
+        let place = writer.table(sequence, lsn).await?;
+        let mut state = self.state.borrow_mut();
+        let segment = &state.table.segments[&place.segment];
+        let checkpoint = CheckpointRef {
+            epoch: self.authority.epoch,
+            place,
+            scheme: segment.scheme,
+            members: segment.members.clone(),
+        };
+        state.checkpoint = Some(checkpoint);
+        add(&self.stats.checkpoints, 1);
+        Ok(freed)
+    }
+
+    /// Asks the disks to delete shards that the root's checkpoint lists as freed.
+    async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
+        let deletes = freed.iter().filter_map(|&(segment, shard)| {
+            let client = self.disks.client(shard.disk)?;
+            Some(async move {
+                let delete = client.delete(self.authority, segment, shard.creation);
+                let result = tokio::time::timeout(APPEND_PATIENCE, delete).await;
+                matches!(result, Ok(Ok(()) | Err(ShardError::Gone))).then_some((segment, shard))
+            })
+        });
+        // A bounded number at a time: a trim of a large volume frees thousands at once.
+        let mut results = Vec::new();
+        let mut deletes = deletes.peekable();
+        while deletes.peek().is_some() {
+            results.extend(join_all(deletes.by_ref().take(64)).await);
+        }
+        let mut state = self.state.borrow_mut();
+        for confirmed in results.into_iter().flatten() {
+            state.table.freed.remove(&confirmed);
+        }
+        drop(state);
+        self.disks.refresh().await;
+        self.wake.notify_one();
+    }
+}
+
+impl super::head::State {
+    /// Puts a frozen overlay back below the newer one, after a merge failed.
+    fn restore(&mut self, frozen: &Overlay) {
+        let newer = std::mem::replace(&mut self.overlay, frozen.clone());
+        for extent in newer.iter() {
+            // The references of the newer extents are counted already.
+            let table = &mut self.table;
+            self.overlay.insert(extent, |old| {
+                if let Target::Data(addr) = old.target {
+                    let blocks = i64::try_from(old.len).expect("within one segment");
+                    table.add_recent(addr.segment, -blocks);
+                }
+            });
+        }
+    }
+}

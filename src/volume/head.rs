@@ -1,0 +1,587 @@
+//! The head: the one running instance of a volume.
+//!
+//! Owns all state of the volume; everything else in this folder is a part of it. Invariants:
+//!
+//! - A write is acknowledged only after its record is durable on every shard of the write set and
+//!   every record before it is acknowledged or will be in the same order ([`super::log`]).
+//! - Reads see acknowledged state only, so what was read once never flips back.
+//! - `table.live` equals a full walk of the index; `table.recent` equals what the overlays refer
+//!   to; a segment is freed only by a checkpoint that nothing older needs ([`super::segtab`]).
+//! - A head serves reads only under a read lease, and stops for good when it hears that it is
+//!   fenced.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::num::NonZeroUsize;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lru::LruCache;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+use super::index::{Malformed, Pages, Tree};
+use super::overlay::{Extent, Overlay, Target};
+use super::root::Root;
+use super::rules;
+use super::segtab::{Segment, SegmentTable, ShardRef};
+use crate::env::Env;
+use crate::export::TargetError;
+use crate::id::{BLOCK_SIZE, DiskId, Lsn, SegmentId, VolumeId};
+use crate::meta::{MetaError, MetaStore};
+use crate::segment::BlockAddr;
+use crate::segment::fetch::{FetchError, Finding, Source};
+use crate::segment::open::OpenSegment;
+use crate::segment::record::{CheckpointPlace, Entry};
+use crate::shard::disks::Disks;
+use crate::shard::{Authority, Scheme, SlotClass};
+
+/// What a head is tuned with.
+#[derive(Debug, Clone)]
+pub struct HeadConfig {
+    /// Extents of the overlay at which writes wait for a checkpoint.
+    pub overlay_extents_max: usize,
+    /// Blocks appended to the log at which a checkpoint is made.
+    pub checkpoint_log_blocks: u64,
+    /// Index pages kept in memory, bytes.
+    pub cache_bytes: usize,
+    /// For how long an answered probe allows reads.
+    pub lease: Duration,
+    /// How much later than the first member of an append another may be.
+    pub straggler: Duration,
+    /// How long writes wait for enough disks before they fail.
+    pub io_timeout: Duration,
+    /// Writes of at least so many blocks go to data segments directly.
+    pub large_write_blocks: usize,
+    /// Bytes of writes that wait for the log at most.
+    pub pending_bytes_max: usize,
+}
+
+impl Default for HeadConfig {
+    fn default() -> Self {
+        Self {
+            overlay_extents_max: 64 << 10,
+            checkpoint_log_blocks: 64 << 10,
+            cache_bytes: 16 << 20,
+            lease: Duration::from_secs(1),
+            straggler: Duration::from_millis(500),
+            io_timeout: Duration::from_secs(30),
+            large_write_blocks: 32,
+            pending_bytes_max: 16 << 20,
+        }
+    }
+}
+
+/// Redundancy of the pool a volume lies in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolPolicy {
+    /// Scheme of its data segments.
+    pub scheme: Scheme,
+    /// Copies below which writes wait.
+    pub min_size: u8,
+}
+
+impl PoolPolicy {
+    /// Scheme of log and meta segments: as many losses survived, by copies.
+    pub const fn log_scheme(self) -> Scheme {
+        Scheme { data: 1, parity: self.scheme.parity }
+    }
+}
+
+/// Counters of a head, read at scrape.
+#[derive(Debug, Default)]
+pub struct HeadStats {
+    /// Records acknowledged.
+    pub records: Cell<u64>,
+    /// Log segments closed because a member failed or was slow.
+    pub failovers: Cell<u64>,
+    /// Checkpoints made.
+    pub checkpoints: Cell<u64>,
+    /// Blocks that did not match their checksum when read.
+    pub corrupt_blocks: Cell<u64>,
+    /// Shards rebuilt.
+    pub rebuilt_shards: Cell<u64>,
+    /// Bytes rebuilt.
+    pub rebuilt_bytes: Cell<u64>,
+    /// Blocks moved by garbage collection.
+    pub moved_blocks: Cell<u64>,
+    /// Blocks written to segments (all copies counted once), headers included.
+    pub appended_blocks: Cell<u64>,
+    /// Blocks written by clients.
+    pub client_blocks: Cell<u64>,
+}
+
+/// Adds to a counter.
+pub(crate) fn add(counter: &Cell<u64>, by: u64) {
+    counter.set(counter.get() + by);
+}
+
+/// Something that waits to become part of a record.
+pub(super) struct Op {
+    pub(super) entries: Vec<Entry>,
+    pub(super) payload: Vec<Bytes>,
+    /// Raw CRC of each payload block.
+    pub(super) crcs: Vec<u32>,
+    pub(super) class: SlotClass,
+    /// Generation of the index that moves were looked up in.
+    pub(super) generation: u64,
+    pub(super) done: Option<oneshot::Sender<Result<(), TargetError>>>,
+}
+
+impl Op {
+    pub(super) fn finish(self, result: Result<(), TargetError>) {
+        if let Some(done) = self.done {
+            // The client may have gone: its outcome is then nobody's.
+            drop(done.send(result));
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.crcs.len() * BLOCK_SIZE
+    }
+}
+
+/// A record that was given an LSN and is not acknowledged yet.
+pub(super) struct Flight {
+    pub(super) lsn: Lsn,
+    pub(super) entries: Vec<Entry>,
+    pub(super) payload: Vec<Bytes>,
+    pub(super) crcs: Vec<u32>,
+    pub(super) ops: Vec<Op>,
+    /// First payload block in the segment it was sent to.
+    pub(super) payload_block: u32,
+    /// Where its header lies there.
+    pub(super) block: u32,
+    pub(super) end: u32,
+    /// Bit per shard that has it.
+    pub(super) done: u32,
+    pub(super) sent: Instant,
+    pub(super) first_done: Option<Instant>,
+}
+
+/// The newest content of a block that sub-block writes are being merged into.
+#[derive(Default)]
+pub(super) struct Chain {
+    /// None while the committed content is being read.
+    pub(super) content: Option<Bytes>,
+    pub(super) users: usize,
+}
+
+/// All that changes.
+pub(super) struct State {
+    pub(super) size: u64,
+    pub(super) tree: Tree,
+    /// Counts the trees there have been.
+    pub(super) generation: u64,
+    pub(super) overlay: Overlay,
+    pub(super) frozen: Option<Rc<Overlay>>,
+    pub(super) table: SegmentTable,
+    pub(super) next_lsn: Lsn,
+    pub(super) acked: Lsn,
+    pub(super) pending: VecDeque<Op>,
+    pub(super) pending_bytes: usize,
+    /// Given an LSN, not sent yet.
+    pub(super) queue: VecDeque<Flight>,
+    /// Sent, in LSN order.
+    pub(super) flights: VecDeque<Flight>,
+    pub(super) log: Option<Rc<OpenSegment>>,
+    pub(super) meta: Option<Rc<OpenSegment>>,
+    pub(super) next_segment: u64,
+    pub(super) root: Root,
+    pub(super) root_revision: u64,
+    pub(super) root_in_force: bool,
+    /// Swapped, but not in force yet.
+    pub(super) pending_root: Option<Root>,
+    /// The newest index holds everything up to here.
+    pub(super) merged_lsn: Lsn,
+    /// The newest durable checkpoint, whether the root names it yet or not.
+    pub(super) checkpoint: Option<super::root::CheckpointRef>,
+    pub(super) log_blocks: u64,
+    pub(super) lease: BTreeMap<DiskId, Instant>,
+    pub(super) chains: BTreeMap<u64, Chain>,
+    pub(super) stopped: Option<String>,
+    /// Since when writes wait for disks.
+    pub(super) stalled_since: Option<Instant>,
+}
+
+/// The head of a volume.
+pub struct Head {
+    /// The volume.
+    pub volume: VolumeId,
+    /// In whose name it acts.
+    pub authority: Authority,
+    pub(super) env: Env,
+    pub(super) disks: Rc<Disks>,
+    pub(super) store: Rc<dyn MetaStore>,
+    pub(super) config: HeadConfig,
+    pub(super) pool: PoolPolicy,
+    pub(super) state: RefCell<State>,
+    pub(super) cache: RefCell<LruCache<BlockAddr, Bytes>>,
+    /// Wakes the log's task.
+    pub(super) wake: Notify,
+    /// Told after records were applied, and when the head stops.
+    pub(super) applied: Notify,
+    /// Wakes the task that makes checkpoints.
+    pub(super) checkpoint_wanted: Notify,
+    /// Wakes the task that repairs.
+    pub(super) repair_wanted: Notify,
+    /// Held by whoever makes a checkpoint.
+    pub(super) checkpoint_lock: tokio::sync::Mutex<()>,
+    /// Where the log stood when the newest checkpoint began.
+    pub(super) capture: RefCell<super::checkpoint::Capture>,
+    /// Pages that the next checkpoint rewrites, to empty their segments.
+    pub(super) relocate: RefCell<super::index::Relocate>,
+    pub(super) dense: super::dense::Dense,
+    /// Counters.
+    pub stats: HeadStats,
+}
+
+/// Why an internal operation failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum HeadError {
+    /// Blocks cannot be read.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// An index page is malformed.
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    /// No segment can be opened.
+    #[error("cannot open a segment: {0}")]
+    Open(#[from] crate::segment::open::OpenError),
+    /// An append to a segment failed.
+    #[error("an append failed")]
+    Append,
+    /// The metadata store failed.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    /// The head has stopped.
+    #[error("the head stopped: {0}")]
+    Stopped(String),
+}
+
+impl State {
+    /// Maps an extent, keeping the counters.
+    pub(super) fn map(&mut self, extent: Extent) {
+        let count = |len: u64| i64::try_from(len).expect("an extent lies in one segment");
+        if let Target::Data(addr) = extent.target {
+            self.table.add_recent(addr.segment, count(extent.len));
+        }
+        let table = &mut self.table;
+        self.overlay.insert(extent, |old| {
+            if let Target::Data(addr) = old.target {
+                table.add_recent(addr.segment, -count(old.len));
+            }
+        });
+    }
+
+    /// What the overlays say of one block.
+    pub(super) fn overlay_target(&self, lba: u64) -> Option<Target> {
+        let of = |overlay: &Overlay| overlay.range(lba, 1).next().map(|e| e.target);
+        of(&self.overlay).or_else(|| self.frozen.as_deref().and_then(of))
+    }
+
+    /// Applies the entries of an acknowledged record whose payload starts at `payload`.
+    ///
+    /// `unmapped_matches(lba, from)` tells whether a block that no overlay maps lies at `from`
+    /// according to the index.
+    pub(super) fn apply(
+        &mut self,
+        segment: SegmentId,
+        payload: u32,
+        entries: &[Entry],
+        unmapped_matches: &dyn Fn(u64, BlockAddr) -> bool,
+    ) {
+        let mut block = payload;
+        for entry in entries {
+            match *entry {
+                Entry::Write { lba, blocks } => {
+                    let target = Target::Data(BlockAddr { segment, block });
+                    self.map(Extent { lba, len: blocks.into(), target });
+                    block += blocks;
+                }
+                Entry::Zero { lba, blocks, allocated } => {
+                    let target = if allocated { Target::Zero } else { Target::Hole };
+                    self.map(Extent { lba, len: blocks, target });
+                }
+                Entry::Place { lba, blocks, addr } => {
+                    let target = Target::Data(addr);
+                    self.map(Extent { lba, len: blocks.into(), target });
+                }
+                Entry::Move { lba, blocks, from, to } => {
+                    for i in 0..blocks {
+                        let here = lba + u64::from(i);
+                        let old = from.plus(i);
+                        let applies = match self.overlay_target(here) {
+                            Some(target) => target == Target::Data(old),
+                            None => unmapped_matches(here, old),
+                        };
+                        if applies || crate::planted::bug(crate::planted::Bug::MoveIgnoresNewer) {
+                            let target = Target::Data(to.plus(i));
+                            self.map(Extent { lba: here, len: 1, target });
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// The next segment number of the granted range.
+    pub(super) fn take_segment_id(&mut self) -> Option<SegmentId> {
+        (self.next_segment < self.root.range.1).then(|| {
+            self.next_segment += 1;
+            SegmentId(self.next_segment - 1)
+        })
+    }
+
+    /// Where the first record that is not applied lies, or will lie.
+    pub(super) fn log_position(&self) -> (SegmentId, u32) {
+        match (&self.log, self.flights.front()) {
+            (Some(log), Some(flight)) => (log.id, flight.block),
+            (Some(log), None) => (log.id, log.next.get()),
+            (None, _) => (SegmentId(self.next_segment), 0),
+        }
+    }
+
+    /// The place of the newest checkpoint, for record headers.
+    pub(super) fn checkpoint_place(&self) -> CheckpointPlace {
+        self.checkpoint.as_ref().map(|c| c.place).unwrap_or_default()
+    }
+}
+
+/// The entries of a new segment in the table.
+pub(super) fn table_entry(segment: &OpenSegment) -> Segment {
+    Segment {
+        id: segment.id,
+        kind: segment.kind,
+        scheme: segment.scheme,
+        epoch: segment.authority.epoch,
+        members: segment
+            .shards
+            .iter()
+            .map(|s| ShardRef { disk: s.disk, creation: segment.creation })
+            .collect(),
+        shard_blocks: segment.shard_blocks,
+        sealed: false,
+        blocks: 0,
+        missing: 0,
+        live: 0,
+        recent: 0,
+        pins: 0,
+    }
+}
+
+/// What a head is made with besides its state.
+pub struct HeadContext {
+    /// Randomness.
+    pub env: Env,
+    /// The disks.
+    pub disks: Rc<Disks>,
+    /// The metadata store.
+    pub store: Rc<dyn MetaStore>,
+    /// Tuning.
+    pub config: HeadConfig,
+    /// Redundancy.
+    pub pool: PoolPolicy,
+}
+
+impl Head {
+    pub(super) fn new(context: HeadContext, authority: Authority, state: State) -> Rc<Self> {
+        let pages = NonZeroUsize::new((context.config.cache_bytes / BLOCK_SIZE).max(16))
+            .expect("at least 16");
+        Rc::new(Self {
+            volume: authority.volume,
+            authority,
+            env: context.env,
+            disks: context.disks,
+            store: context.store,
+            config: context.config,
+            pool: context.pool,
+            state: RefCell::new(state),
+            cache: RefCell::new(LruCache::new(pages)),
+            wake: Notify::new(),
+            applied: Notify::new(),
+            checkpoint_wanted: Notify::new(),
+            repair_wanted: Notify::new(),
+            checkpoint_lock: tokio::sync::Mutex::new(()),
+            capture: RefCell::default(),
+            relocate: RefCell::default(),
+            dense: super::dense::Dense::default(),
+            stats: HeadStats::default(),
+        })
+    }
+
+    /// Stops serving for good: every waiting request fails.
+    pub(super) fn stop(&self, why: &str) {
+        let (pending, queue, flights) = {
+            let mut state = self.state.borrow_mut();
+            if state.stopped.is_some() {
+                return;
+            }
+            tracing::warn!(volume = %self.volume, epoch = %self.authority.epoch, why, "head stops");
+            state.stopped = Some(why.to_owned());
+            state.pending_bytes = 0;
+            let pending: Vec<Op> = state.pending.drain(..).collect();
+            let queue: Vec<Flight> = state.queue.drain(..).collect();
+            let flights: Vec<Flight> = state.flights.drain(..).collect();
+            (pending, queue, flights)
+        };
+        let flown = queue.into_iter().chain(flights).flat_map(|flight| flight.ops);
+        pending.into_iter().chain(flown).for_each(|op| op.finish(Err(TargetError::Stopped)));
+        self.wake.notify_waiters();
+        self.applied.notify_waiters();
+        self.wake.notify_one();
+        self.checkpoint_wanted.notify_one();
+        self.repair_wanted.notify_one();
+    }
+
+    /// Why the head stopped; none while it serves.
+    pub fn stopped(&self) -> Option<String> {
+        self.state.borrow().stopped.clone()
+    }
+
+    /// How to read a segment of the table; none if it was freed.
+    pub(super) fn source(&self, segment: SegmentId) -> Option<(Source, u32)> {
+        let state = self.state.borrow();
+        let s = state.table.segments.get(&segment)?;
+        let source = Source {
+            volume: self.volume,
+            segment,
+            scheme: s.scheme,
+            members: s.members.iter().map(|m| m.disk).collect(),
+            missing: s.missing,
+        };
+        Some((source, s.shard_blocks))
+    }
+
+    /// Reads `count` blocks from `addr`, which do not cross a shard.
+    pub(super) async fn fetch(&self, addr: BlockAddr, count: u32) -> Result<Bytes, HeadError> {
+        let (source, shard_blocks) =
+            self.source(addr.segment).ok_or(FetchError::Gone(addr.segment))?;
+        let shard = (addr.block / shard_blocks) as usize;
+        let mut findings = Vec::new();
+        let data = source
+            .read(&self.disks, shard, addr.block % shard_blocks, count, &mut |f| findings.push(f))
+            .await;
+        self.note_findings(&findings);
+        Ok(data?)
+    }
+
+    /// Takes up what reads found: a shard with a bad block is rebuilt.
+    pub(super) fn note_findings(&self, findings: &[Finding]) {
+        use crate::segment::fetch::Problem;
+        use crate::shard::ShardError;
+        let mut state = self.state.borrow_mut();
+        for finding in findings {
+            let grave = match &finding.problem {
+                Problem::Corrupt(block) => {
+                    add(&self.stats.corrupt_blocks, 1);
+                    tracing::warn!(
+                        volume = %self.volume, segment = %finding.segment, shard = finding.shard,
+                        block, "a block does not match its checksum",
+                    );
+                    true
+                }
+                Problem::Disk(error) => matches!(
+                    error,
+                    ShardError::Io(_) | ShardError::Damaged(_) | ShardError::Gone
+                ),
+            };
+            if grave
+                && let Some(segment) = state.table.segments.get_mut(&finding.segment)
+                && segment.sealed
+            {
+                segment.missing |= 1 << finding.shard;
+                self.repair_wanted.notify_one();
+            }
+        }
+    }
+
+    /// Whether the head may serve reads now.
+    pub(super) fn lease_valid(&self) -> bool {
+        let state = self.state.borrow();
+        let now = Instant::now();
+        let answered = state
+            .lease
+            .iter()
+            .filter(|(_, sent)| now < **sent + self.config.lease)
+            .map(|(disk, _)| *disk)
+            .collect();
+        let root = &state.root;
+        let pairs = rules::pairs_in_use(&root.set, &root.former, state.root_in_force, None);
+        rules::lease_ok_in_all(&pairs, &answered)
+    }
+
+    /// Notes that a disk answered "not fenced" to something sent at `sent`.
+    pub(super) fn lease_evidence(&self, disk: DiskId, sent: Instant) {
+        let mut state = self.state.borrow_mut();
+        let newest = state.lease.entry(disk).or_insert(sent);
+        *newest = sent.max(*newest);
+    }
+
+    /// Makes sure that the head may serve a read that was taken up just now.
+    pub(super) async fn ensure_lease(&self) -> Result<(), TargetError> {
+        while !self.lease_valid() {
+            if self.state.borrow().stopped.is_some() {
+                return Err(TargetError::Stopped);
+            }
+            self.probe_all().await;
+            if !self.lease_valid() {
+                tokio::time::sleep(self.config.lease / 4).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn probe_all(&self) {
+        use crate::shard::ShardError;
+        let members: Vec<DiskId> =
+            self.state.borrow().root.set.members().iter().map(|m| m.disk).collect();
+        let probes = members.into_iter().filter_map(|disk| {
+            let client = self.disks.client(disk)?;
+            Some(async move {
+                let sent = Instant::now();
+                let probe = client.probe(self.authority);
+                match tokio::time::timeout(self.config.lease, probe).await {
+                    Ok(Ok(())) => self.lease_evidence(disk, sent),
+                    Ok(Err(ShardError::Fenced(epoch))) => {
+                        self.stop(&format!("fenced by epoch {epoch}"));
+                    }
+                    _ => {}
+                }
+            })
+        });
+        futures_util::future::join_all(probes).await;
+    }
+
+    /// Size of the volume, bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.state.borrow().size
+    }
+
+    /// Changes the size; growing is online. Shrinking is not offered here.
+    ///
+    /// # Errors
+    /// The new size is smaller.
+    pub fn grow(&self, size: u64) -> Result<(), TargetError> {
+        let mut state = self.state.borrow_mut();
+        if size < state.size {
+            return Err(TargetError::OutOfRange);
+        }
+        state.size = size;
+        Ok(())
+    }
+}
+
+impl Pages for Head {
+    type Error = HeadError;
+    async fn load(&self, addr: BlockAddr) -> Result<Bytes, HeadError> {
+        if let Some(page) = self.cache.borrow_mut().get(&addr) {
+            return Ok(page.clone());
+        }
+        let page = self.fetch(addr, 1).await?;
+        self.cache.borrow_mut().put(addr, page.clone());
+        Ok(page)
+    }
+}

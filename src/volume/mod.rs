@@ -1,0 +1,4 @@
+//! Volumes: the head of a virtual disk.
+pub mod index;
+pub mod overlay;
+pub mod segtab;
