@@ -15,9 +15,12 @@
 //! or entropy.
 
 pub mod buffer;
+pub mod config;
 pub mod disk;
 pub mod env;
 pub mod export;
 pub mod id;
 pub mod limits;
+pub mod meta;
 pub mod shard;
+pub mod units;
