@@ -15,12 +15,15 @@
 //! or entropy.
 
 pub mod buffer;
+pub mod config;
 pub mod disk;
 pub mod env;
 pub mod export;
 pub mod id;
 pub mod limits;
+pub mod meta;
 pub mod planted;
 pub mod segment;
 pub mod shard;
+pub mod units;
 pub mod volume;

@@ -1,0 +1,375 @@
+//! The daemon's configuration: one TOML file, every field with a default, nothing unknown.
+//!
+//! ```toml
+//! node = "node0"
+//! data_dir = "/var/lib/sds"
+//! disks = ["/dev/sdb", "/dev/sdc"]
+//!
+//! [nbd]
+//! addresses = ["0.0.0.0:10809"]
+//! socket = "/run/sds/nbd.sock"
+//! tls = { certificate = "/etc/sds/cert.pem", key = "/etc/sds/key.pem", required = true }
+//!
+//! [admin]
+//! address = "127.0.0.1:9770"
+//!
+//! [cache]
+//! index = "64MiB"
+//! overlay_extents = 1_000_000
+//!
+//! [log]
+//! level = "info"
+//! ```
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::meta::record::check_name;
+use crate::units::ByteSize;
+
+/// Largest configuration file, bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+/// Most disks of one node.
+pub const DISKS_MAX: usize = 256;
+/// Most addresses that NBD listens on.
+pub const ADDRESSES_MAX: usize = 64;
+/// Smallest index cache: a few paths through the tree.
+pub const INDEX_CACHE_BYTES_MIN: u64 = 1 << 20;
+/// Fewest extents of the overlay: several records' worth.
+pub const OVERLAY_EXTENTS_MIN: usize = 1024;
+/// Longest path of a unix socket, bytes, as the kernel has it.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown field, or a value of the wrong kind.
+    #[error("{path}:{line}: {message}")]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+    /// A value that makes no sense.
+    #[error("{field}: {message}")]
+    Value {
+        /// The field, such as `nbd.tls.key`.
+        field: String,
+        /// What is wrong with it.
+        message: String,
+    },
+}
+
+/// Configuration of `sdsd`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Name of this node in the cluster.
+    pub node: String,
+    /// Where the metadata store lies.
+    pub data_dir: PathBuf,
+    /// Disks to use: block devices, or files that were formatted.
+    pub disks: Vec<PathBuf>,
+    /// The NBD server.
+    pub nbd: NbdConfig,
+    /// The admin HTTP API.
+    pub admin: AdminConfig,
+    /// What the caches may take.
+    pub cache: CacheConfig,
+    /// What is logged.
+    pub log: LogConfig,
+}
+
+/// Where NBD is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NbdConfig {
+    /// TCP addresses; may be empty.
+    pub addresses: Vec<SocketAddr>,
+    /// Path of a unix socket.
+    pub socket: Option<PathBuf>,
+    /// TLS over TCP; none refuses STARTTLS.
+    pub tls: Option<TlsConfig>,
+}
+
+/// Certificates of the NBD server, PEM files.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConfig {
+    /// Certificate chain of the server.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// Authority that clients' certificates must come from; none asks clients for nothing.
+    #[serde(default)]
+    pub client_ca: Option<PathBuf>,
+    /// Refuses TCP clients without TLS.
+    #[serde(default)]
+    pub required: bool,
+}
+
+/// Where the admin HTTP API is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// TCP address.
+    pub address: SocketAddr,
+}
+
+/// What the caches of the node may take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// Index pages of all volumes.
+    pub index: ByteSize,
+    /// Extents of the overlay of each volume (about 16 bytes each) before a checkpoint merges it.
+    pub overlay_extents: usize,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// A level (`error` to `trace`), or directives such as `info,sds::disk=debug`.
+    pub level: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: "node0".into(),
+            data_dir: "/var/lib/sds".into(),
+            disks: Vec::new(),
+            nbd: NbdConfig::default(),
+            admin: AdminConfig::default(),
+            cache: CacheConfig::default(),
+            log: LogConfig::default(),
+        }
+    }
+}
+
+impl Default for NbdConfig {
+    fn default() -> Self {
+        Self { addresses: vec![SocketAddr::from(([127, 0, 0, 1], 10809))], socket: None, tls: None }
+    }
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { address: SocketAddr::from(([127, 0, 0, 1], 9770)) }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self { index: ByteSize(16 << 20), overlay_extents: 256 << 10 }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self { level: "info".into() }
+    }
+}
+
+fn refuse<T>(field: impl Into<String>, message: impl Into<String>) -> Result<T, ConfigError> {
+    Err(ConfigError::Value { field: field.into(), message: message.into() })
+}
+
+impl Config {
+    /// Reads and checks a file. Blocks; for the start of the daemon only.
+    ///
+    /// # Errors
+    /// Any [`ConfigError`].
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read_error = |source| ConfigError::Read { path: path.to_owned(), source };
+        let size = std::fs::metadata(path).map_err(read_error)?.len();
+        if size > FILE_BYTES_MAX {
+            return Err(read_error(std::io::Error::other(format!(
+                "it has {size} bytes, a configuration has at most {FILE_BYTES_MAX}"
+            ))));
+        }
+        let text = std::fs::read_to_string(path).map_err(read_error)?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses and checks the text of the file at `path`, which is only named in errors.
+    ///
+    /// # Errors
+    /// [`ConfigError::Syntax`], [`ConfigError::Value`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
+            let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
+            ConfigError::Syntax { path: path.to_owned(), line, message: error.message().to_owned() }
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks what the types do not.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`].
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_name("node", &self.node).or_else(|message| refuse("node", message))?;
+        if self.data_dir.as_os_str().is_empty() {
+            return refuse("data_dir", "the path is empty");
+        }
+        self.validate_disks()?;
+        self.nbd.validate(self.admin.address)?;
+        if self.cache.index.0 < INDEX_CACHE_BYTES_MIN {
+            let least = ByteSize(INDEX_CACHE_BYTES_MIN);
+            return refuse("cache.index", format!("{} is less than {least}", self.cache.index));
+        }
+        if self.cache.overlay_extents < OVERLAY_EXTENTS_MIN {
+            let extents = self.cache.overlay_extents;
+            return refuse(
+                "cache.overlay_extents",
+                format!("{extents} is less than {OVERLAY_EXTENTS_MIN}"),
+            );
+        }
+        tracing_subscriber::EnvFilter::builder()
+            .parse(&self.log.level)
+            .map(|_| ())
+            .or_else(|error| refuse("log.level", format!("'{}': {error}", self.log.level)))
+    }
+
+    fn validate_disks(&self) -> Result<(), ConfigError> {
+        if self.disks.len() > DISKS_MAX {
+            return refuse(
+                "disks",
+                format!("{} disks are more than {DISKS_MAX}", self.disks.len()),
+            );
+        }
+        let mut seen = BTreeSet::new();
+        for disk in &self.disks {
+            if disk.as_os_str().is_empty() {
+                return refuse("disks", "a path is empty");
+            }
+            if !seen.insert(disk) {
+                return refuse("disks", format!("{} is listed twice", disk.display()));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl NbdConfig {
+    fn validate(&self, admin: SocketAddr) -> Result<(), ConfigError> {
+        if self.addresses.len() > ADDRESSES_MAX {
+            return refuse(
+                "nbd.addresses",
+                format!("{} are more than {ADDRESSES_MAX}", self.addresses.len()),
+            );
+        }
+        // Port 0 asks the system for any free port, so two of them are no clash.
+        let mut seen = BTreeSet::new();
+        for address in self.addresses.iter().filter(|address| address.port() != 0) {
+            if *address == admin {
+                return refuse("nbd.addresses", format!("{address} is admin.address too"));
+            }
+            if !seen.insert(address) {
+                return refuse("nbd.addresses", format!("{address} is listed twice"));
+            }
+        }
+        if let Some(socket) = &self.socket {
+            let bytes = socket.as_os_str().len();
+            if !(1..=SOCKET_PATH_BYTES_MAX).contains(&bytes) {
+                return refuse(
+                    "nbd.socket",
+                    format!("the path of a socket has 1 to {SOCKET_PATH_BYTES_MAX} bytes"),
+                );
+            }
+        }
+        if self.addresses.is_empty() && self.socket.is_none() {
+            return refuse("nbd", "neither addresses nor a socket: nothing could be attached");
+        }
+        let Some(tls) = &self.tls else { return Ok(()) };
+        let mut paths = vec![("nbd.tls.certificate", &tls.certificate), ("nbd.tls.key", &tls.key)];
+        paths.extend(tls.client_ca.as_ref().map(|path| ("nbd.tls.client_ca", path)));
+        for (field, path) in paths {
+            if path.as_os_str().is_empty() {
+                return refuse(field, "the path is empty");
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use expect_test::expect;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("sdsd.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn everything_has_a_default() {
+        let config = parse("").unwrap();
+        assert_eq!(config, Config::default());
+        assert_eq!(config.nbd.addresses, ["127.0.0.1:10809".parse().unwrap()]);
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(parse(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn the_example_of_the_documentation_is_read() {
+        let source = include_str!("config.rs");
+        let lines = source.lines().map_while(|line| line.strip_prefix("//!"));
+        let example: Vec<&str> = lines
+            .skip_while(|line| !line.contains("```toml"))
+            .skip(1)
+            .take_while(|line| !line.contains("```"))
+            .collect();
+        let config = parse(&example.join("\n")).unwrap();
+        assert_eq!(config.cache.index, ByteSize(64 << 20));
+        assert!(config.nbd.tls.unwrap().required);
+        assert_eq!(config.disks.len(), 2);
+    }
+
+    #[test]
+    fn errors_name_the_place() {
+        let error = |text| parse(text).unwrap_err();
+        expect![
+            "sdsd.toml:3: unknown field `adresses`, expected one of `addresses`, `socket`, `tls`"
+        ]
+        .assert_eq(&error("\n[nbd]\nadresses = []\n"));
+        expect!["sdsd.toml:2: '64Q' is not a size: its unit must be one of K, M, G, T, P, E, KiB …, KB …"]
+            .assert_eq(&error("[cache]\nindex = \"64Q\"\n"));
+        expect!["node: the name of a node consists of a-z, 0-9, '.', '_' and '-': 'a/b' contains a slash"]
+            .assert_eq(&error("node = \"a/b\""));
+        expect!["disks: /dev/sdb is listed twice"]
+            .assert_eq(&error("disks = [\"/dev/sdb\", \"/dev/sdb\"]"));
+        expect!["nbd: neither addresses nor a socket: nothing could be attached"]
+            .assert_eq(&error("[nbd]\naddresses = []"));
+        expect!["nbd.addresses: 127.0.0.1:9770 is admin.address too"]
+            .assert_eq(&error("[nbd]\naddresses = [\"127.0.0.1:9770\"]"));
+        expect!["cache.index: 4KiB is less than 1MiB"].assert_eq(&error("[cache]\nindex = \"4K\""));
+        assert!(error("node = ").starts_with("sdsd.toml:1: "));
+        assert!(error("\n\n[log]\nlevel = 3").starts_with("sdsd.toml:4: "));
+        assert!(error("[log]\nlevel = \"sds=loud\"").starts_with("log.level: "));
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Config::load(Path::new("/nowhere/sdsd.toml")).unwrap_err().to_string();
+        assert!(error.starts_with("cannot read /nowhere/sdsd.toml: "), "{error}");
+    }
+}
