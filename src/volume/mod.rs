@@ -1,4 +1,18 @@
 //! Volumes: the head of a virtual disk.
+//!
+//! A volume is a log. The head batches writes into records, appends them to the open log segment
+//! and maps blocks to places in a copy-on-write index. Knows segments, shards and the metadata
+//! store; knows nothing of exports above it or of devices below.
+
+pub mod checkpoint;
+mod dense;
+pub mod head;
 pub mod index;
+mod log;
 pub mod overlay;
+pub mod root;
+pub mod rules;
 pub mod segtab;
+mod swap;
+mod target;
+pub mod takeover;
