@@ -106,6 +106,22 @@ impl Source {
         }
     }
 
+    /// Blocks of one shard from its own disk or not at all, verified.
+    ///
+    /// # Errors
+    /// [`FetchError::TooFew`] with what was wrong.
+    pub async fn read_one(
+        &self,
+        disks: &Disks,
+        shard: usize,
+        block: u32,
+        count: u32,
+    ) -> Result<Bytes, FetchError> {
+        self.direct(disks, shard, block, count)
+            .await
+            .map_err(|problem| self.too_few(false, 0, &problem))
+    }
+
     /// `count` blocks from `block` of data or parity shard `shard`, verified: from its disk, or
     /// from the others when it fails. `found` hears of every shard that did not deliver.
     ///

@@ -246,7 +246,7 @@ pub(super) async fn run(head: Rc<Head>) {
     let mut pause = Duration::from_millis(20);
     loop {
         head.checkpoint_wanted.notified().await;
-        if head.stopped().is_some() {
+        if !head.is_serving() {
             return;
         }
         match head.checkpoint().await {
@@ -269,10 +269,12 @@ impl Head {
     /// [`HeadError`]; nothing is lost, and it may be tried again.
     pub async fn checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
+        self.choose_meta_victims().await;
         self.merge_overlay().await?;
         let freed = self.store_table().await?;
         self.swap_checkpoint().await?;
         self.delete_freed(&freed).await;
+        self.gc_wanted.notify_one();
         Ok(())
     }
 

@@ -201,6 +201,8 @@ pub(super) struct State {
     pub(super) lease: BTreeMap<DiskId, Instant>,
     pub(super) chains: BTreeMap<u64, Chain>,
     pub(super) stopped: Option<String>,
+    /// Takes no more requests; the last checkpoint is being made.
+    pub(super) releasing: bool,
     /// Since when writes wait for disks.
     pub(super) stalled_since: Option<Instant>,
 }
@@ -226,6 +228,8 @@ pub struct Head {
     pub(super) checkpoint_wanted: Notify,
     /// Wakes the task that repairs.
     pub(super) repair_wanted: Notify,
+    /// Wakes the task that collects garbage.
+    pub(super) gc_wanted: Notify,
     /// Held by whoever makes a checkpoint.
     pub(super) checkpoint_lock: tokio::sync::Mutex<()>,
     /// Where the log stood when the newest checkpoint began.
@@ -404,6 +408,7 @@ impl Head {
             applied: Notify::new(),
             checkpoint_wanted: Notify::new(),
             repair_wanted: Notify::new(),
+            gc_wanted: Notify::new(),
             checkpoint_lock: tokio::sync::Mutex::new(()),
             capture: RefCell::default(),
             relocate: RefCell::default(),
@@ -434,6 +439,13 @@ impl Head {
         self.wake.notify_one();
         self.checkpoint_wanted.notify_one();
         self.repair_wanted.notify_one();
+        self.gc_wanted.notify_one();
+    }
+
+    /// Whether the head takes requests.
+    pub fn is_serving(&self) -> bool {
+        let state = self.state.borrow();
+        state.stopped.is_none() && !state.releasing
     }
 
     /// Why the head stopped; none while it serves.

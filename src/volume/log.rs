@@ -83,7 +83,7 @@ pub(super) async fn run(head: Rc<Head>) {
         backoff: Duration::ZERO,
         last_failover: None,
     };
-    while writer.head.state.borrow().stopped.is_none() {
+    while writer.head.is_serving() {
         writer.step().await;
     }
 }
@@ -304,6 +304,11 @@ impl Writer {
             op.finish(Ok(()));
         }
         if entries.is_empty() {
+            // Nothing but barriers: they are done when what was formed before them is.
+            match state.flights.back_mut() {
+                Some(last) => last.ops.extend(ops),
+                None => ops.into_iter().for_each(|op| op.finish(Ok(()))),
+            }
             return None;
         }
         let lsn = state.next_lsn;
@@ -586,7 +591,7 @@ impl Head {
     /// Hands an operation to the log. Its future resolves when the record is durable.
     pub(super) fn enqueue(&self, op: Op) {
         let mut state = self.state.borrow_mut();
-        if state.stopped.is_some() {
+        if state.stopped.is_some() || state.releasing {
             drop(state);
             op.finish(Err(TargetError::Stopped));
             return;

@@ -6,13 +6,16 @@
 
 pub mod checkpoint;
 mod dense;
+mod gc;
 pub mod head;
 pub mod index;
 mod log;
 pub mod overlay;
+mod repair;
 pub mod root;
 pub mod rules;
 pub mod segtab;
 mod swap;
 mod target;
 pub mod takeover;
+mod walk;

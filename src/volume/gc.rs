@@ -1,0 +1,323 @@
+//! Garbage collection: what is still live in a segment is moved, then the segment is freed.
+//!
+//! Victims are chosen after checkpoints, when the counters are exact: the share that is dead
+//! against the cost of moving the rest, the log of erasure-coded pools first (its copies cost
+//! more than stripes). Live blocks go to data segments; a *move* entry in the log redirects each
+//! block only if it still lies where it was found. A segment is deleted by the checkpoint after
+//! which nothing refers to it.
+//!
+//! Meta segments are emptied by having the next checkpoint rewrite the pages in them.
+
+use std::rc::Rc;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::dense::Payload;
+use super::head::{Head, HeadError, Op, add};
+use super::overlay::Target;
+use super::segtab::Segment;
+use crate::id::{BLOCK_SIZE, SegmentId};
+use crate::limits::{RECORD_ENTRIES_MAX, RECORD_HEADER_BLOCKS_MAX};
+use crate::segment::BlockAddr;
+use crate::segment::fetch::FetchError;
+use crate::segment::record::{Entry, Header};
+use crate::shard::{SegmentKind, SlotClass};
+
+/// Segments cleaned in one pass.
+const VICTIMS_MAX: usize = 8;
+/// Pages that one checkpoint rewrites to empty meta segments.
+const PAGES_MOVED_MAX: u32 = 512;
+/// Blocks moved by one append.
+const MOVE_BLOCKS: usize = 256;
+/// Runs moved by one append: with those of an opened segment they fit one record.
+const MOVE_RUNS: usize = RECORD_ENTRIES_MAX / 3;
+/// A segment with a larger share live, in percent, is not worth moving.
+const LIVE_PERCENT_MAX: u64 = 90;
+
+/// Cleans whenever a checkpoint asks for it, until the head stops.
+pub(super) async fn run(head: Rc<Head>) {
+    loop {
+        head.gc_wanted.notified().await;
+        if !head.is_serving() {
+            return;
+        }
+        match head.collect_garbage().await {
+            Ok(0) => {}
+            Ok(_) => head.checkpoint_wanted.notify_one(),
+            Err(error) => {
+                tracing::debug!(volume = %head.volume, %error, "garbage collection paused");
+            }
+        }
+    }
+}
+
+/// A block that is live in a victim.
+struct Live {
+    lba: u64,
+    addr: BlockAddr,
+    data: Bytes,
+}
+
+impl Head {
+    /// Chooses meta segments whose pages the next checkpoint is to rewrite.
+    pub(super) async fn choose_meta_victims(&self) {
+        let victims: Vec<Segment> = {
+            let state = self.state.borrow();
+            let pinned = [&state.checkpoint, &state.root.checkpoint]
+                .map(|c| c.as_ref().map(|c| c.place.segment));
+            let mut sealed: Vec<&Segment> = state
+                .table
+                .segments
+                .values()
+                .filter(|s| s.kind == SegmentKind::Meta && s.sealed && s.live > 0)
+                .filter(|s| !pinned.contains(&Some(s.id)) && s.live < s.blocks / 4)
+                .collect();
+            sealed.sort_by_key(|s| s.live);
+            let mut budget = PAGES_MOVED_MAX;
+            sealed
+                .into_iter()
+                .take_while(|s| {
+                    budget = budget.saturating_sub(s.live);
+                    budget > 0
+                })
+                .cloned()
+                .collect()
+        };
+        let height = self.state.borrow().tree.height;
+        for segment in victims {
+            let mut at = 0;
+            while at < segment.blocks {
+                let Ok(header) = self.victim_header(&segment, at).await else { break };
+                let mut relocate = self.relocate.borrow_mut();
+                for entry in &header.entries {
+                    if let Entry::Page { level, number } = *entry {
+                        relocate.add(level, number, height);
+                    }
+                }
+                at += header.blocks();
+            }
+            if at >= segment.blocks {
+                self.relocate.borrow_mut().segments.insert(segment.id);
+            }
+        }
+    }
+
+    async fn victim_header(&self, segment: &Segment, at: u32) -> Result<Header, HeadError> {
+        let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).expect("small");
+        let addr = BlockAddr { segment: segment.id, block: at };
+        let data = self.fetch(addr, 1).await?;
+        let decoded = match Header::decode(&data) {
+            Ok(header) => Ok(header),
+            Err(_) if at + most <= segment.blocks => Header::decode(&self.fetch(addr, most).await?),
+            Err(error) => Err(error),
+        };
+        decoded.map_err(|error| {
+            let problem = format!("block {at}: {error}");
+            FetchError::TooFew { segment: segment.id, have: 0, need: 1, problem }.into()
+        })
+    }
+
+    /// Segments worth cleaning now, best first.
+    fn victims(&self) -> Vec<Segment> {
+        let (free, slots) = self.disks.fill();
+        let state = self.state.borrow();
+        let (log, _) = self.capture.borrow().log;
+        let coded = self.pool.scheme.data > 1;
+        let sealed: Vec<&Segment> = state
+            .table
+            .segments
+            .values()
+            .filter(|s| s.kind != SegmentKind::Meta && s.sealed && s.pins == 0 && s.recent == 0)
+            .filter(|s| s.kind == SegmentKind::Data || s.id < log)
+            .collect();
+        let used: u64 = sealed.iter().map(|s| s.capacity_blocks()).sum();
+        let live: u64 = sealed.iter().map(|s| u64::from(s.live)).sum();
+        // With room to spare, only clear waste is worth the work.
+        let tight = free * 3 < slots;
+        let wasteful = used > 2 * live + 4096;
+        let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
+        if !tight && !wasteful && !(coded && logs > 64) {
+            return Vec::new();
+        }
+        let newest = state.next_segment;
+        let mut scored: Vec<(u64, &Segment)> = sealed
+            .into_iter()
+            .filter(|s| {
+                let percent = u64::from(s.live) * 100 / s.capacity_blocks().max(1);
+                percent <= LIVE_PERCENT_MAX || (coded && s.kind == SegmentKind::Log)
+            })
+            .map(|s| {
+                // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS.
+                let capacity = s.capacity_blocks().max(1);
+                let live = u64::from(s.live).min(capacity);
+                let age = newest - s.id.0 + 1;
+                let score = (capacity - live) * 1000 / (capacity + live) * age.ilog2().max(1).into();
+                let first = coded && s.kind == SegmentKind::Log;
+                (score + if first { 2000 } else { 0 }, s)
+            })
+            .collect();
+        scored.sort_by_key(|(score, s)| (std::cmp::Reverse(*score), s.id));
+        scored.into_iter().take(VICTIMS_MAX).map(|(_, s)| s.clone()).collect()
+    }
+
+    /// Moves what is live out of the victims. Tells how many segments were emptied.
+    async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
+        let victims = self.victims();
+        let mut emptied = 0;
+        for segment in victims {
+            let generation = self.state.borrow().generation;
+            let mut live = Vec::new();
+            let mut at = 0;
+            while at < segment.blocks {
+                let header = self.victim_header(&segment, at).await?;
+                self.live_of(&segment, &header, &mut live).await?;
+                at += header.blocks();
+                if live.len() >= MOVE_BLOCKS {
+                    self.move_live(std::mem::take(&mut live), generation).await?;
+                }
+            }
+            self.move_live(live, generation).await?;
+            emptied += 1;
+        }
+        Ok(emptied)
+    }
+
+    /// The blocks of a record that the index still refers to.
+    async fn live_of(
+        &self,
+        segment: &Segment,
+        header: &Header,
+        live: &mut Vec<Live>,
+    ) -> Result<(), HeadError> {
+        let first = header.block + header.header_blocks;
+        let mut index = 0;
+        for entry in &header.entries {
+            let Entry::Write { lba, blocks } = *entry else { continue };
+            for extent in self.resolve(lba, blocks.into()).await? {
+                let Target::Data(addr) = extent.target else { continue };
+                if addr.segment != segment.id {
+                    continue;
+                }
+                for i in 0..extent.len {
+                    let lba_here = extent.lba + i;
+                    let here = extent.target.plus(i);
+                    let n = index + u32::try_from(lba_here - lba).expect("within the entry");
+                    // Block n of the payload lies on shard n / per-shard.
+                    let per_shard = header.payload_blocks;
+                    let addr = BlockAddr {
+                        segment: segment.id,
+                        block: n / per_shard * segment.shard_blocks + first + n % per_shard,
+                    };
+                    if here == Target::Data(addr) {
+                        let data = self.fetch(addr, 1).await?;
+                        live.push(Live { lba: lba_here, addr, data });
+                    }
+                }
+            }
+            index += blocks;
+        }
+        Ok(())
+    }
+
+    /// Writes live blocks to a data segment and logs their moves.
+    async fn move_live(
+        self: &Rc<Self>,
+        mut live: Vec<Live>,
+        generation: u64,
+    ) -> Result<(), HeadError> {
+        live.sort_by_key(|l| l.lba);
+        let mut rest = &live[..];
+        while !rest.is_empty() {
+            let count = batch(rest);
+            self.move_batch(&rest[..count], generation).await?;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+
+    async fn move_batch(self: &Rc<Self>, live: &[Live], generation: u64) -> Result<(), HeadError> {
+        let k = usize::from(self.pool.scheme.data);
+        let mut runs: Vec<(u64, u32)> = Vec::new();
+        for l in live {
+            match runs.last_mut() {
+                Some((lba, blocks)) if *lba + u64::from(*blocks) == l.lba => *blocks += 1,
+                _ => runs.push((l.lba, 1)),
+            }
+        }
+        let mut data: Vec<Bytes> = live.iter().map(|l| l.data.clone()).collect();
+        while !data.len().is_multiple_of(k) {
+            data.push(crate::buffer::AlignedBuf::zeroed(BLOCK_SIZE).freeze());
+        }
+        let crcs = data.iter().map(|d| crate::segment::checksum::raw_crc(d)).collect();
+        let (placed, mut entries) =
+            self.write_dense(&Payload { runs, data, crcs }, SlotClass::Gc).await?;
+        let mut moves: Vec<Entry> = Vec::new();
+        for (from, blocks, place) in placed {
+            for i in 0..blocks {
+                let Some(l) = live.get((from + i) as usize) else { continue };
+                push_move(&mut moves, l.lba, l.addr, place.plus(i));
+            }
+        }
+        add(&self.stats.moved_blocks, live.len() as u64);
+        self.pin_entries(&moves, k);
+        entries.extend(moves);
+        let (done, receiver) = oneshot::channel();
+        self.enqueue(Op {
+            entries,
+            payload: vec![],
+            crcs: vec![],
+            class: SlotClass::Gc,
+            generation,
+            done: Some(done),
+        });
+        match receiver.await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(HeadError::Append),
+        }
+    }
+
+    /// Exchanges the pins of an append (one per run of its `k` shards) for one per entry.
+    pub(super) fn pin_entries(&self, entries: &[Entry], runs: usize) {
+        let mut state = self.state.borrow_mut();
+        let mut segment: Option<SegmentId> = None;
+        for entry in entries {
+            let (Entry::Place { addr, .. } | Entry::Move { to: addr, .. }) = entry else {
+                continue;
+            };
+            segment = Some(addr.segment);
+            if let Some(s) = state.table.segments.get_mut(&addr.segment) {
+                s.pins += 1;
+            }
+        }
+        if let Some(s) = segment.and_then(|id| state.table.segments.get_mut(&id)) {
+            s.pins = s.pins.saturating_sub(u32::try_from(runs).expect("at most 16"));
+        }
+    }
+}
+
+/// How many of the blocks go into one append.
+fn batch(live: &[Live]) -> usize {
+    let mut runs = 0;
+    for (index, l) in live.iter().enumerate() {
+        let follows = index > 0 && live[index - 1].lba + 1 == l.lba;
+        runs += usize::from(!follows);
+        if runs > MOVE_RUNS || index == MOVE_BLOCKS {
+            return index;
+        }
+    }
+    live.len()
+}
+
+/// Adds the move of one block, joined with the last where it continues it.
+fn push_move(moves: &mut Vec<Entry>, at: u64, old: BlockAddr, new: BlockAddr) {
+    if let Some(Entry::Move { lba, blocks, from, to }) = moves.last_mut()
+        && *lba + u64::from(*blocks) == at
+        && from.plus(*blocks) == old
+        && to.plus(*blocks) == new
+    {
+        *blocks += 1;
+    } else {
+        moves.push(Entry::Move { lba: at, blocks: 1, from: old, to: new });
+    }
+}

@@ -1,0 +1,398 @@
+//! Repair: shards that are missing, stale or damaged are built anew from the others.
+//!
+//! A segment is immutable once sealed, so a rebuilt shard is as good as the first. The new shard is
+//! used from the moment it is sealed; the old one is listed as freed and deleted after the next
+//! checkpoint. The segments with the fewest shards left come first. Where only the disk of the
+//! damaged shard itself is left, the old shard is given up first, and only while the others
+//! suffice.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::head::{Head, HeadError, add};
+use super::segtab::{Segment, ShardRef};
+use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
+use crate::limits::RECORD_HEADER_BLOCKS_MAX;
+use crate::segment::checksum::{Salt, raw_crcs};
+use crate::segment::fetch::{FetchError, Source};
+use crate::segment::open::{CONTROL_PATIENCE, frame};
+use crate::segment::record::Header;
+use crate::shard::disks::Target;
+use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass};
+
+/// Pause after a round that could not repair everything, unless a disk comes back.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Repairs whenever it is wanted, until the head stops.
+pub(super) async fn run(head: Rc<Head>) {
+    loop {
+        head.repair_wanted.notified().await;
+        while head.is_serving() {
+            let wanted = head.segments_to_repair();
+            if wanted.is_empty() {
+                break;
+            }
+            let mut progress = false;
+            for (id, shard) in wanted {
+                if !head.is_serving() {
+                    return;
+                }
+                match head.rebuild(id, shard).await {
+                    Ok(true) => progress = true,
+                    Ok(false) => {}
+                    Err(error) => {
+                        tracing::debug!(volume = %head.volume, segment = %id, shard, %error, "not repaired");
+                    }
+                }
+            }
+            head.checkpoint_wanted.notify_one();
+            if !progress {
+                let changed = head.disks.changed.notified();
+                // Whichever comes first; either is a reason to look again.
+                drop(tokio::time::timeout(PAUSE, changed).await);
+            }
+        }
+        if !head.is_serving() {
+            return;
+        }
+    }
+}
+
+impl Head {
+    /// Sealed segments with a shard missing: fewest shards left first.
+    fn segments_to_repair(&self) -> Vec<(SegmentId, usize)> {
+        let state = self.state.borrow();
+        let mut wanted: Vec<(usize, SegmentId, usize)> = state
+            .table
+            .segments
+            .values()
+            .filter(|s| s.sealed && s.missing != 0 && !state.table.is_dead(s.id))
+            .flat_map(|s| {
+                (0..s.scheme.width())
+                    .filter(|i| s.missing >> i & 1 == 1)
+                    .map(|i| (s.present() - usize::from(s.scheme.data).min(s.present()), s.id, i))
+            })
+            .collect();
+        wanted.sort_unstable();
+        wanted.into_iter().map(|(_, id, shard)| (id, shard)).collect()
+    }
+
+    /// Repairs log segments that a take-over found incomplete, as far as disks are there for it.
+    pub(super) async fn repair_tail(self: &Rc<Self>, segments: Vec<SegmentId>) {
+        for id in segments {
+            let missing = self.state.borrow().table.segments.get(&id).map_or(0, |s| s.missing);
+            for shard in (0..32).filter(|i| missing >> i & 1 == 1) {
+                if let Err(error) = self.rebuild(id, shard).await {
+                    tracing::warn!(volume = %self.volume, segment = %id, shard, %error,
+                        "a segment of the log stays reduced for now");
+                }
+            }
+        }
+    }
+
+    /// Builds one shard anew. False when there is nothing to do, or nowhere to put it.
+    async fn rebuild(self: &Rc<Self>, id: SegmentId, shard: usize) -> Result<bool, HeadError> {
+        let segment = {
+            let state = self.state.borrow();
+            match state.table.segments.get(&id) {
+                Some(s) if s.sealed && s.missing >> shard & 1 == 1 => s.clone(),
+                _ => return Ok(false),
+            }
+        };
+        let Some(target) = self.repair_target(&segment, shard) else {
+            return self.give_up_in_place(&segment, shard).await;
+        };
+        let creation = self.env.random_u64();
+        let new = ShardRef { disk: target.disk, creation };
+        let built = self.build(&segment, shard, &target, creation).await;
+        let mut state = self.state.borrow_mut();
+        let entry = state.table.segments.get_mut(&id).filter(|s| {
+            built.is_ok() && s.members[shard] == segment.members[shard] && s.missing >> shard & 1 == 1
+        });
+        let Some(entry) = entry else {
+            // Failed, or freed meanwhile: whatever is there is nobody's.
+            state.table.freed.insert((id, new));
+            drop(state);
+            return built.map(|()| false);
+        };
+        let old = std::mem::replace(&mut entry.members[shard], new);
+        entry.missing &= !(1 << shard);
+        if !old.disk.is_nil() {
+            state.table.freed.insert((id, old));
+        }
+        add(&self.stats.rebuilt_shards, 1);
+        add(&self.stats.rebuilt_bytes, u64::from(segment.blocks) * BLOCK_SIZE as u64);
+        tracing::info!(volume = %self.volume, segment = %id, shard, disk = %target.disk, "shard rebuilt");
+        Ok(true)
+    }
+
+    /// Where the shard may go: a domain that no other shard of the segment lies in, on a disk that
+    /// holds no remains of the segment; for log and meta segments within the log set.
+    fn repair_target(&self, segment: &Segment, shard: usize) -> Option<Target> {
+        let state = self.state.borrow();
+        let mut taken = Vec::new();
+        for (index, member) in segment.members.iter().enumerate() {
+            if index != shard
+                && segment.missing >> index & 1 == 0
+                && let Some(domain) = self.disks.domain(member.disk)
+            {
+                taken.push(domain);
+            }
+        }
+        let remains: Vec<DiskId> = state
+            .table
+            .freed
+            .iter()
+            .filter(|(id, _)| *id == segment.id)
+            .map(|(_, s)| s.disk)
+            .chain(segment.members.iter().map(|m| m.disk))
+            .collect();
+        let in_set = |disk| state.root.set.members().iter().any(|m| m.disk == disk);
+        let allowed = |disk: DiskId| {
+            !remains.contains(&disk)
+                && self.disks.is_healthy(disk)
+                && (segment.kind == SegmentKind::Data || in_set(disk))
+        };
+        self.disks.choose(&self.env, 1, &taken, allowed).pop()
+    }
+
+    /// Where no other disk can take the shard but its own does work: lists the old shard as freed
+    /// under a new creation, so that after the next checkpoint the disk has room for the new one.
+    async fn give_up_in_place(
+        self: &Rc<Self>,
+        segment: &Segment,
+        shard: usize,
+    ) -> Result<bool, HeadError> {
+        let old = segment.members[shard];
+        let placeholder_gone = {
+            let state = self.state.borrow();
+            !state.table.freed.iter().any(|(id, s)| *id == segment.id && s.disk == old.disk)
+        };
+        if !self.disks.is_healthy(old.disk)
+            || segment.present() < usize::from(segment.scheme.data)
+            || !placeholder_gone
+        {
+            return Ok(false);
+        }
+        // Does the disk still hold anything of the segment?
+        let Some(client) = self.disks.client(old.disk) else { return Ok(false) };
+        let held = client.list(self.volume);
+        let Ok(Ok(held)) = tokio::time::timeout(CONTROL_PATIENCE, held).await else {
+            return Ok(false);
+        };
+        let remains = held.shards.iter().find(|info| info.spec.segment == segment.id);
+        if let Some(info) = remains {
+            let shard_there = ShardRef { disk: old.disk, creation: info.spec.creation };
+            {
+                let mut state = self.state.borrow_mut();
+                let fresh = ShardRef { disk: old.disk, creation: self.env.random_u64() };
+                let Some(entry) = state.table.segments.get_mut(&segment.id) else {
+                    return Ok(false);
+                };
+                if entry.members[shard] != old {
+                    return Ok(false);
+                }
+                entry.members[shard] = fresh;
+                state.table.freed.insert((segment.id, shard_there));
+            }
+            self.checkpoint().await?;
+            return Ok(true);
+        }
+        let info = client.info();
+        let Ok(Ok(info)) = tokio::time::timeout(CONTROL_PATIENCE, info).await else {
+            return Ok(false);
+        };
+        let target = Target { disk: old.disk, client, slot_bytes: info.slot_bytes };
+        let built = self.build(segment, shard, &target, old.creation).await;
+        let mut state = self.state.borrow_mut();
+        if let Err(error) = built {
+            // Whatever was created goes under this creation: the next try takes another.
+            let fresh = ShardRef { disk: old.disk, creation: self.env.random_u64() };
+            if let Some(entry) = state.table.segments.get_mut(&segment.id)
+                && entry.members[shard] == old
+            {
+                entry.members[shard] = fresh;
+                state.table.freed.insert((segment.id, old));
+            }
+            return Err(error);
+        }
+        if let Some(entry) = state.table.segments.get_mut(&segment.id)
+            && entry.members[shard] == old
+        {
+            entry.missing &= !(1 << shard);
+            add(&self.stats.rebuilt_shards, 1);
+        }
+        Ok(true)
+    }
+
+    /// Creates, fills and seals a shard.
+    async fn build(
+        &self,
+        segment: &Segment,
+        shard: usize,
+        target: &Target,
+        creation: u64,
+    ) -> Result<(), HeadError> {
+        let spec = ShardSpec {
+            volume: self.volume,
+            segment: segment.id,
+            creation,
+            kind: segment.kind,
+            scheme: segment.scheme,
+            index: u8::try_from(shard).expect("at most 20 shards"),
+            members: (0..)
+                .zip(&segment.members)
+                .map(|(i, m)| if i == shard { target.disk } else { m.disk })
+                .collect(),
+        };
+        let fail = |error: &ShardError| {
+            self.disks.report(target.disk, error);
+            HeadError::Append
+        };
+        let patience = CONTROL_PATIENCE;
+        let create = target.client.create(self.authority, spec, SlotClass::Gc);
+        let created = tokio::time::timeout(patience, create).await;
+        created.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
+        let mut at = 0;
+        while at < segment.blocks {
+            let (data, crcs) = self.rebuilt_record(segment, shard, at).await?;
+            let blocks = u32::try_from(crcs.len()).expect("a record is small");
+            let append = Append {
+                authority: self.authority,
+                segment: segment.id,
+                block: at,
+                data: data.into(),
+                crcs: crcs.into(),
+            };
+            let appended = tokio::time::timeout(patience, target.client.append(append)).await;
+            appended.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
+            at += blocks;
+        }
+        let seal = target.client.seal(self.authority, segment.id, segment.blocks, None);
+        let sealed = tokio::time::timeout(patience, seal).await;
+        sealed.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))
+    }
+
+    /// The record at block `at` of shard `shard`, made from the other shards.
+    async fn rebuilt_record(
+        &self,
+        segment: &Segment,
+        shard: usize,
+        at: u32,
+    ) -> Result<(Vec<Bytes>, Vec<u32>), HeadError> {
+        let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
+        let mut header = self.any_header(&source, segment, shard, at).await?;
+        let copies = segment.scheme.data == 1 && segment.kind != SegmentKind::Data;
+        header.shard = if copies { 0 } else { u8::try_from(shard).expect("at most 20") };
+        let salt = Salt::new(self.volume, segment.id, segment.scheme, shard);
+        let first = at + header.header_blocks;
+        let mut payload = Vec::new();
+        if header.payload_blocks > 0 {
+            let data = source
+                .read(&self.disks, shard, first, header.payload_blocks, &mut |_| ())
+                .await?;
+            header.crcs = (first..).zip(raw_crcs(&data)).map(|(b, c)| salt.apply(b, c)).collect();
+            payload.push(data);
+        }
+        Ok(frame(salt, &header, &payload))
+    }
+
+    /// The header of the record at block `at`, from any shard but the one to be rebuilt.
+    async fn any_header(
+        &self,
+        source: &Source,
+        segment: &Segment,
+        not: usize,
+        at: u32,
+    ) -> Result<Header, HeadError> {
+        let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).expect("small");
+        let mut error = FetchError::Gone(segment.id);
+        let mut order: Vec<usize> = (0..segment.members.len()).filter(|&i| i != not).collect();
+        order.sort_by_key(|i| segment.missing >> i & 1);
+        for other in order {
+            for count in [most.min(segment.blocks - at), 1] {
+                match source.read_one(&self.disks, other, at, count).await {
+                    Ok(data) => {
+                        if let Ok(header) = Header::decode(&data) {
+                            return Ok(header);
+                        }
+                    }
+                    Err(e) => error = e,
+                }
+            }
+        }
+        Err(error.into())
+    }
+
+    /// Hears that a disk came back: what it holds intact counts again; the rest is repaired.
+    pub async fn disk_returned(self: &Rc<Self>, disk: DiskId) {
+        let Some(client) = self.disks.client(disk) else { return };
+        let mirror = self.state.borrow().root.mirror();
+        let fence = client.fence(self.authority, Some(mirror));
+        let Ok(Ok(held)) = tokio::time::timeout(CONTROL_PATIENCE, fence).await else { return };
+        let mut state = self.state.borrow_mut();
+        let own = state.root.range.0;
+        for info in &held.shards {
+            let there = ShardRef { disk, creation: info.spec.creation };
+            let known = state.table.segments.get_mut(&info.spec.segment).and_then(|segment| {
+                let index = segment.members.iter().position(|m| *m == there)?;
+                Some((segment, index))
+            });
+            match known {
+                Some((segment, index)) => {
+                    let whole = segment.sealed
+                        && info.state == crate::shard::ShardState::Sealed
+                        && info.blocks == segment.blocks;
+                    if whole {
+                        segment.missing &= !(1 << index);
+                    } else if segment.sealed {
+                        segment.missing |= 1 << index;
+                    }
+                }
+                None if info.spec.segment.0 < own => {
+                    state.table.freed.insert((info.spec.segment, there));
+                }
+                None => {}
+            }
+        }
+        // What the table says is on the disk but is not there.
+        let present: std::collections::BTreeSet<(SegmentId, u64)> =
+            held.shards.iter().map(|i| (i.spec.segment, i.spec.creation)).collect();
+        for segment in state.table.segments.values_mut().filter(|s| s.sealed) {
+            for (index, member) in segment.members.iter().enumerate() {
+                if member.disk == disk && !present.contains(&(segment.id, member.creation)) {
+                    segment.missing |= 1 << index;
+                }
+            }
+        }
+        drop(state);
+        self.repair_wanted.notify_one();
+        self.checkpoint_wanted.notify_one();
+        self.wake.notify_one();
+    }
+
+    /// Hears that a disk is gone for longer: its shards are rebuilt elsewhere.
+    pub fn disk_lost(&self, disk: DiskId) {
+        let mut state = self.state.borrow_mut();
+        for segment in state.table.segments.values_mut() {
+            for (index, member) in segment.members.iter().enumerate() {
+                if member.disk == disk && segment.sealed {
+                    segment.missing |= 1 << index;
+                }
+            }
+        }
+        drop(state);
+        self.repair_wanted.notify_one();
+    }
+
+    /// Segments that have fewer shards than their scheme, and the fewest losses that one of them
+    /// still survives.
+    pub fn reduced(&self) -> (usize, Option<usize>) {
+        let state = self.state.borrow();
+        let reduced = state.table.segments.values().filter(|s| s.missing != 0);
+        let left = reduced.clone().map(|s| s.present().saturating_sub(usize::from(s.scheme.data)));
+        (reduced.count(), left.min())
+    }
+}

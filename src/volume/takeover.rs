@@ -1,0 +1,499 @@
+//! Taking over a volume: fence, walk the log, settle what was open, checkpoint, serve.
+//!
+//! The five steps of design 6. Nothing is served, and nothing is deleted, before the checkpoint of
+//! the new epoch is the root's and in force. When too few disks answer the take-over waits and
+//! says for whom; when the log ends below what was acknowledged it fails with
+//! [`TakeOverError::Damaged`] instead of serving old data.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::Instant;
+
+use super::head::{Head, HeadContext, HeadError, State};
+use super::index::{Tree, height_for};
+use super::overlay::Overlay;
+use super::root::{CheckpointRef, Root};
+use super::rules;
+use super::segtab::{ShardRef, Snapshot, SnapshotError};
+use super::swap::{Swapped, swap};
+use super::walk::{self, Replay};
+use crate::id::{BLOCK_BYTES, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
+use crate::limits::SEGMENT_RANGE;
+use crate::meta::{MetaError, MetaStore, schema};
+use crate::planted::{Bug, bug};
+use crate::segment::record::{Entry, Header};
+use crate::shard::disks::Disks;
+use crate::shard::{Authority, SegmentKind, ShardError, ShardInfo};
+
+/// How long one disk may take to answer a fence before the take-over goes on to ask again.
+const FENCE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why a volume could not be taken over; all of them may pass when tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum TakeOverError {
+    /// The metadata store failed.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    /// The volume has no root.
+    #[error("volume {0} has no root in the metadata store")]
+    NoRoot(VolumeId),
+    /// The root cannot be understood.
+    #[error("the root of the volume: {0}")]
+    BadRoot(#[from] crate::meta::envelope::EnvelopeError),
+    /// Another head took the volume meanwhile.
+    #[error("another head took the volume")]
+    Lost,
+    /// The checkpoint cannot be read from any of its shards.
+    #[error("the checkpoint in segment {segment} cannot be read: {why}")]
+    NoCheckpoint {
+        /// The segment.
+        segment: SegmentId,
+        /// What the last shard said.
+        why: String,
+    },
+    /// The log ends below a record that was acknowledged.
+    #[error("the log ends at record {end}, but record {acked} was acknowledged: disks are missing")]
+    Damaged {
+        /// The last record found.
+        end: Lsn,
+        /// The highest acknowledged one.
+        acked: Lsn,
+    },
+    /// A later step failed.
+    #[error(transparent)]
+    Head(#[from] HeadError),
+}
+
+/// What the disks hold of the volume.
+pub(super) type Listing = BTreeMap<SegmentId, BTreeMap<DiskId, ShardInfo>>;
+
+/// Takes over the volume, whose size is `size` bytes; `waiting` hears for whom it waits.
+///
+/// # Errors
+/// [`TakeOverError`].
+pub async fn take_over(
+    context: HeadContext,
+    volume: VolumeId,
+    size: u64,
+    waiting: &dyn Fn(&str),
+) -> Result<Rc<Head>, TakeOverError> {
+    let (root, revision, released) = claim(&context, volume).await?;
+    let authority = Authority { volume, epoch: root.epoch, head: root.head };
+    let (listing, fenced_at) = fence_all(&context, authority, &root, waiting).await;
+    let head = recover(context, authority, root, revision, size, &listing).await?;
+    head.checkpoint_until_done().await?;
+    if !released && !bug(Bug::ServeBeforeLease) {
+        tokio::time::sleep_until(fenced_at + head.config.lease.mul_f64(1.25)).await;
+    }
+    head.start();
+    Ok(head)
+}
+
+/// Step 1: swaps the root to the next epoch, with a fresh range of segment numbers.
+async fn claim(
+    context: &HeadContext,
+    volume: VolumeId,
+) -> Result<(Root, u64, bool), TakeOverError> {
+    let incarnation = context.store.identity().await?.incarnation;
+    let key = schema::root_key(volume);
+    let stored = context.store.get(&key).await?.ok_or(TakeOverError::NoRoot(volume))?;
+    let old = Root::decode(&stored.value)?;
+    let epoch = if old.epoch.incarnation() == u64::from(incarnation) {
+        old.epoch.next()
+    } else {
+        Epoch::new(incarnation, 1)
+    };
+    let former = rules::former_sets(&old.set, &old.former, false)
+        .into_iter()
+        .filter(|set| *set != old.set)
+        .collect();
+    let new = Root {
+        epoch,
+        head: HeadId::from_bytes(context.env.random_bytes()),
+        sequence: old.sequence + 1,
+        released: false,
+        former,
+        range: (old.range.1, old.range.1 + SEGMENT_RANGE),
+        ..old
+    };
+    match swap(&*context.store, &new, stored.revision).await? {
+        Swapped::Ours(revision) => Ok((new, revision, old.released)),
+        Swapped::Lost => Err(TakeOverError::Lost),
+    }
+}
+
+/// Step 2: fences the disks of the log set until enough of them have answered and the root is in
+/// force, and asks all others that are up.
+async fn fence_all(
+    context: &HeadContext,
+    authority: Authority,
+    root: &Root,
+    waiting: &dyn Fn(&str),
+) -> (Listing, Instant) {
+    let mut listing = Listing::new();
+    let mut answered: BTreeSet<DiskId> = BTreeSet::new();
+    let mut tries = 0;
+    loop {
+        let mut wanted: BTreeSet<DiskId> = context.disks.ids().into_iter().collect();
+        let in_set = root.set.members().iter().map(|m| m.disk);
+        wanted.extend(in_set.filter(|disk| context.disks.client(*disk).is_some()));
+        let fences = wanted.difference(&answered).copied().collect::<Vec<_>>();
+        let requests = fences.into_iter().map(|disk| fence_one(&context.disks, authority, root, disk));
+        for (disk, shards) in join_all(requests).await.into_iter().flatten() {
+            answered.insert(disk);
+            for info in shards {
+                listing.entry(info.spec.segment).or_default().insert(disk, info);
+            }
+        }
+        let enough = rules::fenced_enough(&root.set, &answered) || bug(Bug::SkipFence);
+        if enough && rules::in_force(&root.set, &root.former, &answered) {
+            return (listing, Instant::now());
+        }
+        tries += 1;
+        if tries % 10 == 1 {
+            let missing = rules::domains_missing(&root.set, &answered);
+            waiting(&format!("waiting for failure domains {missing:?} to answer"));
+        }
+        let changed = context.disks.changed.notified();
+        // Whichever comes first: a disk that returned, or time to ask again.
+        drop(tokio::time::timeout(Duration::from_millis(100), changed).await);
+    }
+}
+
+async fn fence_one(
+    disks: &Disks,
+    authority: Authority,
+    root: &Root,
+    disk: DiskId,
+) -> Option<(DiskId, Vec<ShardInfo>)> {
+    let client = disks.client(disk)?;
+    if bug(Bug::SkipFence) {
+        let held = client.list(authority.volume).await.ok()?;
+        return Some((disk, held.shards));
+    }
+    // The mirror counts for the log set only; a disk outside it is fenced all the same.
+    let fence = client.fence(authority, Some(root.mirror()));
+    match tokio::time::timeout(FENCE_PATIENCE, fence).await {
+        Ok(Ok(held)) => Some((disk, held.shards)),
+        Ok(Err(error)) => {
+            tracing::warn!(%disk, %error, "fence refused");
+            None
+        }
+        Err(_) => {
+            disks.report(disk, &ShardError::Unreachable);
+            None
+        }
+    }
+}
+
+/// Steps 3 and 4, up to the point where the new checkpoint can be written.
+async fn recover(
+    context: HeadContext,
+    authority: Authority,
+    root: Root,
+    revision: u64,
+    size: u64,
+    listing: &Listing,
+) -> Result<Rc<Head>, TakeOverError> {
+    let base = match &root.checkpoint {
+        None => None,
+        Some(checkpoint) => {
+            let newest = newer_checkpoint(&context.disks, authority.volume, checkpoint, listing).await;
+            Some(load_checkpoint(&context.disks, authority.volume, newest).await?)
+        }
+    };
+    let (snapshot, checkpoint) = match base {
+        Some((snapshot, checkpoint)) => (snapshot, Some(checkpoint)),
+        None => {
+            let height = height_for(size.div_ceil(BLOCK_BYTES));
+            (Snapshot { volume: authority.volume, height, ..Snapshot::default() }, None)
+        }
+    };
+    let next_segment = root.range.0;
+    let state = State {
+        size,
+        tree: Tree { root: snapshot.root, height: snapshot.height.max(1) },
+        generation: 1,
+        overlay: Overlay::default(),
+        frozen: None,
+        table: snapshot.table,
+        next_lsn: snapshot.lsn.next(),
+        acked: snapshot.lsn,
+        pending: VecDeque::new(),
+        pending_bytes: 0,
+        queue: VecDeque::new(),
+        flights: VecDeque::new(),
+        log: None,
+        meta: None,
+        next_segment,
+        root,
+        root_revision: revision,
+        root_in_force: true,
+        pending_root: None,
+        merged_lsn: snapshot.lsn,
+        checkpoint: checkpoint.clone(),
+        log_blocks: 0,
+        lease: BTreeMap::new(),
+        chains: BTreeMap::new(),
+        stopped: None,
+        stalled_since: None,
+        releasing: false,
+    };
+    let head = Head::new(context, authority, state);
+    let Some(checkpoint) = checkpoint else {
+        head.adopt_orphans(listing);
+        return Ok(head);
+    };
+    head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
+    let log = snapshot.log.unwrap_or_default();
+    let replay = head.replay(listing, snapshot.epoch, log).await?;
+    let lengths = &replay.lengths;
+    head.settle_kind(listing, SegmentKind::Data, &checkpoint, lengths).await;
+    head.settle_kind(listing, SegmentKind::Log, &checkpoint, lengths).await;
+    head.adopt_orphans(listing);
+    head.repair_tail(lengths.keys().copied().collect()).await;
+    Ok(head)
+}
+
+/// A newer checkpoint of the same epoch that a record header names, or the root's.
+async fn newer_checkpoint(
+    disks: &Disks,
+    volume: VolumeId,
+    root: &CheckpointRef,
+    listing: &Listing,
+) -> CheckpointRef {
+    let logs = listing.iter().rev().filter(|(_, members)| {
+        members.values().any(|i| i.spec.kind == SegmentKind::Log && i.epoch == root.epoch)
+    });
+    for (&segment, members) in logs {
+        let Some(header) = first_header(disks, volume, segment, members, root.epoch).await else {
+            continue;
+        };
+        let place = header.checkpoint;
+        if place.sequence <= root.place.sequence {
+            return root.clone();
+        }
+        let Some(holders) = listing.get(&place.segment) else { return root.clone() };
+        let Some(info) = holders.values().next() else { return root.clone() };
+        let members = info
+            .spec
+            .members
+            .iter()
+            .map(|&disk| ShardRef { disk, creation: info.spec.creation })
+            .collect();
+        let newer = CheckpointRef { epoch: root.epoch, place, scheme: info.spec.scheme, members };
+        // The root's stays what it was if the newer one cannot be read.
+        return match load_checkpoint(disks, volume, newer.clone()).await {
+            Ok(_) => newer,
+            Err(_) => root.clone(),
+        };
+    }
+    root.clone()
+}
+
+async fn first_header(
+    disks: &Disks,
+    volume: VolumeId,
+    segment: SegmentId,
+    members: &BTreeMap<DiskId, ShardInfo>,
+    epoch: Epoch,
+) -> Option<Header> {
+    for disk in members.keys() {
+        let mut raw = walk::Raw::new(disks, volume, segment, *disk);
+        if let Some(header) = raw.header(0, 0).await
+            && header.epoch == epoch
+        {
+            return Some(header);
+        }
+    }
+    None
+}
+
+/// Reads a checkpoint's table from whichever of its shards yields it.
+async fn load_checkpoint(
+    disks: &Disks,
+    volume: VolumeId,
+    checkpoint: CheckpointRef,
+) -> Result<(Snapshot, CheckpointRef), TakeOverError> {
+    let place = checkpoint.place;
+    let mut why = String::from("none of its disks answers");
+    for member in &checkpoint.members {
+        let mut raw = walk::Raw::new(disks, volume, place.segment, member.disk);
+        let mut bytes = Vec::new();
+        let mut at = place.block;
+        while at < place.block + place.blocks {
+            let Some(header) = raw.header(at, 0).await else { break };
+            let payload = raw.blocks(at + header.header_blocks, header.payload_blocks).await;
+            let Some(payload) = payload else { break };
+            if matches!(header.entries.first(), Some(Entry::Table { .. })) {
+                bytes.extend_from_slice(&payload);
+            }
+            at += header.blocks();
+        }
+        if crc32fast::hash(&bytes) != place.crc {
+            why = format!("its copy on disk {} is damaged or cannot be read", member.disk);
+            continue;
+        }
+        match Snapshot::decode(&bytes) {
+            Ok(snapshot) if snapshot.volume == volume && snapshot.epoch == checkpoint.epoch => {
+                return Ok((snapshot, checkpoint));
+            }
+            Ok(_) => why = "it belongs to another volume or epoch".into(),
+            Err(error @ SnapshotError::Version(_)) => why = error.to_string(),
+            Err(error) => why = error.to_string(),
+        }
+    }
+    Err(TakeOverError::NoCheckpoint { segment: place.segment, why })
+}
+
+impl Head {
+    /// Step 3: applies the records after the checkpoint.
+    async fn replay(
+        &self,
+        listing: &Listing,
+        epoch: Epoch,
+        from: (SegmentId, u32),
+    ) -> Result<Replay, TakeOverError> {
+        let start = self.state.borrow().acked;
+        let replay = walk::replay(self, listing, epoch, from, start).await;
+        let acked = replay.acked;
+        if acked > replay.end && !bug(Bug::AckedLsnIgnored) {
+            return Err(TakeOverError::Damaged { end: replay.end, acked });
+        }
+        let mut state = self.state.borrow_mut();
+        state.acked = replay.end;
+        state.next_lsn = replay.end.next();
+        Ok(replay)
+    }
+
+    /// Seals, at their settled length, the shards of all segments of a kind that are not sealed on
+    /// their disks, and notes as missing those that are stale or not there.
+    async fn settle_kind(
+        &self,
+        listing: &Listing,
+        kind: SegmentKind,
+        checkpoint: &CheckpointRef,
+        lengths: &BTreeMap<SegmentId, u32>,
+    ) {
+        let segments: Vec<SegmentId> = {
+            let state = self.state.borrow();
+            state.table.segments.values().filter(|s| s.kind == kind).map(|s| s.id).collect()
+        };
+        for id in segments {
+            let segment = self.state.borrow().table.segments[&id].clone();
+            let mut length = segment.blocks.max(lengths.get(&id).copied().unwrap_or(0));
+            if id == checkpoint.place.segment {
+                length = length.max(checkpoint.place.block + checkpoint.place.blocks);
+            }
+            if let (SegmentKind::Log, Some(&walked)) = (kind, lengths.get(&id)) {
+                length = walked;
+            }
+            let empty = BTreeMap::new();
+            let held = listing.get(&id).unwrap_or(&empty);
+            let settled =
+                walk::settle(&self.disks, self.authority, &segment, length, held).await;
+            let mut state = self.state.borrow_mut();
+            let entry = state.table.segments.get_mut(&id).expect("nothing is freed here");
+            entry.sealed = true;
+            entry.blocks = settled.blocks;
+            entry.missing = settled.missing;
+        }
+    }
+
+    /// Lists as freed what disks offer from earlier number ranges and the table lacks. It is
+    /// deleted once the checkpoint that says so is the root's.
+    pub(super) fn adopt_orphans(&self, listing: &Listing) {
+        let mut state = self.state.borrow_mut();
+        let own = state.root.range.0;
+        for (&segment, held) in listing {
+            for (&disk, info) in held {
+                let shard = ShardRef { disk, creation: info.spec.creation };
+                let known = state
+                    .table
+                    .segments
+                    .get(&segment)
+                    .is_some_and(|entry| entry.members.contains(&shard));
+                if !known && segment.0 < own {
+                    state.table.freed.insert((segment, shard));
+                }
+            }
+        }
+    }
+
+    /// Makes the first checkpoint of the epoch, however often it takes.
+    async fn checkpoint_until_done(self: &Rc<Self>) -> Result<(), TakeOverError> {
+        loop {
+            match self.checkpoint().await {
+                Ok(()) => return Ok(()),
+                Err(HeadError::Stopped(_)) => return Err(TakeOverError::Lost),
+                Err(error) => {
+                    tracing::warn!(volume = %self.volume, %error, "first checkpoint failed");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+
+    /// Step 5: starts the tasks; the head serves from now on.
+    fn start(self: &Rc<Self>) {
+        tokio::task::spawn_local(super::log::run(self.clone()));
+        tokio::task::spawn_local(super::checkpoint::run(self.clone()));
+        tokio::task::spawn_local(super::repair::run(self.clone()));
+        tokio::task::spawn_local(super::gc::run(self.clone()));
+    }
+
+    /// Stops serving in order: everything acknowledged is in a checkpoint, nothing is open, and
+    /// the next head need not wait for the lease.
+    ///
+    /// # Errors
+    /// [`HeadError`]: the volume is intact all the same and the next head recovers it.
+    pub async fn release(self: &Rc<Self>) -> Result<(), HeadError> {
+        loop {
+            let applied = self.applied.notified();
+            let idle = {
+                let state = self.state.borrow();
+                state.stopped.is_some()
+                    || (state.pending.is_empty() && state.queue.is_empty() && state.flights.is_empty())
+            };
+            if idle {
+                break;
+            }
+            applied.await;
+        }
+        self.state.borrow_mut().releasing = true;
+        let _lock = self.checkpoint_lock.lock().await;
+        self.close_all().await;
+        let result = self.release_locked().await;
+        self.stop("released");
+        result
+    }
+
+    async fn release_locked(self: &Rc<Self>) -> Result<(), HeadError> {
+        self.merge_overlay().await?;
+        self.store_table().await?;
+        let meta = self.state.borrow_mut().meta.take();
+        if let Some(meta) = meta {
+            meta.seal(meta.next.get()).await;
+        }
+        self.swap_root(|root| root.released = true).await
+    }
+
+    /// Seals the open log and data segments.
+    async fn close_all(self: &Rc<Self>) {
+        let log = self.state.borrow_mut().log.take();
+        if let Some(log) = log {
+            let blocks = log.next.get();
+            let bad = log.seal(blocks).await;
+            if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&log.id) {
+                entry.sealed = true;
+                entry.blocks = blocks;
+                entry.missing |= bad;
+            }
+        }
+        self.close_open_dense();
+        tokio::task::yield_now().await;
+    }
+}

@@ -1,0 +1,438 @@
+//! Walking segments record by record, without trusting any one shard.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::head::Head;
+use super::index::lookup;
+use super::overlay::Target;
+use super::segtab::{Segment, ShardRef};
+use super::takeover::Listing;
+use crate::id::{BLOCK_SIZE, DiskId, Epoch, Lsn, SegmentId, VolumeId};
+use crate::limits::RECORD_HEADER_BLOCKS_MAX;
+use crate::planted::{Bug, bug};
+use crate::segment::BlockAddr;
+use crate::segment::checksum::{Salt, raw_crcs};
+use crate::segment::record::{Entry, Header};
+use crate::shard::disks::Disks;
+use crate::shard::{Authority, Scheme, SegmentKind, ShardClient, ShardInfo, ShardState};
+
+/// Blocks read ahead of a walk.
+const WINDOW_BLOCKS: u32 = 256;
+/// Length bound of a log segment found on the disks: with one data shard, addresses need no stride.
+const COPIES_BLOCKS: u32 = 1 << crate::limits::SEGMENT_BLOCK_BITS;
+/// How long a raw read or a seal of a recovery may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Unverified blocks of one shard, read ahead.
+pub(super) struct Raw {
+    client: Option<Rc<dyn ShardClient>>,
+    volume: VolumeId,
+    segment: SegmentId,
+    window: (u32, Bytes),
+}
+
+impl Raw {
+    pub(super) fn new(disks: &Disks, volume: VolumeId, segment: SegmentId, disk: DiskId) -> Self {
+        Self { client: disks.client(disk), volume, segment, window: (0, Bytes::new()) }
+    }
+
+    /// `count` blocks from `block`; none if they cannot be read.
+    pub(super) async fn blocks(&mut self, block: u32, count: u32) -> Option<Bytes> {
+        let (start, data) = &self.window;
+        let have = u32::try_from(data.len() / BLOCK_SIZE).ok()?;
+        if block < *start || block + count > start + have {
+            let client = self.client.clone()?;
+            // A window may reach beyond the slot or into a bad sector: then just what is needed.
+            let mut found = None;
+            for want in [count.max(WINDOW_BLOCKS), count] {
+                let read = client.read_raw(self.volume, self.segment, block, want);
+                if let Ok(Ok(reply)) = tokio::time::timeout(PATIENCE, read).await {
+                    found = Some(reply.data);
+                    break;
+                }
+            }
+            self.window = (block, found?);
+        }
+        let from = (block - self.window.0) as usize * BLOCK_SIZE;
+        Some(self.window.1.slice(from..from + count as usize * BLOCK_SIZE))
+    }
+
+    /// The record header at `block`, if a valid one of this shard lies there.
+    pub(super) async fn header(&mut self, block: u32, shard: u8) -> Option<Header> {
+        let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).ok()?;
+        let decoded = match self.blocks(block, most).await {
+            Some(bytes) => Header::decode(&bytes),
+            None => Header::decode(&self.blocks(block, 1).await?),
+        };
+        decoded.ok().filter(|h| h.is_at(self.volume, self.segment, shard, block))
+    }
+
+    /// Whether the payload of a record is there and matches its checksums.
+    async fn payload_ok(&mut self, salt: Salt, header: &Header) -> bool {
+        let first = header.block + header.header_blocks;
+        if header.payload_blocks == 0 {
+            return true;
+        }
+        match self.blocks(first, header.payload_blocks).await {
+            Some(data) => salt.verify(first, &data, &header.crcs).is_none(),
+            None => false,
+        }
+    }
+}
+
+/// What a replay found.
+#[derive(Debug, Default)]
+pub(super) struct Replay {
+    /// The last record applied.
+    pub(super) end: Lsn,
+    /// The highest acknowledged record that any header names.
+    pub(super) acked: Lsn,
+    /// Settled lengths: of log segments as walked, of data segments as referred to.
+    pub(super) lengths: BTreeMap<SegmentId, u32>,
+}
+
+/// The members of a log segment that may be read, in the order to try them.
+struct Members {
+    raws: Vec<Raw>,
+    salt: Salt,
+}
+
+impl Members {
+    /// The record at `block`, whole on at least one member.
+    async fn record(&mut self, block: u32, verify: bool) -> Option<Header> {
+        for raw in &mut self.raws {
+            if let Some(header) = raw.header(block, 0).await
+                && (!verify || raw.payload_ok(self.salt, &header).await)
+            {
+                return Some(header);
+            }
+        }
+        None
+    }
+}
+
+/// Applies all records of `epoch` after `from`, of LSN `start + 1` and on.
+pub(super) async fn replay(
+    head: &Head,
+    listing: &Listing,
+    epoch: Epoch,
+    from: (SegmentId, u32),
+    start: Lsn,
+) -> Replay {
+    let mut replay = Replay { end: start, acked: start, ..Replay::default() };
+    let logs: Vec<SegmentId> = listing
+        .range(from.0..)
+        .filter(|(id, held)| {
+            held.iter().any(|(&disk, info)| {
+                let shard = ShardRef { disk, creation: info.spec.creation };
+                info.spec.kind == SegmentKind::Log
+                    && (info.epoch == epoch || bug(Bug::ReplayOtherEpoch))
+                    && !head.state.borrow().table.freed.contains(&(**id, shard))
+            })
+        })
+        .map(|(id, _)| *id)
+        .collect();
+    let closed = closures(head, listing, &logs, epoch).await;
+    for id in logs {
+        let held = &listing[&id];
+        let sealed = held
+            .values()
+            .find(|info| info.state == ShardState::Sealed)
+            .map(|info| info.blocks);
+        let end = closed.get(&id).copied().or(sealed);
+        head.know_log(id, held);
+        let begin = if id == from.0 { from.1 } else { 0 };
+        let walked = walk_log(head, id, held, epoch, (begin, end), &mut replay).await;
+        replay.lengths.insert(id, walked);
+    }
+    replay
+}
+
+/// What opening records say of how earlier log segments ended.
+async fn closures(
+    head: &Head,
+    listing: &Listing,
+    logs: &[SegmentId],
+    epoch: Epoch,
+) -> BTreeMap<SegmentId, u32> {
+    let mut closed = BTreeMap::new();
+    for id in logs {
+        for disk in listing[id].keys() {
+            let mut raw = Raw::new(&head.disks, head.volume, *id, *disk);
+            let Some(header) = raw.header(0, 0).await.filter(|h| h.epoch == epoch) else {
+                continue;
+            };
+            for entry in &header.entries {
+                if let Entry::Closed { segment, blocks, .. } = entry {
+                    closed.insert(*segment, *blocks);
+                }
+            }
+            break;
+        }
+    }
+    closed
+}
+
+/// Walks one log segment over `bounds` and applies what comes next; gives where it ended.
+async fn walk_log(
+    head: &Head,
+    id: SegmentId,
+    held: &BTreeMap<DiskId, ShardInfo>,
+    epoch: Epoch,
+    bounds: (u32, Option<u32>),
+    replay: &mut Replay,
+) -> u32 {
+    let (begin, end) = bounds;
+    let scheme = Scheme { data: 1, parity: 0 };
+    let mut members = Members {
+        raws: held.keys().map(|d| Raw::new(&head.disks, head.volume, id, *d)).collect(),
+        salt: Salt::new(head.volume, id, scheme, 0),
+    };
+    let mut at = begin;
+    while end.is_none_or(|end| at < end) {
+        // What has a settled end was acknowledged; its content is verified when it is read.
+        let Some(header) = members.record(at, end.is_none()).await else { break };
+        let same = header.epoch == epoch || bug(Bug::ReplayOtherEpoch);
+        if header.kind != SegmentKind::Log || !same {
+            break;
+        }
+        replay.acked = replay.acked.max(header.acked);
+        if header.lsn != Lsn(0) {
+            if header.lsn > replay.end.next() {
+                break;
+            }
+            if header.lsn == replay.end.next() {
+                head.replay_record(id, &header, replay).await;
+                replay.end = header.lsn;
+            }
+        }
+        at += header.blocks();
+    }
+    at
+}
+
+impl Head {
+    /// Enters a log segment found on the disks into the table.
+    fn know_log(&self, id: SegmentId, held: &BTreeMap<DiskId, ShardInfo>) {
+        let Some(info) = held.values().next() else { return };
+        let mut state = self.state.borrow_mut();
+        state.table.segments.entry(id).or_insert_with(|| Segment {
+            id,
+            kind: SegmentKind::Log,
+            scheme: info.spec.scheme,
+            epoch: info.epoch,
+            members: info
+                .spec
+                .members
+                .iter()
+                .map(|&disk| ShardRef { disk, creation: info.spec.creation })
+                .collect(),
+            shard_blocks: COPIES_BLOCKS,
+            sealed: false,
+            blocks: 0,
+            missing: 0,
+            live: 0,
+            recent: 0,
+            pins: 0,
+        });
+    }
+
+    /// Applies one record of the log.
+    async fn replay_record(&self, id: SegmentId, header: &Header, replay: &mut Replay) {
+        // Moves apply only where the index still points to the old place.
+        let mut matching: BTreeSet<(u64, BlockAddr)> = BTreeSet::new();
+        for entry in &header.entries {
+            if let Entry::Move { lba, blocks, from, .. } = *entry {
+                let tree = self.state.borrow().tree;
+                let Ok(extents) = lookup(self, tree, lba, blocks.into()).await else { continue };
+                for extent in extents {
+                    let Target::Data(_) = extent.target else { continue };
+                    for i in 0..extent.len {
+                        let here = extent.lba + i;
+                        let old = from.plus(u32::try_from(here - lba).expect("within the entry"));
+                        if extent.target.plus(i) == Target::Data(old) {
+                            matching.insert((here, old));
+                        }
+                    }
+                }
+            }
+        }
+        self.know_opened(header);
+        let mut state = self.state.borrow_mut();
+        for entry in &header.entries {
+            if let Entry::Place { blocks, addr, .. } | Entry::Move { blocks, to: addr, .. } = entry
+                && let Some(segment) = state.table.segments.get(&addr.segment)
+            {
+                let end = addr.block % segment.shard_blocks + blocks;
+                let length = replay.lengths.entry(addr.segment).or_default();
+                *length = end.max(*length);
+            }
+        }
+        let entries: Vec<Entry> = if bug(Bug::LoseTrimInReplay) {
+            let kept = header.entries.iter().filter(|e| !matches!(e, Entry::Zero { .. }));
+            kept.copied().collect()
+        } else {
+            header.entries.clone()
+        };
+        let payload = header.block + header.header_blocks;
+        state.apply(id, payload, &entries, &|lba, old| matching.contains(&(lba, old)));
+    }
+
+    /// Enters data segments that a record says were opened.
+    fn know_opened(&self, header: &Header) {
+        let mut state = self.state.borrow_mut();
+        let mut current: Option<SegmentId> = None;
+        for entry in &header.entries {
+            match *entry {
+                Entry::Opened { segment, data, parity, shard_blocks, creation } => {
+                    let freed = state.table.freed.iter().any(|(id, s)| {
+                        *id == segment && s.creation == creation
+                    });
+                    let known = state.table.segments.contains_key(&segment);
+                    current = (!freed && !known).then_some(segment);
+                    if current.is_some() {
+                        let nobody = ShardRef { disk: DiskId::default(), creation };
+                        let scheme = Scheme { data, parity };
+                        state.table.segments.insert(segment, Segment {
+                            id: segment,
+                            kind: SegmentKind::Data,
+                            scheme,
+                            epoch: header.epoch,
+                            members: vec![nobody; scheme.width()],
+                            shard_blocks,
+                            sealed: false,
+                            blocks: 0,
+                            missing: 0,
+                            live: 0,
+                            recent: 0,
+                            pins: 0,
+                        });
+                    }
+                }
+                Entry::Member { index, disk } => {
+                    if let Some(segment) = current.and_then(|id| state.table.segments.get_mut(&id))
+                        && let Some(member) = segment.members.get_mut(usize::from(index))
+                    {
+                        member.disk = disk;
+                    }
+                }
+                _ => current = None,
+            }
+        }
+    }
+}
+
+/// How a segment was settled.
+pub(super) struct Settled {
+    /// Length of its shards.
+    pub(super) blocks: u32,
+    /// Bit `i`: shard `i` is not there, or was not what was settled.
+    pub(super) missing: u32,
+}
+
+/// Makes every shard of a segment that holds its first `length` blocks sealed there.
+pub(super) async fn settle(
+    disks: &Disks,
+    authority: Authority,
+    segment: &Segment,
+    length: u32,
+    held: &BTreeMap<DiskId, ShardInfo>,
+) -> Settled {
+    let info = |member: &ShardRef| {
+        held.get(&member.disk).filter(|info| info.spec.creation == member.creation)
+    };
+    // A shard that the old head sealed tells where: it seals at one length only.
+    let sealed_at = segment
+        .members
+        .iter()
+        .filter_map(info)
+        .filter(|info| info.state == ShardState::Sealed && info.blocks >= length)
+        .map(|info| info.blocks)
+        .max();
+    let blocks = match segment.kind {
+        SegmentKind::Log => length,
+        _ => sealed_at.unwrap_or(length),
+    };
+    let mut missing = 0;
+    for (index, member) in segment.members.iter().enumerate() {
+        let whole = match info(member) {
+            None => false,
+            Some(info) if info.state == ShardState::Sealed => {
+                info.blocks == blocks || bug(Bug::StaleShardAccepted)
+            }
+            Some(_) => seal_closed(disks, authority, segment, index, blocks).await,
+        };
+        if !whole {
+            tracing::info!(
+                volume = %authority.volume, segment = %segment.id, index, disk = %member.disk,
+                "a shard is missing or stale",
+            );
+            missing |= 1 << index;
+        }
+    }
+    Settled { blocks, missing }
+}
+
+/// Seals a closed shard if it holds the first `blocks` blocks intact.
+async fn seal_closed(
+    disks: &Disks,
+    authority: Authority,
+    segment: &Segment,
+    index: usize,
+    blocks: u32,
+) -> bool {
+    let disk = segment.members[index].disk;
+    let Some(client) = disks.client(disk) else { return false };
+    let crcs = if blocks == 0 || bug(Bug::StaleShardAccepted) {
+        collect(disks, authority.volume, segment, index, blocks).await.unwrap_or_default()
+    } else {
+        match collect(disks, authority.volume, segment, index, blocks).await {
+            Some(crcs) => crcs,
+            None => return false,
+        }
+    };
+    let seal = client.seal(authority, segment.id, blocks, Some(crcs.into()));
+    match tokio::time::timeout(PATIENCE, seal).await {
+        Ok(Ok(())) => true,
+        other => {
+            tracing::warn!(%disk, segment = %segment.id, ?other, "a shard could not be sealed");
+            false
+        }
+    }
+}
+
+/// The salted CRCs of the first `blocks` blocks of a shard, from its record headers; none if the
+/// records do not reach so far. In log segments the payload is verified too.
+async fn collect(
+    disks: &Disks,
+    volume: VolumeId,
+    segment: &Segment,
+    index: usize,
+    blocks: u32,
+) -> Option<Vec<u32>> {
+    let copies = segment.scheme.data == 1;
+    let shard = if copies && segment.kind != SegmentKind::Data {
+        0
+    } else {
+        u8::try_from(index).ok()?
+    };
+    let salt = Salt::new(volume, segment.id, segment.scheme, index);
+    let mut raw = Raw::new(disks, volume, segment.id, segment.members[index].disk);
+    let mut crcs = Vec::with_capacity(blocks as usize);
+    let mut at = 0;
+    while at < blocks {
+        let header = raw.header(at, shard).await?;
+        if segment.kind == SegmentKind::Log && !raw.payload_ok(salt, &header).await {
+            return None;
+        }
+        let head = raw.blocks(at, header.header_blocks).await?;
+        crcs.extend((at..).zip(raw_crcs(&head)).map(|(b, crc)| salt.apply(b, crc)));
+        crcs.extend_from_slice(&header.crcs);
+        at += header.blocks();
+    }
+    (at == blocks).then_some(crcs)
+}
