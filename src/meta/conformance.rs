@@ -57,7 +57,10 @@ async fn next(watch: &mut Watch) -> String {
         text += " ";
         text += &event.key;
         match &event.value {
-            Some(value) => text += &format!("={}", String::from_utf8_lossy(value)),
+            Some(value) => {
+                text += "=";
+                text += &String::from_utf8_lossy(value);
+            }
             None => text += "-",
         }
     }

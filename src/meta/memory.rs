@@ -87,6 +87,7 @@ impl MemoryStore {
     }
 
     /// Another client of the same store, with faults of its own.
+    #[must_use]
     pub fn client(&self, faults: Rc<Faults>) -> Self {
         Self { shared: Rc::clone(&self.shared), faults, env: self.env.clone() }
     }
@@ -116,7 +117,7 @@ impl MemoryStore {
     fn time(&self) -> (Duration, Duration) {
         let (least, greatest) = self.faults.delay.get();
         let total = least + self.random_duration(greatest.saturating_sub(least));
-        (total / 2, total - total / 2)
+        (total / 2, total.saturating_sub(total / 2))
     }
 
     fn random_duration(&self, max: Duration) -> Duration {

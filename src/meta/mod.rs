@@ -21,6 +21,7 @@
 //! A backend knows nothing of what its keys mean, but for [`schema::CLUSTER_KEY`], which says
 //! whose store it is. The data path never waits for a store.
 
+pub mod catalog;
 pub mod conformance;
 pub mod embedded;
 pub mod envelope;

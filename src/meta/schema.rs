@@ -462,17 +462,16 @@ impl Schema {
         root: &[u8],
     ) -> SchemaResult<TxnOutcome> {
         let mut txn = Txn::new().put(root_key(id), encode_root(root)?);
-        match old {
-            Some(revision) => txn = txn.when(Condition::KeyAt(root_key(id), revision)),
-            None => {
-                let volume = self.volume(id).await?;
-                let Some(volume) = volume.filter(|v| v.record.state == VolumeState::Active) else {
-                    return Ok(TxnOutcome::Conflict);
-                };
-                txn = txn
-                    .when(Condition::KeyMissing(root_key(id)))
-                    .when(Condition::KeyAt(volume_key(id), volume.revision));
-            }
+        if let Some(revision) = old {
+            txn = txn.when(Condition::KeyAt(root_key(id), revision));
+        } else {
+            let volume = self.volume(id).await?;
+            let Some(volume) = volume.filter(|v| v.record.state == VolumeState::Active) else {
+                return Ok(TxnOutcome::Conflict);
+            };
+            txn = txn
+                .when(Condition::KeyMissing(root_key(id)))
+                .when(Condition::KeyAt(volume_key(id), volume.revision));
         }
         Ok(self.store.txn(txn).await?)
     }

@@ -30,7 +30,7 @@ async fn conforms() {
         let path = folder.path().join(format!("{}.redb", count.get()));
         Rc::new(EmbeddedStore::create(&path, Vec::new()).unwrap()) as Rc<dyn MetaStore>
     };
-    conformance::run(fresh, Duration::from_millis(400)).await;
+    conformance::run(fresh, Duration::from_secs(1)).await;
 }
 
 #[tokio::test]
@@ -41,7 +41,7 @@ async fn what_was_answered_survives() {
         vec![(schema::CLUSTER_KEY.to_owned(), Bytes::from(record::encode(&cluster).unwrap()))];
     let path = folder.path().join("meta.redb");
     let store = EmbeddedStore::create(&path, content).unwrap();
-    let short = store.lease_grant(Duration::from_millis(300)).await.unwrap();
+    let short = store.lease_grant(Duration::from_secs(2)).await.unwrap();
     let long = store.lease_grant(Duration::from_secs(600)).await.unwrap();
     let txn = Txn::new().put("/a", "1").put_leased("/s", "1", short).put_leased("/l", "1", long);
     store.txn(txn).await.unwrap();
