@@ -21,3 +21,4 @@ pub mod export;
 pub mod id;
 pub mod limits;
 pub mod shard;
+pub mod sim;

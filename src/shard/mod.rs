@@ -18,6 +18,8 @@
 //! - A restart of the disk closes every open shard for appending ([`ShardState::Closed`]).
 //! - Delete names the creation it means; a slot is reused only after every I/O on it ended.
 
+pub mod local;
+
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
