@@ -27,3 +27,4 @@ pub mod segment;
 pub mod shard;
 pub mod units;
 pub mod volume;
+pub mod sim;

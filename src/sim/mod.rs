@@ -1,0 +1,3 @@
+//! The simulation: the real code of a node on simulated devices, in virtual time, from one seed.
+
+pub mod device;
