@@ -212,3 +212,4 @@ fn detached<T: 'static>(
 
 #[cfg(test)]
 mod tests;
+pub mod uring;
