@@ -279,7 +279,7 @@ impl Head {
     }
 
     /// Merges the overlay into a new index and switches to it.
-    async fn merge_overlay(self: &Rc<Self>) -> Result<(), HeadError> {
+    pub(super) async fn merge_overlay(self: &Rc<Self>) -> Result<(), HeadError> {
         let (frozen, tree, blocks, lsn) = {
             let mut state = self.state.borrow_mut();
             if let Some(why) = &state.stopped {
@@ -338,7 +338,7 @@ impl Head {
     }
 
     /// Frees what is dead and stores the table. Tells which shards it lists as freed.
-    async fn store_table(self: &Rc<Self>) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
+    pub(super) async fn store_table(self: &Rc<Self>) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
         let (sequence, lsn) = {
             let mut state = self.state.borrow_mut();
             let (log, _) = self.capture.borrow().log;

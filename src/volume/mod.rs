@@ -16,6 +16,6 @@ pub mod root;
 pub mod rules;
 pub mod segtab;
 mod swap;
-mod target;
+pub mod target;
 pub mod takeover;
 mod walk;

@@ -22,7 +22,7 @@ use super::swap::{Swapped, swap};
 use super::walk::{self, Replay};
 use crate::id::{BLOCK_BYTES, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
 use crate::limits::SEGMENT_RANGE;
-use crate::meta::{MetaError, MetaStore, schema};
+use crate::meta::{MetaError, schema};
 use crate::planted::{Bug, bug};
 use crate::segment::record::{Entry, Header};
 use crate::shard::disks::Disks;

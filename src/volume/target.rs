@@ -289,7 +289,7 @@ impl Head {
             }
             self.write_to_log(lba + dense as u64, &rest).await
         };
-        let (large, tail) = futures_util::join!(futures_util::future::join_all(writes), tail);
+        let (large, tail) = tokio::join!(futures_util::future::join_all(writes), tail);
         large.into_iter().collect::<Result<(), _>>().and(tail)
     }
 
@@ -362,7 +362,7 @@ impl Head {
         let body_lba = lba + u64::from(head_len > 0);
         let tail_lba = body_lba + (body_len / BLOCK_SIZE) as u64;
         let from = usize::try_from(offset % BLOCK_BYTES).expect("below a block");
-        let (a, b, c) = futures_util::join!(
+        let (a, b, c) = tokio::join!(
             async {
                 if head.is_empty() { Ok(()) } else { self.write_part(lba, from, &head).await }
             },
