@@ -1,3 +1,6 @@
 //! The simulation: the real code of a node on simulated devices, in virtual time, from one seed.
 
 pub mod device;
+pub mod oracle;
+pub mod run;
+pub mod world;

@@ -57,6 +57,22 @@ pub struct Root {
 }
 
 impl Root {
+    /// The root of a volume that no head has had yet.
+    pub fn fresh(volume: VolumeId, set: LogSet, description: serde_json::Value) -> Self {
+        Self {
+            volume,
+            epoch: Epoch::default(),
+            head: HeadId::default(),
+            sequence: 0,
+            released: true,
+            set,
+            former: Vec::new(),
+            range: (1, 1),
+            checkpoint: None,
+            description,
+        }
+    }
+
     /// What identifies this version.
     pub fn token(&self) -> (Epoch, HeadId, u64) {
         (self.epoch, self.head, self.sequence)

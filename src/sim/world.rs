@@ -1,0 +1,173 @@
+//! A simulated node: its disks, its metadata store, one volume and what the oracle knows of it.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::device::{SimConfig, SimDevice};
+use super::oracle::Oracle;
+use crate::disk::Disk;
+use crate::disk::device::BlockDevice;
+use crate::disk::open::FormatOptions;
+use crate::env::Env;
+use crate::id::{ClusterId, DiskId, VolumeId};
+use crate::meta::memory::{Faults, MemoryStore};
+use crate::meta::record::ClusterRecord;
+use crate::meta::{MetaStore, Txn, schema};
+use crate::shard::Scheme;
+use crate::shard::disks::Disks;
+use crate::shard::local::LocalClient;
+use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
+use crate::volume::root::Root;
+use crate::volume::rules::{LogSet, Member};
+use crate::volume::takeover::take_over;
+
+/// What a simulated world is made of.
+#[derive(Debug, Clone)]
+pub struct WorldConfig {
+    /// Scheme of the pool.
+    pub scheme: Scheme,
+    /// Disks, each a failure domain.
+    pub disks: usize,
+    /// Size of each disk, bytes.
+    pub disk_bytes: u64,
+    /// Size of a slot, bytes.
+    pub slot_bytes: u64,
+    /// Size of the volume, bytes.
+    pub volume_bytes: u64,
+    /// Time that an operation of a disk takes.
+    pub latency: Range<Duration>,
+    /// Tuning of the head.
+    pub head: HeadConfig,
+}
+
+/// A simulated node. Devices, store and oracle outlive its crashes.
+pub struct World {
+    /// What it is made of.
+    pub config: WorldConfig,
+    /// Randomness.
+    pub env: Env,
+    /// The media.
+    pub devices: RefCell<Vec<SimDevice>>,
+    /// Id of each disk.
+    pub ids: Vec<DiskId>,
+    /// The metadata store's content.
+    pub store: MemoryStore,
+    /// Faults between the node and the store.
+    pub faults: Rc<Faults>,
+    /// The volume.
+    pub volume: VolumeId,
+    /// What its sectors may contain.
+    pub oracle: RefCell<Oracle>,
+}
+
+/// A running node.
+pub struct Running {
+    /// Its open disks, by the index of the device.
+    pub disks: Vec<Option<Rc<Disk>>>,
+    /// The registry its head uses.
+    pub registry: Rc<Disks>,
+    /// The head.
+    pub head: Rc<Head>,
+}
+
+impl World {
+    /// Formats the disks and creates the volume. Must run inside a `LocalSet`.
+    pub async fn create(config: WorldConfig, env: Env) -> Self {
+        let cluster = ClusterId::from_bytes(env.random_bytes());
+        let mut devices = Vec::new();
+        let mut ids = Vec::new();
+        for _ in 0..config.disks {
+            let sim = SimConfig { size_bytes: config.disk_bytes, latency: config.latency.clone() };
+            let device = SimDevice::new(env.clone(), sim);
+            let disk = DiskId::from_bytes(env.random_bytes());
+            let options = FormatOptions {
+                disk,
+                cluster,
+                slot_bytes: Some(config.slot_bytes),
+                volumes_max: Some(8),
+                force: false,
+            };
+            Disk::format(&device, options).await.expect("a blank disk of a sensible size");
+            devices.push(device);
+            ids.push(disk);
+        }
+        let store = MemoryStore::new(env.clone());
+        let schema = schema::Schema::new(Rc::new(store.client(Rc::default())));
+        let record = ClusterRecord { id: cluster, incarnation: 1 };
+        schema.initialise(&record).await.expect("the store is empty");
+        let volume = VolumeId::from_bytes(env.random_bytes());
+        let mut members: Vec<Member> =
+            (0u32..).zip(&ids).map(|(domain, &disk)| Member { disk, domain }).collect();
+        members.truncate(2 * usize::from(config.scheme.parity) + 4);
+        let set = LogSet::new(members, config.scheme.parity + 1).expect("a valid log set");
+        let root = Root::fresh(volume, set, serde_json::Value::Null);
+        let put = Txn::new().put(schema::root_key(volume), root.encode());
+        store.txn(put).await.expect("no faults yet");
+        Self {
+            config,
+            env,
+            devices: RefCell::new(devices),
+            ids,
+            store,
+            faults: Rc::default(),
+            volume,
+            oracle: RefCell::default(),
+        }
+    }
+
+    /// Opens the disks that can be opened and takes over the volume. Must run inside the
+    /// `LocalSet` that is the node's process.
+    ///
+    /// # Errors
+    /// Why the take-over failed, in words; it may be tried again.
+    pub async fn start(&self) -> Result<Running, String> {
+        let registry = Rc::new(Disks::default());
+        let mut disks = Vec::new();
+        for index in 0..self.ids.len() {
+            disks.push(self.open_disk(index, &registry).await);
+        }
+        let context = HeadContext {
+            env: self.env.clone(),
+            disks: registry.clone(),
+            store: Rc::new(self.store.client(self.faults.clone())),
+            config: self.config.head.clone(),
+            pool: PoolPolicy { scheme: self.config.scheme, min_size: 1 },
+        };
+        let head = take_over(context, self.volume, self.config.volume_bytes, &|_| ())
+            .await
+            .map_err(|error| error.to_string())?;
+        self.oracle.borrow_mut().recovered();
+        Ok(Running { disks, registry, head })
+    }
+
+    /// Opens one disk and registers it; none if it cannot be opened now.
+    pub async fn open_disk(&self, index: usize, registry: &Disks) -> Option<Rc<Disk>> {
+        let device: Rc<dyn BlockDevice> = Rc::new(self.devices.borrow()[index].clone());
+        match Disk::open(device).await {
+            Ok(disk) => {
+                let info = disk.info().ok()?;
+                let domain = u32::try_from(index).expect("a few disks");
+                registry.add(Rc::new(LocalClient::new(disk.clone())), domain, info);
+                Some(disk)
+            }
+            Err(error) => {
+                tracing::debug!(index, %error, "disk cannot be opened");
+                None
+            }
+        }
+    }
+
+    /// Ends every disk's process: in-flight operations end as a crash or a power cut leaves them.
+    pub fn stop_devices(&self, power_cut: bool) {
+        for device in self.devices.borrow_mut().iter_mut() {
+            if power_cut {
+                device.power_cut();
+            } else {
+                device.crash();
+            }
+            *device = device.reopen();
+        }
+    }
+}
