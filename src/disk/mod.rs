@@ -212,3 +212,6 @@ fn detached<T: 'static>(
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod crash_tests;
