@@ -44,7 +44,10 @@ mod volumes;
 mod writer;
 
 pub use geometry::{Geometry, GeometryError};
-pub use open::{DiskFormatError, DiskOpenError, FormatOptions, SuperblockInfo, probe_superblock};
+pub use open::{
+    DiskFormatError, DiskOpenError, FormatOptions, Inspection, SuperblockInfo, inspect,
+    probe_superblock,
+};
 pub use stats::{DiskStats, OperationStats, SlotCounts};
 
 use commit::Commit;

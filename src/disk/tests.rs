@@ -262,6 +262,8 @@ fn an_unreadable_page_pair_is_damage_and_never_absence() {
         device.latent_error(geometry.slot_page_offset(0, 0)..geometry.slot_page_offset(0, 0) + 1);
         let disk = open(&device).await;
         assert_eq!(segment_count(&disk), 9, "one copy is enough");
+        let inspection = inspect(&device).await.expect("readable");
+        assert_eq!((inspection.slots.len(), inspection.volumes), (9, disk.volumes().expect("one")));
         assert_eq!(disk.stats().repaired_pages.get(), 1);
         disk.close("restart").await;
         device.flip_bit(geometry.slot_page_offset(0, 0) + 999, 0);
