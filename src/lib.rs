@@ -25,6 +25,6 @@ pub mod meta;
 pub mod planted;
 pub mod segment;
 pub mod shard;
+pub mod sim;
 pub mod units;
 pub mod volume;
-pub mod sim;

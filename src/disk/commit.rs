@@ -42,11 +42,14 @@ impl Disk {
         answer.await.unwrap_or_else(|_| Err(self.offline_error()))
     }
 
-    /// Waits until all changes made to the page so far are durable.
+    /// Waits until all changes made to the page so far are durable. [`ShardError::Offline`] if one
+    /// of them may never be: whatever fails to be written takes the disk offline.
+    ///
+    /// [`ShardError::Offline`]: crate::shard::ShardError::Offline
     pub(super) async fn settled(self: &Rc<Self>, page: TablePage) -> ShardResult<()> {
         let (reply, answer) = oneshot::channel();
         match self.commits.borrow_mut().get_mut(&page) {
-            None => return Ok(()),
+            None => return self.check_online(),
             Some(commit) if commit.next.is_empty() => commit.current.push(reply),
             Some(commit) => commit.next.push(reply),
         }

@@ -219,7 +219,7 @@ mod tests {
         };
         assert_eq!(plan(4 << 30), (2048, 2041, 256));
         assert_eq!(plan(16 << 20), (128, 117, 16));
-        assert_eq!(plan(1 << 40), (256 << 10, 4094, 4096));
+        assert_eq!(plan(1 << 40), (256 << 10, 4091, 4096));
         assert!(Geometry::plan(1 << 20).is_err());
         assert!(Geometry::plan(0).is_err());
         let small = Geometry::plan_with(4 << 20, Some(64 << 10), None).expect("fits");

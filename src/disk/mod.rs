@@ -40,11 +40,15 @@ mod open;
 mod shards;
 mod stats;
 mod tables;
+pub mod uring;
 mod volumes;
 mod writer;
 
 pub use geometry::{Geometry, GeometryError};
-pub use open::{DiskFormatError, DiskOpenError, FormatOptions, SuperblockInfo, probe_superblock};
+pub use open::{
+    DiskFormatError, DiskOpenError, FormatOptions, Inspection, SuperblockInfo, inspect,
+    probe_superblock,
+};
 pub use stats::{DiskStats, OperationStats, SlotCounts};
 
 use commit::Commit;
@@ -212,4 +216,6 @@ fn detached<T: 'static>(
 
 #[cfg(test)]
 mod tests;
-pub mod uring;
+
+#[cfg(test)]
+mod crash_tests;

@@ -18,7 +18,7 @@ use crate::disk::stats::add;
 use crate::disk::tables::Tables;
 use crate::disk::{Disk, DiskStats, catalog, checksums};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE, ClusterId, DiskId};
-use crate::shard::Catalog;
+use crate::shard::{Catalog, ShardInfo, ShardResult, VolumeFence};
 
 /// Bytes at the start of a device that must be zero for it to count as blank.
 const BLANK_BYTES: u64 = 1 << 20;
@@ -228,8 +228,9 @@ impl Disk {
         let Superblock { disk: id, cluster, geometry, .. } = superblock;
         let stats = DiskStats::default();
         let mut tables = Tables::new(id, geometry);
-        load_slots(&*device, &mut tables, &stats).await?;
-        load_volumes(&*device, &mut tables, &stats).await?;
+        let mending = Mending { stats: &stats, repair: true };
+        load_slots(&*device, &mut tables, mending).await?;
+        load_volumes(&*device, &mut tables, mending).await?;
         let (sequence, catalog) = catalog::load(&*device, id, &geometry).await;
         if catalog.is_err() {
             add(&stats.damaged_pages, 1);
@@ -252,6 +253,45 @@ impl Disk {
         disk.check().map_err(DiskOpenError::Inconsistent)?;
         Ok(disk)
     }
+}
+
+/// What a disk holds, as [`inspect`] finds it.
+#[derive(Debug, Clone)]
+pub struct Inspection {
+    /// Identity and layout.
+    pub superblock: SuperblockInfo,
+    /// Slots that hold a shard. One that was open is told as closed.
+    pub slots: Vec<(u32, ShardInfo)>,
+    /// Fences and root mirrors.
+    pub volumes: Vec<VolumeFence>,
+    /// The catalog, or why it cannot be told.
+    pub catalog: ShardResult<Catalog>,
+    /// Table pages with no readable copy.
+    pub damaged_pages: u64,
+}
+
+/// Reads what a disk holds without changing anything, also beside a running process (whose latest
+/// changes may then be missing).
+pub async fn inspect(device: &dyn BlockDevice) -> Result<Inspection, DiskOpenError> {
+    let superblock = probe_superblock(device).await?;
+    let SuperblockInfo { disk, geometry, .. } = superblock;
+    let stats = DiskStats::default();
+    let mut tables = Tables::new(disk, geometry);
+    let mending = Mending { stats: &stats, repair: false };
+    load_slots(device, &mut tables, mending).await?;
+    load_volumes(device, &mut tables, mending).await?;
+    let (_, catalog) = catalog::load(device, disk, &geometry).await;
+    let shards = (0..geometry.slots).filter_map(|slot| Some((slot, tables.shard_info(slot)?)));
+    let slots = shards.collect();
+    let volumes = tables.fences();
+    Ok(Inspection { superblock, slots, volumes, catalog, damaged_pages: stats.damaged_pages.get() })
+}
+
+/// Where to count damage, and whether to mend what can be.
+#[derive(Clone, Copy)]
+struct Mending<'a> {
+    stats: &'a DiskStats,
+    repair: bool,
 }
 
 async fn check_blank(device: &dyn BlockDevice) -> Result<(), DiskFormatError> {
@@ -326,11 +366,11 @@ async fn read_pages(
 }
 
 /// Reads both copies of a table, gives the newer valid copy of each page (or none) to `load` in
-/// order, and rewrites the other copy where it differs.
+/// order, and rewrites the other copy where it is not as new.
 async fn load_table<P: Page>(
     device: &dyn BlockDevice,
     disk: DiskId,
-    stats: &DiskStats,
+    mending: Mending<'_>,
     pages: u32,
     offset_of: impl Fn(u32, u32) -> u64,
     mut load: impl FnMut(u32, Option<&P>) -> Result<bool, DiskOpenError>,
@@ -353,13 +393,14 @@ async fn load_table<P: Page>(
             let best = best.as_ref().filter(|_| sequence_a.max(sequence_b).is_some());
             let page = best.and_then(|bytes| decode_page::<P>(bytes, disk, index.into()).ok());
             if !load(index, page)? {
-                add(&stats.damaged_pages, 1);
+                add(&mending.stats.damaged_pages, 1);
             } else if sequence_a != sequence_b
+                && mending.repair
                 && let Some(best) = best
             {
                 let page = AlignedBuf::copy_of(best).freeze();
                 device.write(offset_of(index, other), Rc::from([page]), true).await?;
-                add(&stats.repaired_pages, 1);
+                add(&mending.stats.repaired_pages, 1);
             }
         }
         first += u32::try_from(count).expect("a chunk has few pages");
@@ -370,39 +411,46 @@ async fn load_table<P: Page>(
 async fn load_slots(
     device: &dyn BlockDevice,
     tables: &mut Tables,
-    stats: &DiskStats,
+    mending: Mending<'_>,
 ) -> Result<(), DiskOpenError> {
     let (disk, geometry) = (tables.disk, tables.geometry);
     let offset = |page, copy| geometry.slot_page_offset(page, copy);
-    load_table(device, disk, stats, geometry.slot_pages(), offset, |_, page: Option<&SlotPage>| {
-        let left = geometry.slots as usize - tables.slots.len();
-        let count = left.min(ENTRIES_PER_PAGE);
-        let records: Option<Vec<_>> = page.and_then(|page| {
-            let entries = page.entries.iter().take(count);
-            entries.map(ShardRecord::decode).collect::<Result<_, _>>().ok()
-        });
-        tables.slot_sequences.push(page.map_or(0, |page| page.header.sequence.get()));
-        let Some(records) = records else {
-            tables.load_damaged_slots(count);
-            return Ok(false);
-        };
-        for record in records {
-            tables.load_slot(record).map_err(DiskOpenError::Inconsistent)?;
-        }
-        Ok(true)
-    })
+    load_table(
+        device,
+        disk,
+        mending,
+        geometry.slot_pages(),
+        offset,
+        |_, page: Option<&SlotPage>| {
+            let left = geometry.slots as usize - tables.slots.len();
+            let count = left.min(ENTRIES_PER_PAGE);
+            let records: Option<Vec<_>> = page.and_then(|page| {
+                let entries = page.entries.iter().take(count);
+                entries.map(ShardRecord::decode).collect::<Result<_, _>>().ok()
+            });
+            tables.slot_sequences.push(page.map_or(0, |page| page.header.sequence.get()));
+            let Some(records) = records else {
+                tables.load_damaged_slots(count);
+                return Ok(false);
+            };
+            for record in records {
+                tables.load_slot(record).map_err(DiskOpenError::Inconsistent)?;
+            }
+            Ok(true)
+        },
+    )
     .await
 }
 
 async fn load_volumes(
     device: &dyn BlockDevice,
     tables: &mut Tables,
-    stats: &DiskStats,
+    mending: Mending<'_>,
 ) -> Result<(), DiskOpenError> {
     let (disk, geometry) = (tables.disk, tables.geometry);
     let offset = |page, copy| geometry.volume_page_offset(page, copy);
     let pages = geometry.volumes_max;
-    load_table(device, disk, stats, pages, offset, |index, page: Option<&VolumePage>| {
+    load_table(device, disk, mending, pages, offset, |index, page: Option<&VolumePage>| {
         let record = page.ok_or(()).and_then(|page| VolumeRecord::decode(page).map_err(drop));
         let valid = record.is_ok();
         tables.volume_sequences.push(page.map_or(0, |page| page.header.sequence.get()));

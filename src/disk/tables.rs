@@ -17,7 +17,7 @@ use crate::disk::writer::Writer;
 use crate::id::{DiskId, Epoch, HeadId, SegmentId, VolumeId};
 use crate::shard::{
     Authority, Mirror, ShardError, ShardInfo, ShardResult, ShardSpec, ShardState, SlotClass,
-    VolumeOnDisk,
+    VolumeFence, VolumeOnDisk,
 };
 
 /// A page of one of the two tables.
@@ -371,6 +371,18 @@ impl Tables {
         let slots = self.slots_of(volume);
         let shards = slots.into_iter().filter_map(|number| self.shard_info(number)).collect();
         Ok(VolumeOnDisk { shards, mirror })
+    }
+
+    /// All fences, by volume.
+    pub(super) fn fences(&self) -> Vec<VolumeFence> {
+        let records = self.volumes.values().map(|volume| &volume.record);
+        let fences = records.map(|record| VolumeFence {
+            volume: record.volume,
+            epoch: record.epoch,
+            head: record.head,
+            mirror: record.mirror.clone(),
+        });
+        fences.collect()
     }
 
     /// What is known of the shard in a slot; none if there is none, or it is being deleted.

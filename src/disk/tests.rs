@@ -262,6 +262,8 @@ fn an_unreadable_page_pair_is_damage_and_never_absence() {
         device.latent_error(geometry.slot_page_offset(0, 0)..geometry.slot_page_offset(0, 0) + 1);
         let disk = open(&device).await;
         assert_eq!(segment_count(&disk), 9, "one copy is enough");
+        let inspection = inspect(&device).await.expect("readable");
+        assert_eq!((inspection.slots.len(), inspection.volumes), (9, disk.volumes().expect("one")));
         assert_eq!(disk.stats().repaired_pages.get(), 1);
         disk.close("restart").await;
         device.flip_bit(geometry.slot_page_offset(0, 0) + 999, 0);
@@ -379,16 +381,40 @@ fn the_newest_catalog_survives() {
 
 #[test]
 fn a_segment_created_again_waits_for_its_deletion() {
+    for delay_ms in 0..25 {
+        simulate(async {
+            let (device, disk) = formatted(delay_ms).await;
+            disk.create(authority(1), spec(1, 1), SlotClass::Client).await.expect("created");
+            drop(disk.delete(authority(1), SegmentId(1), 1));
+            tokio::task::yield_now().await;
+            assert_eq!(segment_count(&disk), 0, "gone for everybody at once");
+            let again = disk.create(authority(1), spec(1, 2), SlotClass::Client);
+            let done = timeout(Duration::from_millis(delay_ms), again).await.is_ok();
+            device.power_cut();
+            let disk = open(&device.reopen()).await;
+            let creations: Vec<_> = disk.list(VOLUME).expect("one at most").shards;
+            let creations: Vec<_> = creations.iter().map(|info| info.spec.creation).collect();
+            assert!(if done { creations == [2] } else { creations.len() <= 1 }, "{creations:?}");
+        });
+    }
+}
+
+#[test]
+fn a_client_follows_its_disk_through_a_restart() {
     simulate(async {
         let (device, disk) = formatted(1).await;
-        disk.create(authority(1), spec(1, 1), SlotClass::Client).await.expect("created");
-        drop(disk.delete(authority(1), SegmentId(1), 1));
-        disk.create(authority(1), spec(1, 2), SlotClass::Client)
-            .await
-            .map_or_else(|error| assert_eq!(error, ShardError::Exists), |()| ());
-        device.power_cut();
-        let disk = open(&device.reopen()).await;
-        assert!(segment_count(&disk) <= 1);
+        let client = crate::shard::local::LocalClient::new(disk);
+        let as_trait: &dyn crate::shard::ShardClient = &client;
+        let created = as_trait.create(authority(1), spec(1, 1), SlotClass::Client).await;
+        created.expect("created");
+        as_trait.append(append(1, 1, 0, 5, 2)).await.expect("appended");
+        client.current().close("disk offline").await;
+        let read = as_trait.read(VOLUME, SegmentId(1), 0, 1).await.map(drop);
+        assert_eq!(read, Err(ShardError::Offline("disk offline".into())));
+        client.replace(open(&device).await).expect("the same disk");
+        let raw = as_trait.read_raw(VOLUME, SegmentId(1), 1, 1).await.expect("reads");
+        assert!(raw.data.iter().all(|byte| *byte == 5));
+        assert_eq!(as_trait.info().await.expect("online").id, as_trait.disk());
     });
 }
 

@@ -115,15 +115,7 @@ impl Disk {
         if tables.damaged_volume_pages > 0 {
             return Err(damaged("volume", tables.damaged_volume_pages));
         }
-        let records = tables.volumes.values().map(|volume| &volume.record);
-        Ok(records
-            .map(|record| VolumeFence {
-                volume: record.volume,
-                epoch: record.epoch,
-                head: record.head,
-                mirror: record.mirror.clone(),
-            })
-            .collect())
+        Ok(tables.fences())
     }
 
     /// See [`crate::shard::ShardClient::drop_volume`].

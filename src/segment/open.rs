@@ -132,10 +132,8 @@ impl OpenSegment {
                 continue;
             }
             let slot = targets.iter().map(|t| t.slot_bytes).min().expect("a shard at least");
-            let shards = targets
-                .into_iter()
-                .map(|t| Shard { disk: t.disk, client: t.client })
-                .collect();
+            let shards =
+                targets.into_iter().map(|t| Shard { disk: t.disk, client: t.client }).collect();
             let segment = Self {
                 authority: request.authority,
                 id,
@@ -174,8 +172,7 @@ impl OpenSegment {
         crcs: Rc<[u32]>,
     ) -> impl Future<Output = ShardResult<()>> + 'static {
         let client = self.shards[index].client.clone();
-        let append =
-            Append { authority: self.authority, segment: self.id, block, data, crcs };
+        let append = Append { authority: self.authority, segment: self.id, block, data, crcs };
         async move { client.append(append).await }
     }
 
@@ -220,10 +217,8 @@ async fn create_one(
 /// all of them. `header.crcs` must be salted already.
 pub fn frame(salt: Salt, header: &Header, payload: &[Bytes]) -> (Vec<Bytes>, Vec<u32>) {
     let head = header.encode().freeze();
-    let mut crcs: Vec<u32> = (header.block..)
-        .zip(raw_crcs(&head))
-        .map(|(block, raw)| salt.apply(block, raw))
-        .collect();
+    let mut crcs: Vec<u32> =
+        (header.block..).zip(raw_crcs(&head)).map(|(block, raw)| salt.apply(block, raw)).collect();
     crcs.extend_from_slice(&header.crcs);
     let mut data = Vec::with_capacity(1 + payload.len());
     data.push(head);

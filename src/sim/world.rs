@@ -8,8 +8,8 @@ use std::time::Duration;
 use super::device::{SimConfig, SimDevice};
 use super::oracle::Oracle;
 use crate::disk::Disk;
+use crate::disk::FormatOptions;
 use crate::disk::device::BlockDevice;
-use crate::disk::open::FormatOptions;
 use crate::env::Env;
 use crate::id::{ClusterId, DiskId, VolumeId};
 use crate::meta::memory::{Faults, MemoryStore};
@@ -65,11 +65,23 @@ pub struct World {
 /// A running node.
 pub struct Running {
     /// Its open disks, by the index of the device.
-    pub disks: Vec<Option<Rc<Disk>>>,
+    pub disks: RefCell<Vec<Option<Rc<Disk>>>>,
     /// The registry its head uses.
     pub registry: Rc<Disks>,
     /// The head.
     pub head: Rc<Head>,
+}
+
+impl Running {
+    /// The open disk of a device.
+    pub fn disk(&self, index: usize) -> Option<Rc<Disk>> {
+        self.disks.borrow()[index].clone()
+    }
+
+    /// Notes that a disk was opened anew.
+    pub fn set_disk(&self, index: usize, disk: Option<Rc<Disk>>) {
+        self.disks.borrow_mut()[index] = disk;
+    }
 }
 
 impl World {
@@ -139,7 +151,7 @@ impl World {
             .await
             .map_err(|error| error.to_string())?;
         self.oracle.borrow_mut().recovered();
-        Ok(Running { disks, registry, head })
+        Ok(Running { disks: RefCell::new(disks), registry, head })
     }
 
     /// Opens one disk and registers it; none if it cannot be opened now.

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 
 use super::head::{Head, HeadError, add, table_entry};
-use super::index::{self, Pages, PageSink, Relocate, Tree};
+use super::index::{self, PageSink, Pages, Relocate, Tree};
 use super::overlay::{Extent, Overlay, Target};
 use super::root::CheckpointRef;
 use super::segtab::{ShardRef, Snapshot};
@@ -338,7 +338,9 @@ impl Head {
     }
 
     /// Frees what is dead and stores the table. Tells which shards it lists as freed.
-    pub(super) async fn store_table(self: &Rc<Self>) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
+    pub(super) async fn store_table(
+        self: &Rc<Self>,
+    ) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
         let (sequence, lsn) = {
             let mut state = self.state.borrow_mut();
             let (log, _) = self.capture.borrow().log;

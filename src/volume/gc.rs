@@ -152,7 +152,8 @@ impl Head {
                 let capacity = s.capacity_blocks().max(1);
                 let live = u64::from(s.live).min(capacity);
                 let age = newest - s.id.0 + 1;
-                let score = (capacity - live) * 1000 / (capacity + live) * u64::from(age.ilog2().max(1));
+                let score =
+                    (capacity - live) * 1000 / (capacity + live) * u64::from(age.ilog2().max(1));
                 let first = coded && s.kind == SegmentKind::Log;
                 (score + if first { 2000u64 } else { 0 }, s)
             })

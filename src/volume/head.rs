@@ -495,10 +495,9 @@ impl Head {
                     );
                     true
                 }
-                Problem::Disk(error) => matches!(
-                    error,
-                    ShardError::Io(_) | ShardError::Damaged(_) | ShardError::Gone
-                ),
+                Problem::Disk(error) => {
+                    matches!(error, ShardError::Io(_) | ShardError::Damaged(_) | ShardError::Gone)
+                }
             };
             if grave
                 && let Some(segment) = state.table.segments.get_mut(&finding.segment)

@@ -15,8 +15,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::stream::{FuturesUnordered, StreamExt};
 use futures_util::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
 use super::head::{Flight, Head, Op, add, table_entry};
@@ -342,7 +342,8 @@ impl Writer {
         flight.first_done = None;
         flight.sent = Instant::now();
         let salt = log.salt(0);
-        let (mut data, mut crcs) = if opening { self.opening(log, salt) } else { Default::default() };
+        let (mut data, mut crcs) =
+            if opening { self.opening(log, salt) } else { Default::default() };
         let mut header = self.header(log, at);
         header.header_blocks = blocks;
         header.payload_blocks = payload;
@@ -359,9 +360,8 @@ impl Writer {
         for shard in 0..log.shards.len() {
             let append = log.append(shard, start, data.clone(), crcs.clone());
             let (lsn, segment) = (flight.lsn, log.id);
-            self.io.push(Box::pin(async move {
-                Done { lsn, segment, shard, result: append.await }
-            }));
+            self.io
+                .push(Box::pin(async move { Done { lsn, segment, shard, result: append.await } }));
         }
         self.head.state.borrow_mut().flights.push_back(flight);
     }

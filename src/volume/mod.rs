@@ -4,6 +4,7 @@
 //! and maps blocks to places in a copy-on-write index. Knows segments, shards and the metadata
 //! store; knows nothing of exports above it or of devices below.
 
+pub mod check;
 pub mod checkpoint;
 mod dense;
 mod gc;
@@ -16,6 +17,6 @@ pub mod root;
 pub mod rules;
 pub mod segtab;
 mod swap;
-pub mod target;
 pub mod takeover;
+pub mod target;
 mod walk;

@@ -109,7 +109,9 @@ impl Head {
         let built = self.build(&segment, shard, &target, creation).await;
         let mut state = self.state.borrow_mut();
         let entry = state.table.segments.get_mut(&id).filter(|s| {
-            built.is_ok() && s.members[shard] == segment.members[shard] && s.missing >> shard & 1 == 1
+            built.is_ok()
+                && s.members[shard] == segment.members[shard]
+                && s.missing >> shard & 1 == 1
         });
         let Some(entry) = entry else {
             // Failed, or freed meanwhile: whatever is there is nobody's.
@@ -290,9 +292,8 @@ impl Head {
         let first = at + header.header_blocks;
         let mut payload = Vec::new();
         if header.payload_blocks > 0 {
-            let data = source
-                .read(&self.disks, shard, first, header.payload_blocks, &mut |_| ())
-                .await?;
+            let data =
+                source.read(&self.disks, shard, first, header.payload_blocks, &mut |_| ()).await?;
             header.crcs = (first..).zip(raw_crcs(&data)).map(|(b, c)| salt.apply(b, c)).collect();
             payload.push(data);
         }

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::rules::LogSet;
 use super::segtab::ShardRef;
-use crate::meta::envelope::{self, Encoding, EnvelopeError, Kind};
 use crate::id::{Epoch, HeadId, VolumeId};
+use crate::meta::envelope::{self, Encoding, EnvelopeError, Kind};
 use crate::segment::record::CheckpointPlace;
 use crate::shard::{Mirror, Scheme};
 

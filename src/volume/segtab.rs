@@ -438,7 +438,7 @@ mod tests {
                 missing: 2,
                 live: 17,
                 recent: 0,
-        pins: 0,
+                pins: 0,
             };
             table.segments.insert(segment.id, segment);
         }

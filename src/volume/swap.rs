@@ -46,9 +46,8 @@ pub(super) async fn swap(
     let key = schema::root_key(new.volume);
     let mut in_doubt = false;
     loop {
-        let txn = Txn::new()
-            .when(Condition::KeyAt(key.clone(), revision))
-            .put(key.clone(), new.encode());
+        let txn =
+            Txn::new().when(Condition::KeyAt(key.clone(), revision)).put(key.clone(), new.encode());
         match store.txn(txn).await {
             Ok(TxnOutcome::Committed { revision }) => return Ok(Swapped::Ours(revision)),
             Ok(TxnOutcome::Conflict) => match store.get(&key).await {
@@ -121,10 +120,11 @@ impl Head {
             let state = self.state.borrow();
             let mut new = state.root.clone();
             change(&mut new);
-            new.former = rules::former_sets(&state.root.set, &state.root.former, state.root_in_force)
-                .into_iter()
-                .filter(|set| *set != new.set)
-                .collect();
+            new.former =
+                rules::former_sets(&state.root.set, &state.root.former, state.root_in_force)
+                    .into_iter()
+                    .filter(|set| *set != new.set)
+                    .collect();
             new.sequence += 1;
             new.checkpoint.clone_from(&state.checkpoint);
             if state.next_segment + SEGMENT_RANGE / 4 > new.range.1 {

@@ -141,7 +141,8 @@ async fn fence_all(
         let in_set = root.set.members().iter().map(|m| m.disk);
         wanted.extend(in_set.filter(|disk| context.disks.client(*disk).is_some()));
         let fences = wanted.difference(&answered).copied().collect::<Vec<_>>();
-        let requests = fences.into_iter().map(|disk| fence_one(&context.disks, authority, root, disk));
+        let requests =
+            fences.into_iter().map(|disk| fence_one(&context.disks, authority, root, disk));
         for (disk, shards) in join_all(requests).await.into_iter().flatten() {
             answered.insert(disk);
             for info in shards {
@@ -201,7 +202,8 @@ async fn recover(
     let base = match &root.checkpoint {
         None => None,
         Some(checkpoint) => {
-            let newest = newer_checkpoint(&context.disks, authority.volume, checkpoint, listing).await;
+            let newest =
+                newer_checkpoint(&context.disks, authority.volume, checkpoint, listing).await;
             Some(load_checkpoint(&context.disks, authority.volume, newest).await?)
         }
     };
@@ -393,8 +395,7 @@ impl Head {
             }
             let empty = BTreeMap::new();
             let held = listing.get(&id).unwrap_or(&empty);
-            let settled =
-                walk::settle(&self.disks, self.authority, &segment, length, held).await;
+            let settled = walk::settle(&self.disks, self.authority, &segment, length, held).await;
             let mut state = self.state.borrow_mut();
             let entry = state.table.segments.get_mut(&id).expect("nothing is freed here");
             entry.sealed = true;
@@ -456,7 +457,9 @@ impl Head {
             let idle = {
                 let state = self.state.borrow();
                 state.stopped.is_some()
-                    || (state.pending.is_empty() && state.queue.is_empty() && state.flights.is_empty())
+                    || (state.pending.is_empty()
+                        && state.queue.is_empty()
+                        && state.flights.is_empty())
             };
             if idle {
                 break;

@@ -381,11 +381,8 @@ impl Head {
         let first = offset.div_ceil(BLOCK_BYTES);
         // The part of a block at the volume's end counts as a whole one.
         let size = self.size_bytes();
-        let end_byte = if offset + len == size {
-            size.next_multiple_of(BLOCK_BYTES)
-        } else {
-            offset + len
-        };
+        let end_byte =
+            if offset + len == size { size.next_multiple_of(BLOCK_BYTES) } else { offset + len };
         let end = end_byte / BLOCK_BYTES;
         if first < end {
             self.zero_blocks(first, end - first, unmap).await?;

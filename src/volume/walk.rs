@@ -139,10 +139,8 @@ pub(super) async fn replay(
     let closed = closures(head, listing, &logs, epoch).await;
     for id in logs {
         let held = &listing[&id];
-        let sealed = held
-            .values()
-            .find(|info| info.state == ShardState::Sealed)
-            .map(|info| info.blocks);
+        let sealed =
+            held.values().find(|info| info.state == ShardState::Sealed).map(|info| info.blocks);
         let end = closed.get(&id).copied().or(sealed);
         head.know_log(id, held);
         let begin = if id == from.0 { from.1 } else { 0 };
@@ -289,28 +287,33 @@ impl Head {
         for entry in &header.entries {
             match *entry {
                 Entry::Opened { segment, data, parity, shard_blocks, creation } => {
-                    let freed = state.table.freed.iter().any(|(id, s)| {
-                        *id == segment && s.creation == creation
-                    });
+                    let freed = state
+                        .table
+                        .freed
+                        .iter()
+                        .any(|(id, s)| *id == segment && s.creation == creation);
                     let known = state.table.segments.contains_key(&segment);
                     current = (!freed && !known).then_some(segment);
                     if current.is_some() {
                         let nobody = ShardRef { disk: DiskId::default(), creation };
                         let scheme = Scheme { data, parity };
-                        state.table.segments.insert(segment, Segment {
-                            id: segment,
-                            kind: SegmentKind::Data,
-                            scheme,
-                            epoch: header.epoch,
-                            members: vec![nobody; scheme.width()],
-                            shard_blocks,
-                            sealed: false,
-                            blocks: 0,
-                            missing: 0,
-                            live: 0,
-                            recent: 0,
-                            pins: 0,
-                        });
+                        state.table.segments.insert(
+                            segment,
+                            Segment {
+                                id: segment,
+                                kind: SegmentKind::Data,
+                                scheme,
+                                epoch: header.epoch,
+                                members: vec![nobody; scheme.width()],
+                                shard_blocks,
+                                sealed: false,
+                                blocks: 0,
+                                missing: 0,
+                                live: 0,
+                                recent: 0,
+                                pins: 0,
+                            },
+                        );
                     }
                 }
                 Entry::Member { index, disk } => {
@@ -415,11 +418,8 @@ async fn collect(
     blocks: u32,
 ) -> Option<Vec<u32>> {
     let copies = segment.scheme.data == 1;
-    let shard = if copies && segment.kind != SegmentKind::Data {
-        0
-    } else {
-        u8::try_from(index).ok()?
-    };
+    let shard =
+        if copies && segment.kind != SegmentKind::Data { 0 } else { u8::try_from(index).ok()? };
     let salt = Salt::new(volume, segment.id, segment.scheme, index);
     let mut raw = Raw::new(disks, volume, segment.id, segment.members[index].disk);
     let mut crcs = Vec::with_capacity(blocks as usize);

@@ -1,0 +1,90 @@
+//! The invariants of a head as functions that tests and the simulation call.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use super::head::Head;
+use super::index::count_all;
+use super::overlay::Target;
+use crate::id::{DiskId, SegmentId};
+
+impl Head {
+    /// Checks the table, and the counters against a full walk of the index. Nothing may be written
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// The invariant that does not hold, in words.
+    pub async fn check(self: &Rc<Self>) -> Result<(), String> {
+        let _lock = self.checkpoint_lock.lock().await;
+        self.state.borrow().table.check()?;
+        let tree = self.state.borrow().tree;
+        let counted = count_all(&**self, tree).await.map_err(|e| format!("index: {e}"))?;
+        let state = self.state.borrow();
+        let mut recent: BTreeMap<SegmentId, u64> = BTreeMap::new();
+        let overlays = std::iter::once(&state.overlay).chain(state.frozen.as_deref());
+        for extent in overlays.flat_map(super::overlay::Overlay::iter) {
+            if let Target::Data(addr) = extent.target {
+                *recent.entry(addr.segment).or_default() += extent.len;
+            }
+        }
+        for (id, segment) in &state.table.segments {
+            let live = counted.get(id).copied().unwrap_or(0);
+            if i64::from(segment.live) != live {
+                return Err(format!("segment {id} counts {} live, a walk {live}", segment.live));
+            }
+            let overlay = recent.get(id).copied().unwrap_or(0);
+            if u64::from(segment.recent) != overlay {
+                return Err(format!(
+                    "segment {id} counts {} recent, the overlays {overlay}",
+                    segment.recent
+                ));
+            }
+        }
+        let known = |id: &SegmentId| state.table.segments.contains_key(id);
+        match counted.keys().chain(recent.keys()).find(|id| !known(id)) {
+            Some(id) => Err(format!("the index refers to segment {id}, which is not listed")),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that the disks hold exactly the shards that the table lists. Nothing may be written
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// A shard too many or too few, in words.
+    pub async fn check_leaks(self: &Rc<Self>) -> Result<(), String> {
+        let _lock = self.checkpoint_lock.lock().await;
+        let mut listed: BTreeSet<(DiskId, SegmentId, u64)> = BTreeSet::new();
+        {
+            let state = self.state.borrow();
+            for segment in state.table.segments.values() {
+                listed.extend(segment.members.iter().map(|m| (m.disk, segment.id, m.creation)));
+            }
+            listed.extend(state.table.freed.iter().map(|(id, s)| (s.disk, *id, s.creation)));
+        }
+        for disk in self.disks.ids() {
+            let Some(client) = self.disks.client(disk) else { continue };
+            let held = client.list(self.volume).await.map_err(|e| format!("list {disk}: {e}"))?;
+            for info in held.shards {
+                let shard = (disk, info.spec.segment, info.spec.creation);
+                if !listed.contains(&shard) {
+                    return Err(format!("disk {disk} holds a shard that nobody knows: {info:?}"));
+                }
+            }
+        }
+        let state = self.state.borrow();
+        if let Some(freed) = state.table.freed.iter().next() {
+            return Err(format!(
+                "{} shards stay freed, such as {freed:?}",
+                state.table.freed.len()
+            ));
+        }
+        let dead: Vec<SegmentId> =
+            state.table.segments.keys().copied().filter(|id| state.table.is_dead(*id)).collect();
+        // The newest tables are kept, and the log segment that replay would begin with.
+        if dead.len() > 4 {
+            return Err(format!("segments {dead:?} are dead but not freed"));
+        }
+        Ok(())
+    }
+}
