@@ -25,6 +25,13 @@ pub mod meta;
 pub mod planted;
 pub mod segment;
 pub mod shard;
+#[cfg(any(test, feature = "simulation"))]
 pub mod sim;
 pub mod units;
 pub mod volume;
+
+/// Log lines to standard error, filtered by the environment variable `SDS_LOG`.
+pub fn obs_log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("SDS_LOG").unwrap_or_default();
+    drop(tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().try_init());
+}

@@ -1,6 +1,6 @@
 //! Switches that plant known bugs, to prove that the simulation finds them.
 //!
-//! Compiled in only with the feature `planted-bugs` (or in unit tests of this crate); in a
+//! Compiled in only with the feature `simulation` (or in unit tests of this crate); in a
 //! normal build [`bug`] is the constant `false`.
 
 /// A bug that can be planted.
@@ -51,7 +51,7 @@ impl Bug {
     ];
 }
 
-#[cfg(feature = "planted-bugs")]
+#[cfg(feature = "simulation")]
 mod state {
     use std::cell::Cell;
     thread_local! {
@@ -60,19 +60,19 @@ mod state {
 }
 
 /// Plants `which` on this thread; none takes it out.
-#[cfg(feature = "planted-bugs")]
+#[cfg(feature = "simulation")]
 pub fn plant(which: Option<Bug>) {
     state::PLANTED.set(which);
 }
 
 /// Whether `which` is planted on this thread.
-#[cfg(feature = "planted-bugs")]
+#[cfg(feature = "simulation")]
 pub fn bug(which: Bug) -> bool {
     state::PLANTED.get() == Some(which)
 }
 
 /// Whether `which` is planted: never, in this build.
-#[cfg(not(feature = "planted-bugs"))]
+#[cfg(not(feature = "simulation"))]
 #[inline(always)]
 #[allow(clippy::inline_always, reason = "must vanish from the data path")]
 pub const fn bug(_which: Bug) -> bool {
