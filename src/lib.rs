@@ -14,10 +14,12 @@
 //! time and randomness ([`env`]). Nothing else in the library touches a file, a socket, a clock
 //! or entropy.
 
+pub mod admin;
 pub mod buffer;
 pub mod disk;
 pub mod env;
 pub mod export;
 pub mod id;
 pub mod limits;
+pub mod obs;
 pub mod shard;
