@@ -16,6 +16,7 @@
 
 pub mod admin;
 pub mod buffer;
+pub mod cli;
 pub mod disk;
 pub mod env;
 pub mod export;
@@ -23,3 +24,4 @@ pub mod id;
 pub mod limits;
 pub mod obs;
 pub mod shard;
+pub mod units;

@@ -74,12 +74,12 @@ impl Client {
             endpoint: endpoint.to_owned(),
             reason: reason.to_owned(),
         };
-        let url = match endpoint.split_once("://") {
-            None => format!("http://{endpoint}"),
-            Some(("http", _)) => endpoint.to_owned(),
+        let authority = match endpoint.split_once("://") {
+            None => endpoint,
+            Some(("http", authority)) => authority,
             Some(_) => return Err(fail("only http:// is supported")),
         };
-        let url = url.trim_end_matches('/');
+        let url = format!("http://{}", authority.strip_suffix('/').unwrap_or(authority));
         let uri: Uri = url.parse().map_err(|_| fail("not a URL; expected http://HOST:PORT"))?;
         if uri.host().is_none_or(str::is_empty) {
             return Err(fail("no host; expected http://HOST:PORT"));
@@ -96,7 +96,7 @@ impl Client {
             .user_agent(concat!("sdsctl/", env!("CARGO_PKG_VERSION")))
             .build()
             .new_agent();
-        Ok(Self { agent, endpoint: url.to_owned() })
+        Ok(Self { agent, endpoint: url })
     }
 
     /// The endpoint as a URL without a slash at the end.

@@ -20,9 +20,13 @@ const FREE_CRITICAL_PERCENT: u64 = 3;
 pub fn assess(disks: &[Disk], pools: &[Pool], volumes: &[Volume]) -> Health {
     let mut reasons = Vec::new();
     reasons.extend(disks.iter().filter_map(assess_disk));
-    pools.iter().for_each(|pool| assess_pool(pool, &mut reasons));
-    volumes.iter().for_each(|volume| assess_volume(volume, &mut reasons));
-    reasons.sort_by(|a, b| b.level.cmp(&a.level));
+    for pool in pools {
+        assess_pool(pool, &mut reasons);
+    }
+    for volume in volumes {
+        assess_volume(volume, &mut reasons);
+    }
+    reasons.sort_by_key(|reason| std::cmp::Reverse(reason.level));
     let health = reasons.first().map_or(HealthLevel::Ok, |worst| worst.level);
     Health { health, reasons }
 }
@@ -153,4 +157,122 @@ fn assess_volume(volume: &Volume, reasons: &mut Vec<Reason>) {
 
 fn with_details(what: &str, failures: &str) -> String {
     if failures.is_empty() { what.to_owned() } else { format!("{what}: {failures}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::admin::types::{DiskErrors, DiskLatency, FailureDomain, PoolScheme};
+    use crate::id::{DiskId, PoolId, VolumeId};
+
+    fn disk(state: DiskState) -> Disk {
+        Disk {
+            id: DiskId::default(),
+            path: "/d".into(),
+            state,
+            state_reason: None,
+            size: 1 << 30,
+            slot_bytes: 1 << 20,
+            slots: 1_000,
+            slots_used: 10,
+            used: 10 << 20,
+            errors: DiskErrors::default(),
+            latency: DiskLatency::default(),
+        }
+    }
+
+    fn pool(domains_online: u32, free: u64) -> Pool {
+        Pool {
+            id: PoolId::default(),
+            name: "p".into(),
+            scheme: PoolScheme::Ec { data: 4, parity: 2 },
+            failure_domain: FailureDomain::Disk,
+            min_size: 2,
+            domains_online,
+            capacity: Capacity { raw: 100, used: 100 - free, free },
+            usable: 66,
+            stored: 0,
+            volumes: 1,
+        }
+    }
+
+    fn volume(state: VolumeState, redundancy: Redundancy) -> Volume {
+        Volume {
+            id: VolumeId::default(),
+            name: "p/v".into(),
+            size: 1 << 30,
+            allocated: 0,
+            epoch: "0.1".into(),
+            redundancy,
+            exports: vec![],
+            state,
+            failures: vec![],
+        }
+    }
+
+    const STATES: [DiskState; 6] = [
+        DiskState::Online,
+        DiskState::Slow,
+        DiskState::Draining,
+        DiskState::Offline,
+        DiskState::Failed,
+        DiskState::Missing,
+    ];
+    const VOLUME_STATES: [VolumeState; 5] = [
+        VolumeState::Online,
+        VolumeState::Opening,
+        VolumeState::Stalled,
+        VolumeState::Failed,
+        VolumeState::Deleting,
+    ];
+
+    proptest! {
+        #[test]
+        fn ok_means_full_redundancy_and_the_worst_comes_first(
+            disks in proptest::collection::vec(proptest::sample::select(&STATES[..]), 0..7),
+            (domains, free) in (0..8_u32, 0..=100_u64),
+            state in proptest::sample::select(&VOLUME_STATES[..]),
+            reduced in proptest::option::of((1..9_u64, 0..3_u8)),
+        ) {
+            let disks: Vec<_> = disks.into_iter().map(disk).collect();
+            let redundancy = reduced.map_or(Redundancy::Full, |(segments, tolerates)| {
+                Redundancy::Reduced { segments, tolerates }
+            });
+            let status =
+                status(&disks, &[pool(domains, free)], &[volume(state, redundancy)], None, 0);
+            prop_assert_eq!(status.health == HealthLevel::Ok, status.reasons.is_empty());
+            prop_assert!(status.reasons.is_sorted_by(|a, b| a.level >= b.level));
+            prop_assert!(status.reasons.iter().all(|r| r.level != HealthLevel::Ok));
+            if status.health == HealthLevel::Ok {
+                prop_assert_eq!(redundancy, Redundancy::Full);
+                prop_assert_eq!(status.volumes.reduced + status.volumes.unavailable, 0);
+                prop_assert_eq!(status.disks.online, status.disks.total);
+                prop_assert!(domains >= 6 && free >= FREE_WARNING_PERCENT);
+            }
+            let critical = free < FREE_CRITICAL_PERCENT
+                || domains < 2
+                || matches!(state, VolumeState::Stalled | VolumeState::Failed)
+                || matches!(redundancy, Redundancy::Reduced { tolerates: 0, .. });
+            prop_assert_eq!(status.health == HealthLevel::Critical, critical);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_had_errors_is_named() {
+        let mut bad = disk(DiskState::Online);
+        bad.errors.checksum = 1;
+        let health = assess(&[disk(DiskState::Online), bad], &[], &[]);
+        assert_eq!(health.health, HealthLevel::Warning);
+        assert_eq!(health.reasons[0].subject, "disk /d");
+        assert!(health.reasons[0].message.contains("1 checksum"));
+    }
+
+    #[test]
+    fn capacity_is_that_of_the_disks_that_serve() {
+        let disks = [disk(DiskState::Online), disk(DiskState::Failed)];
+        let capacity = status(&disks, &[], &[], None, 0).capacity;
+        assert_eq!(capacity, Capacity { raw: 1_000 << 20, used: 10 << 20, free: 990 << 20 });
+    }
 }

@@ -1,4 +1,4 @@
-//! The HTTP server: router, limits, errors in JSON, graceful stop, OpenAPI document.
+//! The HTTP server: router, limits, errors in JSON, graceful stop, `OpenAPI` document.
 //!
 //! Every answer that is not a success has an [`ErrorBody`], also those of the router itself. A
 //! request has a bounded body and a bounded time; connections are bounded in number and idle time.
@@ -38,7 +38,7 @@ const _: () = assert!(REQUEST_TIMEOUT.as_secs() < IDLE_TIMEOUT.as_secs());
 /// The backend as the handlers share it.
 pub(super) type Backend = Arc<dyn AdminBackend>;
 
-/// The OpenAPI document of the API.
+/// The `OpenAPI` document of the API.
 #[derive(OpenApi)]
 #[openapi(
     info(
@@ -71,7 +71,7 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
 )]
 struct ApiDoc;
 
-/// The OpenAPI document, as `docs/openapi.json` has it: pretty JSON that ends with a newline.
+/// The `OpenAPI` document, as `docs/openapi.json` has it: pretty JSON that ends with a newline.
 pub fn openapi_json() -> String {
     let mut text = ApiDoc::openapi().to_pretty_json().expect("the document is plain data");
     text.push('\n');

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 /// Upper bounds of the buckets, microseconds, inclusive; a last bucket takes the rest. Powers of
-/// two from a fast NVMe write to a stall that a client notices.
+/// two from a fast local write to a stall that a client notices.
 pub const BUCKET_BOUNDS_US: [u64; 16] = [
     32, 64, 128, 256, 512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536, 131_072, 524_288,
     2_097_152, 8_388_608,
