@@ -192,7 +192,7 @@ fn bad_sizes_and_names_are_usage_errors_that_say_why() {
         ("10X", "'10X' is not a size"),
         ("1025T", "too large"),
         ("99999999999999999999E", "too large"),
-        ("513", "no multiple of 512"),
+        ("513", "no multiple of 4096"),
         ("", "size"),
     ] {
         let error = fails(&node, 2, &["volume", "create", "default/v", "--size", size]);
@@ -206,6 +206,7 @@ fn bad_sizes_and_names_are_usage_errors_that_say_why() {
         ("default/", "\"\" is not a name for a volume"),
         ("default/-x", "begins with a letter"),
         ("default/a b", "is not a name"),
+        ("default/Vol", "small letters"),
     ] {
         for args in [&["volume", "show", name][..], &["volume", "create", name, "--size", "1G"]] {
             let error = fails(&node, 2, args);

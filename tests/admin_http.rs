@@ -165,14 +165,15 @@ fn volumes() {
     assert_eq!(code(create("default/v", 1 << 30)), ErrorCode::Conflict);
     assert_eq!(code(create("nowhere/v", 1 << 30)), ErrorCode::NotFound);
     for (name, size) in [
-        ("v", 512),
-        ("default/a/b", 512),
-        ("default/", 512),
-        ("/v", 512),
-        ("default/v w", 512),
+        ("v", 4_096),
+        ("default/a/b", 4_096),
+        ("default/", 4_096),
+        ("/v", 4_096),
+        ("default/v w", 4_096),
+        ("default/V", 4_096),
         ("default/zero", 0),
-        ("default/odd", 513),
-        ("default/huge", (1 << 50) + 512),
+        ("default/odd", 4_096 + 512),
+        ("default/huge", (1 << 50) + 4_096),
         ("default/huge", u64::MAX),
     ] {
         assert_eq!(code(create(name, size)), ErrorCode::InvalidArgument, "{name} {size}");

@@ -11,15 +11,13 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::ApiError;
-use crate::id::{DiskId, PoolId, VolumeId};
+use crate::id::{BLOCK_BYTES, DiskId, PoolId, VolumeId};
 use crate::limits::{DATA_SHARDS_MAX, PARITY_SHARDS_MAX, VOLUME_BYTES_MAX};
 
 /// Longest name of a pool or a volume, bytes.
 pub const NAME_BYTES_MAX: usize = 63;
 /// Longest path of a disk, bytes (`PATH_MAX`).
 pub const PATH_BYTES_MAX: usize = 4096;
-/// A volume's size is a multiple of this many bytes.
-pub const SECTOR_BYTES: u64 = 512;
 
 /// How well the node is, the worst of everything it knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -474,7 +472,7 @@ impl AddDisk {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreatePool {
-    /// Its name: letters, digits, `.`, `_`, `-`; at most 63, the first a letter or a digit.
+    /// Its name: small letters, digits, `.`, `_`, `-`; at most 63, the first a letter or a digit.
     pub name: String,
     /// Redundancy of its volumes.
     pub scheme: PoolScheme,
@@ -516,7 +514,7 @@ impl CreatePool {
 pub struct CreateVolume {
     /// `pool/name`.
     pub name: String,
-    /// Size that clients see, bytes: a positive multiple of 512, at most 1 PiB.
+    /// Size that clients see, bytes: a positive multiple of 4096, at most 1 PiB.
     pub size: u64,
 }
 
@@ -615,19 +613,20 @@ impl FromStr for VolumeName {
 /// Checks the name of a `what` (a pool, a volume).
 ///
 /// # Errors
-/// [`ApiError::invalid`] unless it is 1 to [`NAME_BYTES_MAX`] ASCII letters, digits, `.`, `_`,
+/// [`ApiError::invalid`] unless it is 1 to [`NAME_BYTES_MAX`] small ASCII letters, digits, `.`, `_`,
 /// `-`, the first a letter or a digit.
 pub fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+    let small = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
     let bytes = name.as_bytes();
     let ok = (1..=NAME_BYTES_MAX).contains(&bytes.len())
-        && bytes[0].is_ascii_alphanumeric()
-        && bytes.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
+        && small(bytes[0])
+        && bytes.iter().all(|b| small(*b) || matches!(b, b'.' | b'_' | b'-'));
     if ok {
         return Ok(());
     }
     Err(ApiError::invalid(format!("{:?} is not a name for a {what}", clip(name))).with_hint(
         format!(
-            "a name has 1 to {NAME_BYTES_MAX} letters, digits, '.', '_' or '-', and begins with a \
+            "a name has 1 to {NAME_BYTES_MAX} small letters, digits, '.', '_' or '-', and begins with a \
          letter or a digit"
         ),
     ))
@@ -636,7 +635,7 @@ pub fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
 /// Checks the size of a volume, bytes.
 ///
 /// # Errors
-/// [`ApiError::invalid`] if it is 0, no multiple of [`SECTOR_BYTES`] or above
+/// [`ApiError::invalid`] if it is 0, no multiple of [`BLOCK_BYTES`] or above
 /// [`VOLUME_BYTES_MAX`].
 pub fn check_volume_size(size: u64) -> Result<(), ApiError> {
     if size == 0 {
@@ -647,9 +646,9 @@ pub fn check_volume_size(size: u64) -> Result<(), ApiError> {
             "a volume of {size} bytes is too large: at most {VOLUME_BYTES_MAX} bytes (1 PiB)"
         )));
     }
-    if !size.is_multiple_of(SECTOR_BYTES) {
+    if !size.is_multiple_of(BLOCK_BYTES) {
         return Err(ApiError::invalid(format!(
-            "a size of {size} bytes is no multiple of {SECTOR_BYTES}"
+            "a size of {size} bytes is no multiple of {BLOCK_BYTES}"
         )));
     }
     Ok(())

@@ -19,7 +19,7 @@ pub(super) enum VolumeVerb {
         /// Pool and name of the volume
         #[arg(value_name = "POOL/NAME", value_parser = parse::volume_name)]
         volume: VolumeName,
-        /// Size that clients see, such as 10G or 512MiB; a multiple of 512 bytes, at most 1024T
+        /// Size that clients see, such as 10G or 512MiB; a multiple of 4096 bytes, at most 1024T
         #[arg(long, value_parser = parse::volume_size, allow_negative_numbers = true)]
         size: u64,
     },
