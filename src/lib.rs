@@ -14,7 +14,9 @@
 //! time and randomness ([`env`]). Nothing else in the library touches a file, a socket, a clock
 //! or entropy.
 
+pub mod admin;
 pub mod buffer;
+pub mod cli;
 pub mod config;
 pub mod disk;
 pub mod env;
@@ -22,6 +24,7 @@ pub mod export;
 pub mod id;
 pub mod limits;
 pub mod meta;
+pub mod obs;
 pub mod planted;
 pub mod segment;
 pub mod shard;
@@ -29,9 +32,3 @@ pub mod shard;
 pub mod sim;
 pub mod units;
 pub mod volume;
-
-/// Log lines to standard error, filtered by the environment variable `SDS_LOG`.
-pub fn obs_log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("SDS_LOG").unwrap_or_default();
-    drop(tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().try_init());
-}

@@ -26,7 +26,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    sds::obs_log();
+    sds::obs::log::init("error");
     if let Some(name) = &args.bug {
         let Some(bug) = Bug::ALL.iter().find(|bug| format!("{bug:?}") == *name) else {
             println!("no bug {name}; there are {:?}", Bug::ALL);

@@ -1,0 +1,278 @@
+//! What counts as healthy: one pure function from what the node knows to a level with reasons.
+//!
+//! Invariants:
+//! - `ok` exactly if there is no reason.
+//! - Never `ok` while the redundancy of any volume is reduced or a disk does not serve.
+//! - What may lose or has lost service (no redundancy left, a volume that is not served, a pool
+//!   that cannot place a segment or is full) is `critical`.
+
+use super::types::{
+    Capacity, Disk, DiskCounts, DiskState, Health, HealthLevel, Pool, PoolCapacity, Reason,
+    Redundancy, RepairProgress, Status, Volume, VolumeCounts, VolumeState,
+};
+
+/// A pool with less than this share of its raw space free is a warning, percent.
+const FREE_WARNING_PERCENT: u64 = 15;
+/// … and with less than this, critical.
+const FREE_CRITICAL_PERCENT: u64 = 3;
+
+/// Judges disks, pools and volumes.
+pub fn assess(disks: &[Disk], pools: &[Pool], volumes: &[Volume]) -> Health {
+    let mut reasons = Vec::new();
+    reasons.extend(disks.iter().filter_map(assess_disk));
+    for pool in pools {
+        assess_pool(pool, &mut reasons);
+    }
+    for volume in volumes {
+        assess_volume(volume, &mut reasons);
+    }
+    reasons.sort_by_key(|reason| std::cmp::Reverse(reason.level));
+    let health = reasons.first().map_or(HealthLevel::Ok, |worst| worst.level);
+    Health { health, reasons }
+}
+
+/// Puts a [`Status`] together; its health and counts follow from the lists.
+pub fn status(
+    disks: &[Disk],
+    pools: &[Pool],
+    volumes: &[Volume],
+    repair: Option<RepairProgress>,
+    uptime_s: u64,
+) -> Status {
+    let Health { health, reasons } = assess(disks, pools, volumes);
+    let mut by_pool: Vec<_> =
+        pools.iter().map(|p| PoolCapacity { name: p.name.clone(), capacity: p.capacity }).collect();
+    by_pool.sort_by(|a, b| a.name.cmp(&b.name));
+    Status {
+        health,
+        reasons,
+        capacity: total_capacity(disks),
+        pools: by_pool,
+        disks: DiskCounts {
+            online: count(disks, |d| d.state.is_online()),
+            total: count(disks, |_| true),
+        },
+        volumes: VolumeCounts {
+            total: count(volumes, |_| true),
+            reduced: count(volumes, |v| v.redundancy != Redundancy::Full),
+            unavailable: count(volumes, |v| {
+                matches!(v.state, VolumeState::Opening | VolumeState::Stalled | VolumeState::Failed)
+            }),
+        },
+        repair,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        uptime_s,
+    }
+}
+
+fn count<T>(items: &[T], matches: impl Fn(&T) -> bool) -> u32 {
+    u32::try_from(items.iter().filter(|item| matches(item)).count()).unwrap_or(u32::MAX)
+}
+
+/// Raw space of the online disks.
+fn total_capacity(disks: &[Disk]) -> Capacity {
+    let mut sum = Capacity::default();
+    for disk in disks.iter().filter(|d| d.state.is_online()) {
+        let raw = u64::from(disk.slots).saturating_mul(disk.slot_bytes);
+        sum.raw = sum.raw.saturating_add(raw);
+        sum.used = sum.used.saturating_add(disk.used.min(raw));
+    }
+    sum.free = sum.raw - sum.used;
+    sum
+}
+
+fn assess_disk(disk: &Disk) -> Option<Reason> {
+    let because = disk.state_reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
+    let message = match disk.state {
+        DiskState::Online if disk.errors.total() > 0 => format!(
+            "had errors since the start: {} I/O, {} checksum, {} time-out",
+            disk.errors.io, disk.errors.checksum, disk.errors.timeout
+        ),
+        DiskState::Online => return None,
+        DiskState::Slow => format!("is much slower than its peers{because}"),
+        DiskState::Draining => format!("is being drained{because}"),
+        DiskState::Offline => format!("is offline{because}"),
+        DiskState::Failed => format!("failed{because}"),
+        DiskState::Missing => format!("is missing{because}"),
+    };
+    Some(Reason { level: HealthLevel::Warning, subject: format!("disk {}", disk.path), message })
+}
+
+fn assess_pool(pool: &Pool, reasons: &mut Vec<Reason>) {
+    let mut add = |level, message| {
+        reasons.push(Reason { level, subject: format!("pool {}", pool.name), message });
+    };
+    let needed = u32::from(pool.scheme.width());
+    if pool.domains_online < u32::from(pool.min_size) {
+        add(
+            HealthLevel::Critical,
+            format!(
+                "{} of {needed} failure domains are online, below min_size {}: writes wait",
+                pool.domains_online, pool.min_size
+            ),
+        );
+    } else if pool.domains_online < needed {
+        add(
+            HealthLevel::Warning,
+            format!(
+                "{} of {needed} failure domains that {} needs are online",
+                pool.domains_online, pool.scheme
+            ),
+        );
+    }
+    let Capacity { raw, free, .. } = pool.capacity;
+    let below = |percent| u128::from(free) * 100 < u128::from(raw) * u128::from(percent);
+    if raw > 0 && below(FREE_CRITICAL_PERCENT) {
+        add(HealthLevel::Critical, format!("is almost full: {free} of {raw} bytes free"));
+    } else if raw > 0 && below(FREE_WARNING_PERCENT) {
+        add(HealthLevel::Warning, format!("is filling up: {free} of {raw} bytes free"));
+    }
+}
+
+fn assess_volume(volume: &Volume, reasons: &mut Vec<Reason>) {
+    let mut add = |level, message| {
+        reasons.push(Reason { level, subject: format!("volume {}", volume.name), message });
+    };
+    if let Redundancy::Reduced { segments, tolerates } = volume.redundancy {
+        let level = if tolerates == 0 { HealthLevel::Critical } else { HealthLevel::Warning };
+        add(
+            level,
+            format!(
+                "redundancy is reduced in {segments} segments; the worst survives {tolerates} \
+                 further losses"
+            ),
+        );
+    }
+    let failures = volume.failures.join("; ");
+    match volume.state {
+        VolumeState::Online | VolumeState::Deleting if failures.is_empty() => {}
+        VolumeState::Online | VolumeState::Deleting => add(HealthLevel::Warning, failures),
+        VolumeState::Opening => {
+            add(HealthLevel::Warning, with_details("is being opened", &failures));
+        }
+        VolumeState::Stalled => add(HealthLevel::Critical, with_details("writes wait", &failures)),
+        VolumeState::Failed => add(HealthLevel::Critical, with_details("is not served", &failures)),
+    }
+}
+
+fn with_details(what: &str, failures: &str) -> String {
+    if failures.is_empty() { what.to_owned() } else { format!("{what}: {failures}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::admin::types::{DiskErrors, DiskLatency, FailureDomain, PoolScheme};
+    use crate::id::{DiskId, PoolId, VolumeId};
+
+    fn disk(state: DiskState) -> Disk {
+        Disk {
+            id: DiskId::default(),
+            path: "/d".into(),
+            state,
+            state_reason: None,
+            size: 1 << 30,
+            slot_bytes: 1 << 20,
+            slots: 1_000,
+            slots_used: 10,
+            used: 10 << 20,
+            errors: DiskErrors::default(),
+            latency: DiskLatency::default(),
+        }
+    }
+
+    fn pool(domains_online: u32, free: u64) -> Pool {
+        Pool {
+            id: PoolId::default(),
+            name: "p".into(),
+            scheme: PoolScheme::Ec { data: 4, parity: 2 },
+            failure_domain: FailureDomain::Disk,
+            min_size: 2,
+            domains_online,
+            capacity: Capacity { raw: 100, used: 100 - free, free },
+            usable: 66,
+            stored: 0,
+            volumes: 1,
+        }
+    }
+
+    fn volume(state: VolumeState, redundancy: Redundancy) -> Volume {
+        Volume {
+            id: VolumeId::default(),
+            name: "p/v".into(),
+            size: 1 << 30,
+            allocated: 0,
+            epoch: "0.1".into(),
+            redundancy,
+            exports: vec![],
+            state,
+            failures: vec![],
+        }
+    }
+
+    const STATES: [DiskState; 6] = [
+        DiskState::Online,
+        DiskState::Slow,
+        DiskState::Draining,
+        DiskState::Offline,
+        DiskState::Failed,
+        DiskState::Missing,
+    ];
+    const VOLUME_STATES: [VolumeState; 5] = [
+        VolumeState::Online,
+        VolumeState::Opening,
+        VolumeState::Stalled,
+        VolumeState::Failed,
+        VolumeState::Deleting,
+    ];
+
+    proptest! {
+        #[test]
+        fn ok_means_full_redundancy_and_the_worst_comes_first(
+            disks in proptest::collection::vec(proptest::sample::select(&STATES[..]), 0..7),
+            (domains, free) in (0..8_u32, 0..=100_u64),
+            state in proptest::sample::select(&VOLUME_STATES[..]),
+            reduced in proptest::option::of((1..9_u64, 0..3_u8)),
+        ) {
+            let disks: Vec<_> = disks.into_iter().map(disk).collect();
+            let redundancy = reduced.map_or(Redundancy::Full, |(segments, tolerates)| {
+                Redundancy::Reduced { segments, tolerates }
+            });
+            let status =
+                status(&disks, &[pool(domains, free)], &[volume(state, redundancy)], None, 0);
+            prop_assert_eq!(status.health == HealthLevel::Ok, status.reasons.is_empty());
+            prop_assert!(status.reasons.is_sorted_by(|a, b| a.level >= b.level));
+            prop_assert!(status.reasons.iter().all(|r| r.level != HealthLevel::Ok));
+            if status.health == HealthLevel::Ok {
+                prop_assert_eq!(redundancy, Redundancy::Full);
+                prop_assert_eq!(status.volumes.reduced + status.volumes.unavailable, 0);
+                prop_assert_eq!(status.disks.online, status.disks.total);
+                prop_assert!(domains >= 6 && free >= FREE_WARNING_PERCENT);
+            }
+            let critical = free < FREE_CRITICAL_PERCENT
+                || domains < 2
+                || matches!(state, VolumeState::Stalled | VolumeState::Failed)
+                || matches!(redundancy, Redundancy::Reduced { tolerates: 0, .. });
+            prop_assert_eq!(status.health == HealthLevel::Critical, critical);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_had_errors_is_named() {
+        let mut bad = disk(DiskState::Online);
+        bad.errors.checksum = 1;
+        let health = assess(&[disk(DiskState::Online), bad], &[], &[]);
+        assert_eq!(health.health, HealthLevel::Warning);
+        assert_eq!(health.reasons[0].subject, "disk /d");
+        assert!(health.reasons[0].message.contains("1 checksum"));
+    }
+
+    #[test]
+    fn capacity_is_that_of_the_disks_that_serve() {
+        let disks = [disk(DiskState::Online), disk(DiskState::Failed)];
+        let capacity = status(&disks, &[], &[], None, 0).capacity;
+        assert_eq!(capacity, Capacity { raw: 1_000 << 20, used: 10 << 20, free: 990 << 20 });
+    }
+}

@@ -1,0 +1,21 @@
+//! The admin HTTP API: what an operator and their tools talk to.
+//!
+//! ```text
+//!  sdsctl ──► client ──HTTP──► server ──► AdminBackend ──channel──► node (one thread, !Send)
+//! ```
+//!
+//! [`types`] is the contract, shared by server, client and command line; [`health`] is the one
+//! place that decides what counts as healthy. The server checks the form of a request and
+//! translates errors into HTTP; what a request means is up to the [`backend::AdminBackend`].
+//!
+//! Must not know: disks, segments, heads, the metadata store. Everything here is `Send`, may run
+//! on any tokio runtime, and never touches the data path but through [`backend::Command`]s.
+
+pub mod backend;
+pub mod client;
+pub mod error;
+mod guard;
+pub mod health;
+mod routes;
+pub mod server;
+pub mod types;

@@ -1,0 +1,664 @@
+//! Requests and answers of the admin API, as they travel in JSON.
+//!
+//! Sizes are bytes, times seconds unless the name ends in another unit. Unknown fields of a
+//! request are refused, so that a misspelled option never silently does nothing; unknown fields
+//! of an answer are ignored, so that an older `sdsctl` can talk to a newer node.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::error::ApiError;
+use crate::id::{BLOCK_BYTES, DiskId, PoolId, VolumeId};
+use crate::limits::{DATA_SHARDS_MAX, PARITY_SHARDS_MAX, VOLUME_BYTES_MAX};
+
+/// Longest name of a pool or a volume, bytes.
+pub const NAME_BYTES_MAX: usize = 63;
+/// Longest path of a disk, bytes (`PATH_MAX`).
+pub const PATH_BYTES_MAX: usize = 4096;
+
+/// How well the node is, the worst of everything it knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum HealthLevel {
+    /// Full redundancy, every disk online, space left.
+    Ok,
+    /// Everything is served, but something needs attention; redundancy may be reduced.
+    Warning,
+    /// Some data is not served, or the next failure or write may be refused.
+    Critical,
+}
+
+impl fmt::Display for HealthLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Critical => "critical",
+        })
+    }
+}
+
+/// One reason why the node is not `ok`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Reason {
+    /// How bad it is; never `ok`.
+    pub level: HealthLevel,
+    /// What it is about: `disk /dev/sdb`, `pool default`, `volume default/vol0`.
+    pub subject: String,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+/// Health with its reasons: the worst first, none exactly if `ok`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Health {
+    /// The worst level of the reasons.
+    pub health: HealthLevel,
+    /// Why.
+    pub reasons: Vec<Reason>,
+}
+
+/// Raw space, before redundancy, bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Capacity {
+    /// All slots of the online disks.
+    pub raw: u64,
+    /// In use, redundancy and what garbage collection has not freed yet included.
+    pub used: u64,
+    /// Still free: `raw - used`.
+    pub free: u64,
+}
+
+/// How far the restoring of redundancy is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RepairProgress {
+    /// Rebuilt so far in this round, bytes.
+    pub bytes_done: u64,
+    /// To be rebuilt in this round, bytes.
+    pub bytes_total: u64,
+    /// Estimate of the time left; none before there is a rate to judge by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eta_s: Option<u64>,
+}
+
+/// Counts of disks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskCounts {
+    /// Disks that serve.
+    pub online: u32,
+    /// All disks of the node.
+    pub total: u32,
+}
+
+/// Counts of volumes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VolumeCounts {
+    /// All volumes.
+    pub total: u32,
+    /// Of them, those with reduced redundancy.
+    pub reduced: u32,
+    /// Of them, those that are not served now.
+    pub unavailable: u32,
+}
+
+/// The space of one pool in [`Status`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PoolCapacity {
+    /// Name of the pool.
+    pub name: String,
+    /// Raw space of the disks it may use.
+    pub capacity: Capacity,
+}
+
+/// The node at a glance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Status {
+    /// Never `ok` while any redundancy is reduced.
+    pub health: HealthLevel,
+    /// Why, the worst first.
+    pub reasons: Vec<Reason>,
+    /// Raw space of all disks.
+    pub capacity: Capacity,
+    /// Raw space by pool, sorted by name.
+    pub pools: Vec<PoolCapacity>,
+    /// Counts of disks.
+    pub disks: DiskCounts,
+    /// Counts of volumes.
+    pub volumes: VolumeCounts,
+    /// Present while redundancy is being restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairProgress>,
+    /// Version of `sdsd`.
+    pub version: String,
+    /// Seconds since the node started.
+    pub uptime_s: u64,
+}
+
+/// State of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskState {
+    /// Serves.
+    Online,
+    /// Serves, but far slower than its peers: avoided for new data.
+    Slow,
+    /// Its data is being moved away, on an operator's order.
+    Draining,
+    /// Taken out of service by an operator; its data counts as missing until it is back.
+    Offline,
+    /// Refuses work after an I/O error or because its tables are damaged.
+    Failed,
+    /// Known, but not found when the node started, or vanished since.
+    Missing,
+}
+
+impl DiskState {
+    /// Whether the disk serves reads and writes.
+    pub const fn is_online(self) -> bool {
+        matches!(self, Self::Online | Self::Slow | Self::Draining)
+    }
+}
+
+impl fmt::Display for DiskState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Online => "online",
+            Self::Slow => "slow",
+            Self::Draining => "draining",
+            Self::Offline => "offline",
+            Self::Failed => "failed",
+            Self::Missing => "missing",
+        })
+    }
+}
+
+/// Errors of a disk since the node started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskErrors {
+    /// I/O errors of the device.
+    pub io: u64,
+    /// Blocks whose checksum did not match.
+    pub checksum: u64,
+    /// Requests that took longer than their time-out.
+    pub timeout: u64,
+}
+
+impl DiskErrors {
+    /// All of them.
+    pub const fn total(&self) -> u64 {
+        self.io.saturating_add(self.checksum).saturating_add(self.timeout)
+    }
+}
+
+/// Mean latencies of a disk since the node started, microseconds; 0 before the first request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskLatency {
+    /// Of durable appends.
+    pub append_us: u64,
+    /// Of reads.
+    pub read_us: u64,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Disk {
+    /// Its id, from its superblock.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: DiskId,
+    /// Where it was last opened.
+    pub path: String,
+    /// Its state.
+    pub state: DiskState,
+    /// Why it is in that state, if there is more to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_reason: Option<String>,
+    /// Size of the device, bytes.
+    pub size: u64,
+    /// Size of a slot, bytes.
+    pub slot_bytes: u64,
+    /// Number of slots.
+    pub slots: u32,
+    /// Slots in use.
+    pub slots_used: u32,
+    /// Bytes of the slots in use.
+    pub used: u64,
+    /// Errors since the node started.
+    pub errors: DiskErrors,
+    /// Mean latencies since the node started.
+    pub latency: DiskLatency,
+}
+
+/// How a pool makes its data redundant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum PoolScheme {
+    /// Erasure coding: survives the loss of any `parity` of `data + parity` shards.
+    Ec {
+        /// Data shards, 2 to 16.
+        data: u8,
+        /// Parity shards, 1 to 4.
+        parity: u8,
+    },
+    /// Full copies: survives the loss of all but one.
+    Replicas {
+        /// Copies, 1 to 5.
+        copies: u8,
+    },
+}
+
+impl PoolScheme {
+    /// Shards that may be lost without losing data.
+    pub const fn tolerates(self) -> u8 {
+        match self {
+            Self::Ec { parity, .. } => parity,
+            Self::Replicas { copies } => copies.saturating_sub(1),
+        }
+    }
+
+    /// Failure domains that a full segment needs.
+    pub const fn width(self) -> u8 {
+        match self {
+            Self::Ec { data, parity } => data.saturating_add(parity),
+            Self::Replicas { copies } => copies,
+        }
+    }
+
+    /// The `min_size` of a pool that asks for none: 2 copies, or 1 where there are at most two.
+    pub const fn default_min_size(self) -> u8 {
+        if self.tolerates() < 2 { 1 } else { 2 }
+    }
+
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`ApiError::invalid`], naming the bounds.
+    pub fn check(self) -> Result<(), ApiError> {
+        let ok = match self {
+            Self::Ec { data, parity } => {
+                (2..=DATA_SHARDS_MAX).contains(&usize::from(data))
+                    && (1..=PARITY_SHARDS_MAX).contains(&usize::from(parity))
+            }
+            Self::Replicas { copies } => (1..=PARITY_SHARDS_MAX + 1).contains(&usize::from(copies)),
+        };
+        if ok {
+            return Ok(());
+        }
+        Err(ApiError::invalid(format!("scheme {self} is out of range")).with_hint(format!(
+            "erasure coding takes 2+1 to {DATA_SHARDS_MAX}+{PARITY_SHARDS_MAX}, replication 1 to \
+             {} replicas",
+            PARITY_SHARDS_MAX + 1
+        )))
+    }
+}
+
+impl fmt::Display for PoolScheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ec { data, parity } => write!(f, "ec {data}+{parity}"),
+            Self::Replicas { copies: 1 } => f.write_str("1 replica"),
+            Self::Replicas { copies } => write!(f, "{copies} replicas"),
+        }
+    }
+}
+
+/// What no two shards of a segment share.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FailureDomain {
+    /// A disk.
+    #[default]
+    Disk,
+    /// A node.
+    Node,
+    /// A rack.
+    Rack,
+}
+
+impl fmt::Display for FailureDomain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Disk => "disk",
+            Self::Node => "node",
+            Self::Rack => "rack",
+        })
+    }
+}
+
+/// A pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Pool {
+    /// Its id.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: PoolId,
+    /// Its name.
+    pub name: String,
+    /// Redundancy of its volumes.
+    pub scheme: PoolScheme,
+    /// What no two shards of a segment share.
+    pub failure_domain: FailureDomain,
+    /// Writes wait below this many copies.
+    pub min_size: u8,
+    /// Failure domains that are online.
+    pub domains_online: u32,
+    /// Raw space of the disks it may use.
+    pub capacity: Capacity,
+    /// Bytes that clients could store in all, at the pool's scheme.
+    pub usable: u64,
+    /// Bytes that clients have stored, before redundancy.
+    pub stored: u64,
+    /// Number of its volumes.
+    pub volumes: u32,
+}
+
+/// Redundancy of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum Redundancy {
+    /// Every segment has all its shards.
+    Full,
+    /// Some segments lack shards.
+    Reduced {
+        /// How many segments.
+        segments: u64,
+        /// Further losses that the worst of them survives.
+        tolerates: u8,
+    },
+}
+
+impl fmt::Display for Redundancy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full => f.pad("full"),
+            Self::Reduced { segments, .. } => f.pad(&format!("reduced ({segments} segments)")),
+        }
+    }
+}
+
+/// State of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum VolumeState {
+    /// Its head serves it.
+    Online,
+    /// Its head is taking over: replaying the log or waiting for a lease to run out.
+    Opening,
+    /// Writes wait: fewer than `min_size` domains are healthy, or the pool is full.
+    Stalled,
+    /// It cannot be served; the failures say why.
+    Failed,
+    /// It was removed and its space is being freed.
+    Deleting,
+}
+
+impl fmt::Display for VolumeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Online => "online",
+            Self::Opening => "opening",
+            Self::Stalled => "stalled",
+            Self::Failed => "failed",
+            Self::Deleting => "deleting",
+        })
+    }
+}
+
+/// A volume.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Volume {
+    /// Its id, never used again.
+    #[schema(value_type = String, format = "uuid")]
+    pub id: VolumeId,
+    /// `pool/name`.
+    pub name: String,
+    /// Size that clients see, bytes.
+    pub size: u64,
+    /// Bytes that have storage, before redundancy.
+    pub allocated: u64,
+    /// `incarnation.count` of its head's epoch.
+    pub epoch: String,
+    /// Whether every segment has all its shards.
+    pub redundancy: Redundancy,
+    /// Where clients attach it, as URIs.
+    pub exports: Vec<String>,
+    /// Whether it is served.
+    pub state: VolumeState,
+    /// Failures that are not over: what waits or fails, and for whom.
+    pub failures: Vec<String>,
+}
+
+/// Body of `POST /v1/disks`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AddDisk {
+    /// Absolute path on the node: a block device or a file.
+    pub path: String,
+    /// Size of the file to create when `path` does not exist; without it a missing file is an
+    /// error. Not for block devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// Format it even if it carries something.
+    #[serde(default)]
+    pub force: bool,
+}
+
+impl AddDisk {
+    /// Checks the form.
+    ///
+    /// # Errors
+    /// [`ApiError::invalid`].
+    pub fn check(&self) -> Result<(), ApiError> {
+        if !self.path.starts_with('/') || self.path.contains('\0') {
+            return Err(ApiError::invalid(format!(
+                "disk path {:?} is not absolute",
+                clip(&self.path)
+            )));
+        }
+        if self.path.len() > PATH_BYTES_MAX {
+            return Err(ApiError::invalid(format!(
+                "the disk path is longer than {PATH_BYTES_MAX} bytes"
+            )));
+        }
+        if self.size == Some(0) {
+            return Err(ApiError::invalid("a disk of size 0 holds nothing"));
+        }
+        Ok(())
+    }
+}
+
+/// Body of `POST /v1/pools`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreatePool {
+    /// Its name: small letters, digits, `.`, `_`, `-`; at most 63, the first a letter or a digit.
+    pub name: String,
+    /// Redundancy of its volumes.
+    pub scheme: PoolScheme,
+    /// What no two shards of a segment share.
+    #[serde(default)]
+    pub failure_domain: FailureDomain,
+    /// Writes wait below this many copies; see [`PoolScheme::default_min_size`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_size: Option<u8>,
+}
+
+impl CreatePool {
+    /// Checks the form.
+    ///
+    /// # Errors
+    /// [`ApiError::invalid`].
+    pub fn check(&self) -> Result<(), ApiError> {
+        check_name("pool", &self.name)?;
+        self.scheme.check()?;
+        let copies = self.scheme.tolerates() + 1;
+        match self.min_size {
+            Some(n) if n == 0 || n > copies => Err(ApiError::invalid(format!(
+                "min_size {n} is out of range for {}: 1 to {copies}",
+                self.scheme
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// The `min_size` asked for, or the default of the scheme.
+    pub fn effective_min_size(&self) -> u8 {
+        self.min_size.unwrap_or_else(|| self.scheme.default_min_size())
+    }
+}
+
+/// Body of `POST /v1/volumes`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVolume {
+    /// `pool/name`.
+    pub name: String,
+    /// Size that clients see, bytes: a positive multiple of 4096, at most 1 PiB.
+    pub size: u64,
+}
+
+impl CreateVolume {
+    /// Checks the form.
+    ///
+    /// # Errors
+    /// [`ApiError::invalid`].
+    pub fn check(&self) -> Result<VolumeName, ApiError> {
+        let name = self.name.parse()?;
+        check_volume_size(self.size)?;
+        Ok(name)
+    }
+}
+
+/// Body of `PATCH /v1/volumes/{pool}/{name}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeVolume {
+    /// The new size, bytes, with the bounds of [`CreateVolume::size`].
+    pub size: u64,
+    /// Must be set to make the volume smaller, which discards what lies beyond the new end.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// Query of requests that may destroy data.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct ForceQuery {
+    /// Go on although data is destroyed.
+    #[serde(default)]
+    #[param(required = false)]
+    pub force: bool,
+}
+
+/// Query of `GET /v1/volumes`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct VolumeQuery {
+    /// Only the volumes of this pool.
+    #[serde(default)]
+    pub pool: Option<String>,
+}
+
+/// Answer to a removal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Removed {
+    /// `disk`, `pool` or `volume`.
+    pub kind: String,
+    /// What was removed: the id of a disk, the name of a pool or a volume.
+    pub name: String,
+}
+
+/// `pool/name`, both checked.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VolumeName {
+    /// Name of the pool.
+    pub pool: String,
+    /// Name of the volume in the pool.
+    pub name: String,
+}
+
+impl VolumeName {
+    /// Puts together and checks the two parts.
+    ///
+    /// # Errors
+    /// [`ApiError::invalid`].
+    pub fn new(pool: &str, name: &str) -> Result<Self, ApiError> {
+        check_name("pool", pool)?;
+        check_name("volume", name)?;
+        Ok(Self { pool: pool.to_owned(), name: name.to_owned() })
+    }
+}
+
+impl fmt::Display for VolumeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.pool, self.name)
+    }
+}
+
+impl FromStr for VolumeName {
+    type Err = ApiError;
+
+    fn from_str(s: &str) -> Result<Self, ApiError> {
+        let (pool, name) = s.split_once('/').ok_or_else(|| {
+            ApiError::invalid(format!("volume name {:?} lacks its pool", clip(s)))
+                .with_hint("a volume is named POOL/NAME, for example default/vol0")
+        })?;
+        Self::new(pool, name)
+    }
+}
+
+/// Checks the name of a `what` (a pool, a volume).
+///
+/// # Errors
+/// [`ApiError::invalid`] unless it is 1 to [`NAME_BYTES_MAX`] small ASCII letters, digits, `.`, `_`,
+/// `-`, the first a letter or a digit.
+pub fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+    let small = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    let bytes = name.as_bytes();
+    let ok = (1..=NAME_BYTES_MAX).contains(&bytes.len())
+        && small(bytes[0])
+        && bytes.iter().all(|b| small(*b) || matches!(b, b'.' | b'_' | b'-'));
+    if ok {
+        return Ok(());
+    }
+    Err(ApiError::invalid(format!("{:?} is not a name for a {what}", clip(name))).with_hint(
+        format!(
+            "a name has 1 to {NAME_BYTES_MAX} small letters, digits, '.', '_' or '-', and begins with a \
+         letter or a digit"
+        ),
+    ))
+}
+
+/// Checks the size of a volume, bytes.
+///
+/// # Errors
+/// [`ApiError::invalid`] if it is 0, no multiple of [`BLOCK_BYTES`] or above
+/// [`VOLUME_BYTES_MAX`].
+pub fn check_volume_size(size: u64) -> Result<(), ApiError> {
+    if size == 0 {
+        return Err(ApiError::invalid("a volume of size 0 holds nothing"));
+    }
+    if size > VOLUME_BYTES_MAX {
+        return Err(ApiError::invalid(format!(
+            "a volume of {size} bytes is too large: at most {VOLUME_BYTES_MAX} bytes (1 PiB)"
+        )));
+    }
+    if !size.is_multiple_of(BLOCK_BYTES) {
+        return Err(ApiError::invalid(format!(
+            "a size of {size} bytes is no multiple of {BLOCK_BYTES}"
+        )));
+    }
+    Ok(())
+}
+
+/// The start of a text that a user sent, short enough for an error message.
+pub(crate) fn clip(text: &str) -> String {
+    const CHARS_MAX: usize = 80;
+    if text.chars().nth(CHARS_MAX).is_none() {
+        return text.to_owned();
+    }
+    text.chars().take(CHARS_MAX).chain(['…']).collect()
+}

@@ -1,0 +1,171 @@
+//! `sdsctl disk …`.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+
+use super::output::{Output, Table, fields, human_bytes, non_empty, percent};
+use super::{Failure, parse};
+use crate::admin::client::{Client, ClientError};
+use crate::admin::error::ApiError;
+use crate::admin::types::{AddDisk, Disk};
+use crate::id::DiskId;
+
+/// Shortest prefix of an id that names a disk, characters.
+const PREFIX_CHARS_MIN: usize = 4;
+
+/// Verbs on disks; DISK is an id, the beginning of one (4 characters or more), or a path.
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskVerb {
+    /// Formats a block device or a file and adds it to the node
+    #[command(after_help = "Examples:\n  sdsctl disk add /dev/sdb\n  \
+                            sdsctl disk add /srv/sds/disk7 --size 100G")]
+    Add {
+        /// Path on the node; a relative one is taken from the current directory
+        path: PathBuf,
+        /// Creates a file of this size if there is none at PATH
+        #[arg(long, value_parser = parse::size, allow_negative_numbers = true)]
+        size: Option<u64>,
+        /// Format it even if it carries something
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Lists all disks
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Shows one disk in full
+    Show {
+        /// Id, beginning of an id, or path
+        disk: String,
+    },
+    /// Takes a disk out of the node for good
+    #[command(visible_alias = "delete")]
+    Rm {
+        /// Id, beginning of an id, or path
+        disk: String,
+        /// Even if it holds data, which is then rebuilt elsewhere
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Takes a disk out of service until it is put online again
+    Offline {
+        /// Id, beginning of an id, or path
+        disk: String,
+    },
+    /// Opens a disk again that is offline, failed or missing
+    Online {
+        /// Id, beginning of an id, or path
+        disk: String,
+    },
+}
+
+/// Runs the verb.
+pub(super) fn run(verb: &DiskVerb, client: &Client, out: &mut Output) -> Result<(), Failure> {
+    match verb {
+        DiskVerb::Add { path, size, yes } => {
+            let request = AddDisk { path: absolute(path)?, size: *size, force: *yes };
+            out.show(&client.add_disk(&request)?, |disk| {
+                format!("added {} as {}\n", disk.path, disk.id)
+            })?;
+        }
+        DiskVerb::Ls => out.show(&client.disks()?, |disks| table(disks))?,
+        DiskVerb::Show { disk } => out.show(&client.disk(find(client, disk)?)?, details)?,
+        DiskVerb::Rm { disk, yes } => {
+            out.show(&client.remove_disk(find(client, disk)?, *yes)?, |removed| {
+                format!("removed disk {}\n", removed.name)
+            })?;
+        }
+        DiskVerb::Offline { disk } => {
+            out.show(&client.offline_disk(find(client, disk)?)?, state)?;
+        }
+        DiskVerb::Online { disk } => out.show(&client.online_disk(find(client, disk)?)?, state)?,
+    }
+    Ok(())
+}
+
+fn absolute(path: &PathBuf) -> Result<String, Failure> {
+    let usage = |reason: String| Failure::Usage {
+        message: format!("disk path {}: {reason}", path.display()),
+        hint: "give the absolute path of a block device or a file on the node".to_owned(),
+    };
+    let absolute = std::path::absolute(path).map_err(|e| usage(e.to_string()))?;
+    absolute.into_os_string().into_string().map_err(|_| usage("is not UTF-8".to_owned()))
+}
+
+/// The disk that `what` names.
+fn find(client: &Client, what: &str) -> Result<DiskId, Failure> {
+    if let Ok(id) = what.parse() {
+        return Ok(id);
+    }
+    let disks = client.disks()?;
+    let prefix = what.to_ascii_lowercase();
+    let is_prefix = prefix.len() >= PREFIX_CHARS_MIN;
+    let found: Vec<_> = disks
+        .iter()
+        .filter(|d| d.path == what || (is_prefix && d.id.to_string().starts_with(&prefix)))
+        .collect();
+    match found[..] {
+        [disk] => Ok(disk.id),
+        [] => Err(Failure::Client(ClientError::Api(
+            ApiError::not_found(format!("no disk {what:?}")).with_hint(
+                "name it by its id, at least 4 characters of it, or its path; see: \
+                            sdsctl disk ls",
+            ),
+        ))),
+        _ => Err(Failure::Usage {
+            message: format!("{what:?} names {} disks", found.len()),
+            hint: "give more of the id; see: sdsctl disk ls".to_owned(),
+        }),
+    }
+}
+
+fn state(disk: &Disk) -> String {
+    format!("disk {} ({}) is {}\n", disk.id, disk.path, disk.state)
+}
+
+fn table(disks: &[Disk]) -> String {
+    let mut table = Table::new(&[
+        "ID", "PATH", "STATE", ">SIZE", ">USED", ">USE", ">ERRORS", ">APPEND", ">READ",
+    ]);
+    for disk in disks {
+        table.row(vec![
+            disk.id.to_string(),
+            disk.path.clone(),
+            disk.state.to_string(),
+            human_bytes(disk.size),
+            human_bytes(disk.used),
+            percent(disk.slots_used.into(), disk.slots.into()),
+            disk.errors.total().to_string(),
+            format!("{} µs", disk.latency.append_us),
+            format!("{} µs", disk.latency.read_us),
+        ]);
+    }
+    table.render()
+}
+
+fn details(disk: &Disk) -> String {
+    let slots = format!(
+        "{} of {} in use ({}), {} each",
+        disk.slots_used,
+        disk.slots,
+        percent(disk.slots_used.into(), disk.slots.into()),
+        human_bytes(disk.slot_bytes)
+    );
+    let errors = format!(
+        "{} I/O, {} checksum, {} time-out",
+        disk.errors.io, disk.errors.checksum, disk.errors.timeout
+    );
+    let latency =
+        format!("append {} µs, read {} µs (mean)", disk.latency.append_us, disk.latency.read_us);
+    fields(&[
+        ("id", disk.id.to_string()),
+        ("path", disk.path.clone()),
+        ("state", disk.state.to_string()),
+        ("reason", non_empty(disk.state_reason.clone().unwrap_or_default(), "-")),
+        ("size", human_bytes(disk.size)),
+        ("used", human_bytes(disk.used)),
+        ("slots", slots),
+        ("errors", errors),
+        ("latency", latency),
+    ])
+}

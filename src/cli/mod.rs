@@ -1,0 +1,179 @@
+//! `sdsctl`: the command line, one file per family of verbs.
+//!
+//! Knows the admin API through [`crate::admin::client`] only. Answers go to standard output, as a
+//! table or as exactly the API's JSON; everything else goes to standard error. Every outcome has
+//! its exit code ([`Failure::exit_code`]), so that scripts need not read texts.
+
+mod disk;
+mod output;
+mod parse;
+mod pool;
+mod status;
+mod volume;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::admin::client::{Client, ClientError, DEFAULT_ENDPOINT};
+use crate::admin::error::{ApiError, ErrorBody, ErrorCode};
+use output::{Format, Output};
+
+const AFTER_HELP: &str = "\
+Exit codes:
+  0  done
+  1  the node refused the request, or failed
+  2  wrong usage; also: data would be destroyed and --yes is missing
+  3  cannot connect to the node
+  4  the node is not healthy (status --exit-code only)
+
+Examples:
+  sdsctl status
+  sdsctl disk add /dev/sdb
+  sdsctl pool create fast --replicas 3
+  sdsctl volume create default/vm1 --size 10G
+  sdsctl -o json volume ls
+  sdsctl --endpoint http://10.0.0.5:9770 status --watch";
+
+/// Manages an sds node: disks, pools and volumes
+#[derive(Debug, Parser)]
+#[command(name = "sdsctl", version, after_help = AFTER_HELP, max_term_width = 100)]
+struct Cli {
+    /// Admin address of the node: http://HOST:PORT or HOST:PORT
+    #[arg(long, global = true, env = "SDS_ENDPOINT", default_value = DEFAULT_ENDPOINT,
+          value_name = "URL")]
+    endpoint: String,
+    /// How to print answers; json is exactly what the API answers
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    output: Format,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Health, capacity and progress of repairs at a glance
+    Status(status::StatusArgs),
+    /// The disks of the node
+    #[command(subcommand, visible_alias = "disks")]
+    Disk(disk::DiskVerb),
+    /// Pools: how redundant data is, and over what
+    #[command(subcommand, visible_alias = "pools")]
+    Pool(pool::PoolVerb),
+    /// Volumes: virtual disks in a pool
+    #[command(subcommand, visible_alias = "volumes")]
+    Volume(volume::VolumeVerb),
+    /// Prints a completion script for a shell
+    #[command(after_help = "Example, for bash:\n  sdsctl completion bash \
+                            > ~/.local/share/bash-completion/completions/sdsctl")]
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+/// Why the command did not succeed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// The node or the way to it.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The arguments make no sense together with what the node has.
+    #[error("{message}")]
+    Usage {
+        /// What is wrong.
+        message: String,
+        /// What to do.
+        hint: String,
+    },
+    /// The node is not `ok`; it was printed already.
+    #[error("the node is not healthy")]
+    Unhealthy,
+    /// Standard output cannot be written to.
+    #[error("cannot print the answer: {0}")]
+    Output(#[from] io::Error),
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Client(ClientError::Api(e)) if e.code == ErrorCode::ConfirmationRequired => 2,
+            Self::Client(ClientError::Api(_) | ClientError::Protocol { .. }) | Self::Output(_) => 1,
+            Self::Client(ClientError::Endpoint { .. }) | Self::Usage { .. } => 2,
+            Self::Client(ClientError::Connect { .. }) => 3,
+            Self::Unhealthy => 4,
+        }
+    }
+
+    fn to_api_error(&self) -> ApiError {
+        match self {
+            Self::Client(ClientError::Api(e)) if e.code == ErrorCode::ConfirmationRequired => {
+                e.clone().with_hint("add --yes to go on; what is destroyed does not come back")
+            }
+            Self::Client(error) => error.to_api_error(),
+            Self::Usage { message, hint } => ApiError::invalid(message).with_hint(hint),
+            Self::Unhealthy | Self::Output(_) => ApiError::internal(self.to_string()),
+        }
+    }
+
+    /// Tells standard error, in the format asked for.
+    fn report(&self, format: Format) -> io::Result<()> {
+        let error = self.to_api_error();
+        let mut err = io::stderr().lock();
+        match format {
+            Format::Json => writeln!(err, "{}", serde_json::to_string(&ErrorBody { error })?),
+            Format::Table => {
+                writeln!(err, "sdsctl: {}", error.message)?;
+                error.hint.map_or(Ok(()), |hint| writeln!(err, "  hint: {hint}"))
+            }
+        }
+    }
+}
+
+/// Runs `sdsctl` with the arguments of the process.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of a pipe has seen enough.
+        Err(Failure::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            let told = match failure {
+                Failure::Unhealthy => Ok(()),
+                _ => failure.report(cli.output),
+            };
+            // Without a standard error there is nobody left to tell but by the exit code.
+            told.ok();
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<(), Failure> {
+    if let Verb::Completion { shell } = cli.verb {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Cli::command(), "sdsctl", &mut script);
+        return Ok(io::stdout().lock().write_all(&script)?);
+    }
+    let client = Client::new(&cli.endpoint)?;
+    let mut out = Output::new(cli.output);
+    match &cli.verb {
+        Verb::Status(args) => status::run(args, &client, &mut out),
+        Verb::Disk(verb) => disk::run(verb, &client, &mut out),
+        Verb::Pool(verb) => pool::run(verb, &client, &mut out),
+        Verb::Volume(verb) => volume::run(verb, &client, &mut out),
+        Verb::Completion { .. } => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+}

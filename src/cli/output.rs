@@ -1,0 +1,177 @@
+//! Printing: aligned tables for people, the API's JSON for programs.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::units::ByteSize;
+
+/// How answers are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+}
+
+/// Standard output in one format.
+pub(super) struct Output {
+    format: Format,
+}
+
+impl Output {
+    pub(super) fn new(format: Format) -> Self {
+        Self { format }
+    }
+
+    pub(super) fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Prints `value` as JSON, or what `table` makes of it.
+    pub(super) fn show<T: Serialize>(
+        &mut self,
+        value: &T,
+        table: impl FnOnce(&T) -> String,
+    ) -> io::Result<()> {
+        let text = match self.format {
+            Format::Json => serde_json::to_string_pretty(value)? + "\n",
+            Format::Table => table(value),
+        };
+        self.text(&text)
+    }
+
+    /// Prints text as it is.
+    #[expect(clippy::unused_self, reason = "whoever may print has an Output")]
+    pub(super) fn text(&mut self, text: &str) -> io::Result<()> {
+        let mut out = io::stdout().lock();
+        out.write_all(text.as_bytes())?;
+        out.flush()
+    }
+}
+
+/// A table; columns are as wide as their widest cell, two spaces apart.
+pub(super) struct Table {
+    /// Title of each column, and whether it is aligned to the right.
+    columns: Vec<(&'static str, bool)>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with these columns; a title that begins with `>` is a column of numbers, aligned
+    /// to the right.
+    pub(super) fn new(titles: &[&'static str]) -> Self {
+        let columns = titles
+            .iter()
+            .map(|title| title.strip_prefix('>').map_or((*title, false), |title| (title, true)))
+            .collect();
+        Self { columns, rows: Vec::new() }
+    }
+
+    pub(super) fn row(&mut self, cells: Vec<String>) {
+        debug_assert_eq!(cells.len(), self.columns.len(), "a cell for each column");
+        self.rows.push(cells.into_iter().map(|cell| printable(&cell)).collect());
+    }
+
+    pub(super) fn render(&self) -> String {
+        let width = |i: usize| {
+            let title = self.columns[i].0.chars().count();
+            self.rows.iter().map(|row| row[i].chars().count()).fold(title, usize::max)
+        };
+        let widths: Vec<_> = (0..self.columns.len()).map(width).collect();
+        let line = |cells: &mut dyn Iterator<Item = &str>| {
+            let cells: Vec<_> = cells
+                .zip(self.columns.iter().zip(&widths))
+                .map(
+                    |(cell, ((_, right), &width))| {
+                        if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+                    },
+                )
+                .collect();
+            cells.join("  ").trim_end().to_owned() + "\n"
+        };
+        let mut text = line(&mut self.columns.iter().map(|(title, _)| *title));
+        for row in &self.rows {
+            text += &line(&mut row.iter().map(String::as_str));
+        }
+        text
+    }
+}
+
+/// `key: value` lines with the values below each other.
+pub(super) fn fields(pairs: &[(&str, String)]) -> String {
+    let width = pairs.iter().map(|(key, _)| key.len()).max().unwrap_or(0) + 2;
+    pairs
+        .iter()
+        .map(|(key, value)| {
+            format!("{:<width$}{}", format!("{key}:"), printable(value)).trim_end().to_owned()
+                + "\n"
+        })
+        .collect()
+}
+
+/// The text without control characters, which could repaint the terminal.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+}
+
+/// `or`, if the text is empty.
+pub(super) fn non_empty(text: String, or: &str) -> String {
+    if text.is_empty() { or.to_owned() } else { text }
+}
+
+/// Bytes for people, rounded: `9.31GiB`.
+pub(super) fn human_bytes(bytes: u64) -> String {
+    ByteSize(bytes).approximate()
+}
+
+/// Seconds for people: `45s`, `3m 20s`, `5h 2m`, `12d 4h`.
+pub(super) fn human_seconds(seconds: u64) -> String {
+    let (minutes, hours, days) = (seconds / 60, seconds / 3_600, seconds / 86_400);
+    match (days, hours, minutes) {
+        (0, 0, 0) => format!("{seconds}s"),
+        (0, 0, _) => format!("{minutes}m {}s", seconds % 60),
+        (0, _, _) => format!("{hours}h {}m", minutes % 60),
+        _ => format!("{days}d {}h", hours % 24),
+    }
+}
+
+/// `part` of `whole` in percent, rounded down; `-` of nothing.
+pub(super) fn percent(part: u64, whole: u64) -> String {
+    match (u128::from(part) * 100).checked_div(u128::from(whole)) {
+        Some(percent) => format!("{percent}%"),
+        None => "-".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times() {
+        for (seconds, text) in
+            [(0, "0s"), (59, "59s"), (200, "3m 20s"), (18_120, "5h 2m"), (1_051_200, "12d 4h")]
+        {
+            assert_eq!(human_seconds(seconds), text);
+        }
+    }
+
+    #[test]
+    fn tables_are_aligned() {
+        let mut table = Table::new(&["NAME", ">SIZE", "STATE"]);
+        table.row(vec!["a".into(), "10 GiB".into(), "online".into()]);
+        table.row(vec!["longer\x1b".into(), "1 B".into(), String::new()]);
+        let expected = "NAME       SIZE  STATE\na        10 GiB  online\nlonger?     1 B\n";
+        assert_eq!(table.render(), expected);
+    }
+
+    #[test]
+    fn percents() {
+        assert_eq!(percent(1, 3), "33%");
+        assert_eq!(percent(u64::MAX, u64::MAX), "100%");
+        assert_eq!(percent(0, 0), "-");
+    }
+}

@@ -1,0 +1,130 @@
+//! `sdsctl status`.
+
+use std::fmt::Write as _;
+use std::io::{IsTerminal, stdout};
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::Failure;
+use super::output::{
+    Format, Output, Table, fields, human_bytes, human_seconds, percent, printable,
+};
+use crate::admin::client::{Client, ClientError};
+use crate::admin::types::{Capacity, HealthLevel, RepairProgress, Status};
+
+const CLEAR_SCREEN: &str = "\x1b[H\x1b[2J";
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  sdsctl status --watch\n  sdsctl status --exit-code \
+                        || echo needs attention")]
+pub(super) struct StatusArgs {
+    /// Show it again every SECONDS (2 if not given), until interrupted
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+          require_equals = true, value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    watch: Option<u64>,
+    /// Exit with 4 unless the health is ok
+    #[arg(long, conflicts_with = "watch")]
+    exit_code: bool,
+}
+
+/// Shows the status once or again and again.
+pub(super) fn run(args: &StatusArgs, client: &Client, out: &mut Output) -> Result<(), Failure> {
+    let status = client.status()?;
+    let Some(seconds) = args.watch else {
+        out.show(&status, table)?;
+        return match status.health {
+            HealthLevel::Warning | HealthLevel::Critical if args.exit_code => {
+                Err(Failure::Unhealthy)
+            }
+            _ => Ok(()),
+        };
+    };
+    let mut answer = Ok(status);
+    loop {
+        if out.format() == Format::Table && stdout().is_terminal() {
+            out.text(CLEAR_SCREEN)?;
+        }
+        match answer {
+            Ok(status) => out.show(&status, table)?,
+            // A node that restarts is what one watches for.
+            Err(error @ ClientError::Connect { .. }) => {
+                Failure::from(error).report(out.format())?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+        thread::sleep(Duration::from_secs(seconds));
+        answer = client.status();
+    }
+}
+
+fn table(status: &Status) -> String {
+    let disks = format!("{} of {} online", status.disks.online, status.disks.total);
+    let mut volumes = status.volumes.total.to_string();
+    for (count, what) in
+        [(status.volumes.reduced, "reduced"), (status.volumes.unavailable, "not served")]
+    {
+        if count > 0 {
+            write!(volumes, ", {count} {what}").expect("a string takes all");
+        }
+    }
+    let mut pairs = vec![
+        ("health", status.health.to_string()),
+        ("disks", disks),
+        ("volumes", volumes),
+        ("capacity", capacity(&status.capacity)),
+    ];
+    if let Some(repair) = &status.repair {
+        pairs.push(("repair", progress(repair)));
+    }
+    pairs.push(("version", status.version.clone()));
+    pairs.push(("up", human_seconds(status.uptime_s)));
+    let mut text = fields(&pairs);
+    if !status.reasons.is_empty() {
+        text += "\n";
+        for reason in &status.reasons {
+            let subject = printable(&reason.subject);
+            let message = printable(&reason.message);
+            writeln!(text, "{:<8}  {subject} {message}", reason.level).expect("a string takes all");
+        }
+    }
+    if !status.pools.is_empty() {
+        let mut table = Table::new(&["POOL", ">RAW", ">USED", ">FREE", ">USE"]);
+        for pool in &status.pools {
+            let Capacity { raw, used, free } = pool.capacity;
+            table.row(vec![
+                pool.name.clone(),
+                human_bytes(raw),
+                human_bytes(used),
+                human_bytes(free),
+                percent(used, raw),
+            ]);
+        }
+        text += "\n";
+        text += &table.render();
+    }
+    text
+}
+
+fn capacity(capacity: &Capacity) -> String {
+    let Capacity { raw, used, free } = *capacity;
+    format!(
+        "{} raw, {} used ({}), {} free",
+        human_bytes(raw),
+        human_bytes(used),
+        percent(used, raw),
+        human_bytes(free)
+    )
+}
+
+fn progress(repair: &RepairProgress) -> String {
+    let eta = repair.eta_s.map_or(String::new(), |s| format!(", about {} left", human_seconds(s)));
+    format!(
+        "{} of {} ({}){eta}",
+        human_bytes(repair.bytes_done),
+        human_bytes(repair.bytes_total),
+        percent(repair.bytes_done, repair.bytes_total)
+    )
+}

@@ -1,0 +1,141 @@
+//! The numbers that the node hands over when it is scraped: plain copies of its own counters.
+//!
+//! Counters count since the node started (or since the thing appeared) and never fall while it
+//! exists; labels come from names and paths, so there are as many series as things, never as
+//! many as requests.
+
+use super::histogram::LatencySample;
+use crate::admin::types::{DiskState, HealthLevel};
+
+/// Everything.
+#[derive(Debug, Clone, Default)]
+pub struct Sample {
+    /// The node.
+    pub node: NodeSample,
+    /// Each disk.
+    pub disks: Vec<DiskSample>,
+    /// Each pool.
+    pub pools: Vec<PoolSample>,
+    /// Each volume.
+    pub volumes: Vec<VolumeSample>,
+    /// The NBD server.
+    pub nbd: NbdSample,
+}
+
+/// The node.
+#[derive(Debug, Clone)]
+pub struct NodeSample {
+    /// Seconds since it started.
+    pub uptime_seconds: f64,
+    /// Its health.
+    pub health: HealthLevel,
+    /// Bytes of the current repair that are done; 0 without one.
+    pub repair_done_bytes: u64,
+    /// Bytes of the current repair in all; 0 without one.
+    pub repair_total_bytes: u64,
+}
+
+impl Default for NodeSample {
+    fn default() -> Self {
+        Self {
+            uptime_seconds: 0.0,
+            health: HealthLevel::Ok,
+            repair_done_bytes: 0,
+            repair_total_bytes: 0,
+        }
+    }
+}
+
+/// One disk.
+#[derive(Debug, Clone)]
+pub struct DiskSample {
+    /// Its id: label `disk`.
+    pub disk: String,
+    /// Its path: label `path`.
+    pub path: String,
+    /// Its state.
+    pub state: DiskState,
+    /// All slots.
+    pub slots: u64,
+    /// Slots in use.
+    pub slots_used: u64,
+    /// Size of a slot, bytes.
+    pub slot_bytes: u64,
+    /// I/O errors.
+    pub io_errors: u64,
+    /// Checksum mismatches.
+    pub checksum_errors: u64,
+    /// Time-outs.
+    pub timeout_errors: u64,
+    /// Appends.
+    pub appends: u64,
+    /// Bytes of them.
+    pub append_bytes: u64,
+    /// Sum of their latencies, microseconds.
+    pub append_us: u64,
+    /// Reads.
+    pub reads: u64,
+    /// Bytes of them.
+    pub read_bytes: u64,
+    /// Sum of their latencies, microseconds.
+    pub read_us: u64,
+    /// Flushes of the device.
+    pub flushes: u64,
+}
+
+/// One pool.
+#[derive(Debug, Clone, Default)]
+pub struct PoolSample {
+    /// Its name: label `pool`.
+    pub pool: String,
+    /// Raw space, bytes.
+    pub raw_bytes: u64,
+    /// Of it in use, bytes.
+    pub used_bytes: u64,
+    /// Of it free, bytes.
+    pub free_bytes: u64,
+    /// What clients stored, before redundancy, bytes.
+    pub stored_bytes: u64,
+}
+
+/// One volume.
+#[derive(Debug, Clone, Default)]
+pub struct VolumeSample {
+    /// `pool/name`: label `volume`.
+    pub volume: String,
+    /// Size that clients see, bytes.
+    pub size_bytes: u64,
+    /// Bytes that have storage.
+    pub allocated_bytes: u64,
+    /// Bytes of reads.
+    pub read_bytes: u64,
+    /// Bytes of writes.
+    pub write_bytes: u64,
+    /// Latencies of reads; their count is the count of reads.
+    pub read_latency: LatencySample,
+    /// Latencies of writes, trims and zeroes; their count is the count of writes.
+    pub write_latency: LatencySample,
+    /// Log records written.
+    pub log_records: u64,
+    /// Sequence of the newest checkpoint.
+    pub checkpoint_sequence: u64,
+    /// Log segments left because a shard failed.
+    pub failovers: u64,
+    /// Segments that lack shards.
+    pub reduced_segments: u64,
+}
+
+/// The NBD server.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NbdSample {
+    /// Connections now.
+    pub connections: u64,
+    /// Connections since the start.
+    pub connections_accepted: u64,
+    /// Requests.
+    pub requests: u64,
+    /// Requests answered with an error.
+    pub request_errors: u64,
+    /// Connections that broke the protocol.
+    pub protocol_errors: u64,
+}
