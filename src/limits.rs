@@ -34,8 +34,24 @@ pub const CONNECTIONS_MAX: usize = 1024;
 pub const CONNECTION_REQUESTS_MAX: usize = 128;
 /// Payload bytes of one connection under way at once (writes received, reads not yet sent).
 pub const CONNECTION_BYTES_MAX: usize = 2 * REQUEST_BYTES_MAX;
+/// Payload bytes that each connection may have under way whatever the others do.
+pub const CONNECTION_BYTES_FREE: usize = 256 << 10;
+/// Payload bytes of all connections of a server beyond [`CONNECTION_BYTES_FREE`] each.
+pub const SERVER_BYTES_MAX: usize = 256 << 20;
+/// Data of one option of an NBD negotiation, bytes: what is larger is skipped and refused.
+pub const NBD_OPTION_BYTES_MAX: usize = 64 << 10;
+/// Options of one NBD negotiation.
+pub const NBD_OPTIONS_MAX: usize = 1024;
+/// Extents in one reply to a block status request.
+pub const NBD_EXTENTS_MAX: usize = 4096;
+/// Bytes that one call of a target reads for an NBD request; longer reads are split.
+pub const NBD_READ_PIECE_BYTES: usize = 4 << 20;
 
 const _: () = assert!(
     DATA_SHARDS_MAX as u64 * SLOT_BYTES_MAX / BLOCK_SIZE as u64 <= 1 << SEGMENT_BLOCK_BITS,
     "a block's address in a segment must fit its bits"
+);
+const _: () = assert!(
+    CONNECTION_BYTES_FREE + SERVER_BYTES_MAX >= REQUEST_BYTES_MAX,
+    "one request of the largest size must fit"
 );

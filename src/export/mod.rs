@@ -1,6 +1,8 @@
 //! Exports: what a hypervisor talks to. An export knows a volume through [`BlockTarget`] and
 //! nothing of segments, disks or redundancy.
 
+#[doc(hidden)]
+pub mod memory;
 pub mod nbd;
 
 use std::future::Future;
