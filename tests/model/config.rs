@@ -60,6 +60,8 @@ pub struct Config {
     pub doubt: bool,
     /// Whether an operator gives his word for disks that are gone.
     pub operator: bool,
+    /// Whether a disk that went down may come back.
+    pub returns: bool,
     pub bug: Option<Bug>,
 }
 
@@ -74,6 +76,12 @@ pub struct SetTable {
     pub lease_ok: [bool; MASKS],
     /// By mask of former sets, then of mirrors.
     pub in_force: Vec<[bool; MASKS]>,
+    /// By mask of former sets: what the next root carries, if this one is not known to be in
+    /// force, and if it is.
+    pub next_former: Vec<[u8; 2]>,
+    /// By mask of former sets: the pairs in use, if the root is not known to be in force, and if
+    /// it is.
+    pub pairs: Vec<[u8; 2]>,
 }
 
 /// A configuration with its tables.
@@ -127,6 +135,12 @@ impl Rules {
                         table(|mask| rules::in_force(set, &former, mask))
                     })
                     .collect(),
+                next_former: by_former(&sets, |former, known| {
+                    mask_of(&sets, &rules::former_sets(set, former, known))
+                }),
+                pairs: by_former(&sets, |former, known| {
+                    mask_of(&sets, rules::pairs_in_use(set, former, known, None))
+                }),
                 set: set.clone(),
             })
             .collect();
@@ -148,14 +162,6 @@ impl Rules {
         pick(&all, usize::from(mask))
     }
 
-    /// The mask of these sets.
-    pub fn mask_of<'a>(&self, sets: impl IntoIterator<Item = &'a LogSet>) -> u8 {
-        sets.into_iter().fold(0, |mask, set| {
-            let index = self.sets.iter().position(|table| table.set == *set);
-            mask | 1 << index.expect("a set of the configuration")
-        })
-    }
-
     /// All disks of the sets of this mask.
     pub fn disks_of(&self, sets: u8) -> Mask {
         self.sets
@@ -164,6 +170,19 @@ impl Rules {
             .filter(|(index, _)| sets >> index & 1 == 1)
             .fold(0, |disks, (_, table)| disks | table.disks)
     }
+}
+
+fn by_former(sets: &[LogSet], answer: impl Fn(&[LogSet], bool) -> u8) -> Vec<[u8; 2]> {
+    let of = |former| [false, true].map(|known| answer(&pick(sets, former), known));
+    (0..1 << sets.len()).map(of).collect()
+}
+
+/// The mask of `chosen` among `sets`.
+fn mask_of<'a>(sets: &[LogSet], chosen: impl IntoIterator<Item = &'a LogSet>) -> u8 {
+    chosen.into_iter().fold(0, |mask, set| {
+        let index = sets.iter().position(|other| other == set);
+        mask | 1 << index.expect("a set of the configuration")
+    })
 }
 
 fn pick(sets: &[LogSet], mask: usize) -> Vec<LogSet> {

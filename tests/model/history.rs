@@ -3,7 +3,8 @@
 //! Writes carry the values 1, 2 and 3, the block begins as 0. A [`History`] is the set of all
 //! pairs (content, writes still pending) that explain what clients have seen so far: every
 //! acknowledged write took effect between its call and its answer, and a write that was never
-//! answered may take effect once, at any later time, or never. When nothing explains an answer,
+//! answered may take effect once, at any later time, or never; but once its head is known to have
+//! stopped, it has taken effect or never will. When nothing explains an answer,
 //! the system has lied. This one check is "no acknowledged write lost", "no stale read" and "what
 //! was in flight never flips back once read".
 
@@ -55,6 +56,13 @@ impl History {
         Self::collect(done).possible()
     }
 
+    /// The head that had the write of `value` stopped: the write took effect, or never will.
+    pub fn abandon(self, value: u8) -> Self {
+        let settled = self.closure();
+        let pairs = settled.pairs().map(|(content, pending)| (content, pending & !(1 << (value - 1))));
+        Self::collect(pairs)
+    }
+
     /// A read is answered with `value`. None: it may not be.
     pub fn read(self, value: u8) -> Option<Self> {
         let seen = self.closure().pairs().filter(|(content, _)| *content == u32::from(value));
@@ -74,6 +82,8 @@ fn the_oracle_knows_a_register() {
     assert_eq!(seen.read(0), None, "what was read never flips back");
     let acknowledged = history.acknowledge(1).expect("allowed");
     assert_eq!(acknowledged.read(0), None, "an acknowledged write is not lost");
+    let settled = history.abandon(1).call(2).acknowledge(2).expect("allowed");
+    assert_eq!(settled.read(1), None, "a dead head's write does not return");
     let both = history.call(2).acknowledge(2).expect("allowed");
     assert!(both.read(1).is_some() && both.read(2).is_some() && both.read(0).is_none());
     assert_eq!(both.read(1).and_then(|h| h.read(2)), None, "2 was overwritten by 1");

@@ -216,12 +216,12 @@ impl Rules {
         // A head that crashes and claims nothing again is one that takes no more steps.
         allow(state.used.claims < self.config.budget.claims)?;
         spend(&mut state.used.crashes, self.config.budget.crashes)?;
-        state.heads[head] = Head::default();
+        stop(state, head);
         Some(())
     }
 
     fn down(&self, state: &mut State, disk: usize) -> Option<()> {
-        allow(!state.disks[disk].down)?;
+        allow(!state.disks[disk].down && has(self.disks_of(u8::MAX), disk))?;
         spend(&mut state.used.downs, self.config.budget.downs)?;
         state.disks[disk].down = true;
         if self.has(Bug::ForgetFence) {
@@ -232,7 +232,7 @@ impl Rules {
 
     /// A member comes back; a restart is a short absence.
     fn up(&self, state: &mut State, disk: usize) -> Option<()> {
-        allow(state.disks[disk].down && !has(state.dead, disk))?;
+        allow(self.config.returns && state.disks[disk].down && !has(state.dead, disk))?;
         state.disks[disk].down = false;
         for shard in &mut state.disks[disk].shards {
             if shard.state == ShardState::Open {
@@ -308,7 +308,7 @@ impl Rules {
             if succeeded || self.has(Bug::BelieveFailedSwap) {
                 self.swapped(&mut state.heads[head]);
             } else {
-                state.heads[head] = Head::default();
+                stop(state, head);
             }
         }
         Some(())
@@ -341,7 +341,7 @@ impl Rules {
             own.pending = None;
             own.pending_unsealed = 0;
         } else {
-            *own = Head::default();
+            stop(state, head);
         }
         Some(())
     }
@@ -375,12 +375,7 @@ impl Rules {
     /// The former sets of the root after `root`.
     fn former(&self, root: &Root, known_in_force: bool) -> u8 {
         let carried = if self.has(Bug::FormerSetForgotten) { 0 } else { root.former };
-        let sets = rules::former_sets(
-            &self.set(root.set).set,
-            &self.sets_of(carried),
-            known_in_force,
-        );
-        self.mask_of(&sets)
+        self.set(root.set).next_former[usize::from(carried)][usize::from(known_in_force)]
     }
 
     fn in_force(&self, head: &Head) -> bool {
@@ -397,17 +392,10 @@ impl Rules {
     fn pairs(&self, head: &Head) -> u8 {
         let wanted = head.pending.filter(|_| !self.has(Bug::IgnoreWantedSet));
         let in_force = self.in_force(head) || self.has(Bug::UseSetBeforeForce);
-        if self.sets.len() == 1 {
-            return 1;
-        }
-        let former = self.sets_of(head.root.former);
-        let pairs = rules::pairs_in_use(
-            &self.set(head.root.set).set,
-            &former,
-            in_force,
-            wanted.map(|root| &self.set(root.set).set),
-        );
-        self.mask_of(pairs)
+        let former = usize::from(head.root.former);
+        let bound = self.set(head.root.set).pairs[former][usize::from(in_force)];
+        // What `rules::pairs_in_use` adds while a swap is in doubt.
+        bound | wanted.map_or(0, |root| bit(root.set.into()))
     }
 
     /// Whether a predicate of the tables holds under all pairs in use.
@@ -677,7 +665,7 @@ impl Rules {
         let member = &mut state.disks[disk];
         allow(member.admits(epoch, id))?;
         let shard = &mut member.shards[segment];
-        if self.has(Bug::ExtendStaleShard) && shard.state == ShardState::Closed {
+        if self.has(Bug::ExtendStaleShard) && shard.state != ShardState::Absent {
             allow(usize::from(shard.length) < RECORDS)?;
             shard.push(flight.record);
         } else if position == 0 && shard.state == ShardState::Absent {
@@ -786,6 +774,14 @@ impl Rules {
         }
         Some(())
     }
+}
+
+/// A head crashes or gives up; its clients see their connections break.
+fn stop(state: &mut State, head: usize) {
+    if let Some(flight) = state.heads[head].flight {
+        state.history = state.history.abandon(flight.record.value);
+    }
+    state.heads[head] = Head::default();
 }
 
 fn allow(condition: bool) -> Option<()> {
