@@ -160,6 +160,15 @@ pub fn fenced_enough(set: &LogSet, answered: &BTreeSet<DiskId>) -> bool {
     !set.is_width(domains_missing(set, answered).len())
 }
 
+/// Whether the log may be walked to its end: the disks that are fenced AND have since yielded what
+/// they hold are enough by themselves.
+///
+/// A disk that confirmed the fence and was lost before its records were read does not count:
+/// together with the missing domains it could be a whole write set.
+pub fn heard_enough(set: &LogSet, fenced: &BTreeSet<DiskId>, read: &BTreeSet<DiskId>) -> bool {
+    fenced_enough(set, &(fenced & read))
+}
+
 /// Whether a log segment may be written to these disks and commit on all of them: at least `w`
 /// domains of `D`. Members outside `D` are allowed and do not count.
 pub fn write_set_ok(set: &LogSet, write_set: &BTreeSet<DiskId>) -> bool {
@@ -188,15 +197,18 @@ pub fn may_swap_set(old: &LogSet, new: &LogSet, unsealed_write_sets: &[BTreeSet<
     domains_kept && unsealed_write_sets.iter().all(|write_set| write_set_ok(new, write_set))
 }
 
-/// Whether a root is in force: mirrored on `w` domains of its own `D`, and in one domain of each
-/// earlier `D` that may still be the newest one that somebody finds.
+/// Whether a root is in force: mirrored on `w` domains of its own `D`, and of each earlier `D`
+/// that may still be the newest one that somebody finds on as many domains as the narrower of both
+/// widths, so that an operator's word for fewer disks than that never hides it.
 ///
 /// `former`: see [`former_sets`]. `mirrored`: the disks that confirmed the mirror durable. Until a
 /// root is in force none of its segment numbers, disks or narrower width is used alone, nothing is
 /// freed and no client is served.
 pub fn in_force(new: &LogSet, former: &[LogSet], mirrored: &BTreeSet<DiskId>) -> bool {
     new.is_width(domains_touched(new, mirrored))
-        && former.iter().all(|set| domains_touched(set, mirrored) > 0)
+        && former.iter().all(|set| {
+            domains_touched(set, mirrored) >= usize::from(set.width.min(new.width))
+        })
 }
 
 /// The former sets that the next root must carry: the set of the current root, and unless the
@@ -306,6 +318,15 @@ mod tests {
     }
 
     #[test]
+    fn a_fenced_disk_that_was_not_read_is_not_heard() {
+        let set = log_set(&[0, 1, 2], 2);
+        let fenced = disks(&[0, 1]);
+        assert!(fenced_enough(&set, &fenced));
+        assert!(!heard_enough(&set, &fenced, &disks(&[0, 2])), "1 and 2 may be a write set");
+        assert!(heard_enough(&set, &fenced, &disks(&[0, 1, 2])));
+    }
+
+    #[test]
     fn shrinking_needs_no_checkpoint_when_members_remain() {
         let old = log_set(&[0, 1, 2], 3);
         let new = log_set(&[0, 1], 2);
@@ -335,7 +356,8 @@ mod tests {
         )
         .expect("valid");
         assert!(!in_force(&moved, &former, &disks(&[3, 4])), "nothing in the former set");
-        assert!(in_force(&moved, &former, &disks(&[3, 4, 1])));
+        assert!(!in_force(&moved, &former, &disks(&[3, 4, 1])), "hidden if 1 is given up");
+        assert!(in_force(&moved, &former, &disks(&[3, 4, 1, 0])));
         let carried = former_sets(&moved, &former, false);
         assert_eq!(carried, [moved.clone(), former[0].clone()]);
         assert_eq!(former_sets(&moved, &former, true), [moved]);
@@ -420,9 +442,13 @@ mod tests {
                 for found in subsets(7).filter(|found| fenced_enough(&new, found)) {
                     prop_assert!(!found.is_disjoint(&mirrored));
                 }
-                // ... or any former set, whole.
+                // ... or a former set, with fewer domains gone than both widths allow.
                 for set in &former {
-                    prop_assert!(set.members().iter().any(|m| mirrored.contains(&m.disk)));
+                    let width = new.width().min(set.width());
+                    let narrow = LogSet::new(set.members().to_vec(), width).expect("narrower");
+                    for found in subsets(7).filter(|found| fenced_enough(&narrow, found)) {
+                        prop_assert!(!found.is_disjoint(&mirrored));
+                    }
                 }
             }
         }
