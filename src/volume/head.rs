@@ -187,6 +187,8 @@ pub(super) struct State {
     pub(super) flights: VecDeque<Flight>,
     pub(super) log: Option<Rc<OpenSegment>>,
     pub(super) meta: Option<Rc<OpenSegment>>,
+    /// While no log segment is open: no number below this will be the next one's.
+    pub(super) log_floor: u64,
     pub(super) next_segment: u64,
     pub(super) root: Root,
     pub(super) root_revision: u64,
@@ -344,7 +346,7 @@ impl State {
         match (&self.log, self.flights.front()) {
             (Some(log), Some(flight)) => (log.id, flight.block),
             (Some(log), None) => (log.id, log.next.get()),
-            (None, _) => (SegmentId(self.next_segment), 0),
+            (None, _) => (SegmentId(self.log_floor), 0),
         }
     }
 

@@ -404,6 +404,7 @@ impl Writer {
         let mut state = head.state.borrow_mut();
         let Some(log) = state.log.take() else { return };
         let blocks = state.flights.front().map_or(log.next.get(), |flight| flight.block);
+        state.log_floor = state.next_segment;
         self.io = FuturesUnordered::new();
         self.failed = 0;
         if let Some(segment) = state.table.segments.get_mut(&log.id) {
@@ -417,6 +418,7 @@ impl Writer {
         }
         self.closed.push(Closed { segment: log.id, blocks, bad });
         drop(state);
+        tracing::debug!(volume = %head.volume, segment = %log.id, blocks, bad, "log segment closed");
         head.seal_in_background(log, blocks);
     }
 
@@ -432,6 +434,7 @@ impl Writer {
         let Some(class) = class else { return false };
         match head.open_log_segment(class).await {
             Ok(log) => {
+                tracing::debug!(volume = %head.volume, segment = %log.id, "log segment opened");
                 let mut state = head.state.borrow_mut();
                 state.table.segments.insert(log.id, table_entry(&log));
                 state.log = Some(Rc::new(log));

@@ -230,6 +230,7 @@ async fn recover(
         flights: VecDeque::new(),
         log: None,
         meta: None,
+        log_floor: next_segment,
         next_segment,
         root,
         root_revision: revision,
@@ -486,7 +487,11 @@ impl Head {
 
     /// Seals the open log and data segments.
     async fn close_all(self: &Rc<Self>) {
-        let log = self.state.borrow_mut().log.take();
+        let log = {
+            let mut state = self.state.borrow_mut();
+            state.log_floor = state.next_segment;
+            state.log.take()
+        };
         if let Some(log) = log {
             let blocks = log.next.get();
             let bad = log.seal(blocks).await;

@@ -50,9 +50,12 @@ impl Raw {
             let mut found = None;
             for want in [count.max(WINDOW_BLOCKS), count] {
                 let read = client.read_raw(self.volume, self.segment, block, want);
-                if let Ok(Ok(reply)) = tokio::time::timeout(PATIENCE, read).await {
-                    found = Some(reply.data);
-                    break;
+                match tokio::time::timeout(PATIENCE, read).await {
+                    Ok(Ok(reply)) => {
+                        found = Some(reply.data);
+                        break;
+                    }
+                    other => tracing::trace!(segment = %self.segment, block, want, ?other, "raw read"),
                 }
             }
             self.window = (block, found?);
@@ -105,11 +108,14 @@ impl Members {
     /// The record at `block`, whole on at least one member.
     async fn record(&mut self, block: u32, verify: bool) -> Option<Header> {
         for raw in &mut self.raws {
-            if let Some(header) = raw.header(block, 0).await
-                && (!verify || raw.payload_ok(self.salt, &header).await)
-            {
+            let Some(header) = raw.header(block, 0).await else {
+                tracing::trace!(segment = %raw.segment, block, "no record on this member");
+                continue;
+            };
+            if !verify || raw.payload_ok(self.salt, &header).await {
                 return Some(header);
             }
+            tracing::debug!(segment = %raw.segment, block, lsn = %header.lsn, "torn record on this member");
         }
         None
     }
@@ -145,6 +151,7 @@ pub(super) async fn replay(
         head.know_log(id, held);
         let begin = if id == from.0 { from.1 } else { 0 };
         let walked = walk_log(head, id, held, epoch, (begin, end), &mut replay).await;
+        tracing::debug!(segment = %id, begin, ?end, walked, end_lsn = %replay.end, "log segment walked");
         replay.lengths.insert(id, walked);
     }
     replay
