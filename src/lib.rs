@@ -20,4 +20,5 @@ pub mod env;
 pub mod export;
 pub mod id;
 pub mod limits;
+pub mod segment;
 pub mod shard;
