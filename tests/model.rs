@@ -4,6 +4,7 @@
 //! have seen a lie; `docs/protocol-model.md` says what is modelled, what is left out and what was
 //! found. The configurations marked `ignored` are larger and run by `tools/model`.
 #![allow(missing_docs, unreachable_pub, reason = "a test has no API")]
+#![allow(clippy::print_stdout, reason = "counts and traces, shown with --nocapture")]
 
 #[path = "model/config.rs"]
 mod config;
