@@ -1,6 +1,8 @@
 //! The clients that people use: libnbd's tools, qemu's tools, fio. A client that is not installed
 //! fails its test: what needs a client is not tested without it.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod nbd_support;
 mod nbd_threaded;
 

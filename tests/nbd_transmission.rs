@@ -1,6 +1,8 @@
 //! The transmission phase of the NBD server: every command, every error, concurrency, bounds and
 //! what it does with clients that break off or send garbage.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod nbd_support;
 
 use std::time::Duration;
