@@ -351,7 +351,8 @@ impl Rules {
         let base = state.root?;
         spend(&mut state.used.claims, self.config.budget.claims)?;
         let id = 1 + state.used.claims;
-        let set = if self.has(Bug::ChangeSetBeforeFence) { self.sets.len() - 1 } else { base.set.into() };
+        let set =
+            if self.has(Bug::ChangeSetBeforeFence) { self.sets.len() - 1 } else { base.set.into() };
         let root = Root {
             epoch: base.epoch + 1,
             head: id,
@@ -380,7 +381,8 @@ impl Rules {
 
     fn in_force(&self, head: &Head) -> bool {
         if self.has(Bug::OneFormerMirror) {
-            let touched = |set: &rules::LogSet| rules::domains_touched(set, &disk_ids(head.mirrored));
+            let touched =
+                |set: &rules::LogSet| rules::domains_touched(set, &disk_ids(head.mirrored));
             let own = &self.set(head.root.set).set;
             let former = self.sets_of(head.root.former);
             return touched(own) >= own.width().into() && former.iter().all(|set| touched(set) > 0);
@@ -437,8 +439,7 @@ impl Rules {
             let all = rules::domains(set).len();
             return all - touched < usize::from(set.width());
         }
-        self.has(Bug::SkipFence)
-            || self.set(head.root.set).fenced_enough[usize::from(head.fenced)]
+        self.has(Bug::SkipFence) || self.set(head.root.set).fenced_enough[usize::from(head.fenced)]
     }
 
     /// Steps 3 and 4: walks the log and asks for a checkpoint of what it found.
@@ -476,7 +477,8 @@ impl Rules {
     /// The end of the log and the content there, as the disks `heard` tell. None: a record that
     /// was acknowledged is missing, so the head waits.
     fn walk(&self, state: &State, heard: Mask, from: Checkpoint) -> Option<(u8, u8)> {
-        let disks = || (0..DISKS).filter(|d| has(heard, *d)).map(|d| &state.disks[d]).filter(|d| !d.down);
+        let disks =
+            || (0..DISKS).filter(|d| has(heard, *d)).map(|d| &state.disks[d]).filter(|d| !d.down);
         let valid = |epoch: u8| epoch == from.epoch || self.has(Bug::ReplayOtherEpoch);
         let all = || disks().flat_map(|disk| &disk.shards).flat_map(|shard| shard.records());
         let closed_at = |segment: usize| {
@@ -546,8 +548,7 @@ impl Rules {
         if checkpoint {
             // The checkpoint seals the segment that is being written, between two records.
             allow(own.flight.is_none())?;
-            root.checkpoint =
-                Checkpoint { epoch: own.root.epoch, lsn: own.lsn, value: own.value };
+            root.checkpoint = Checkpoint { epoch: own.root.epoch, lsn: own.lsn, value: own.value };
             changed.pending_unsealed = 0;
             changed.closes = own.segment.map(|segment| (segment, own.position)).or(own.closes);
             changed.segment = None;
@@ -557,11 +558,7 @@ impl Rules {
             .filter(|segment| has(changed.pending_unsealed, *segment))
             .map(|segment| disk_ids(state.write_sets[segment]))
             .collect();
-        let allowed = rules::may_swap_set(
-            &self.set(own.root.set).set,
-            &self.set(set).set,
-            &open,
-        );
+        let allowed = rules::may_swap_set(&self.set(own.root.set).set, &self.set(set).set, &open);
         allow(allowed || self.has(Bug::UncheckedSwap))?;
         changed.pending = Some(root);
         state.swaps[head] = Some((own.root.token(), root));
@@ -630,7 +627,8 @@ impl Rules {
     /// too many.
     fn open(&self, state: &mut State, head: usize, write_set: Mask) -> Option<()> {
         let own = state.heads[head];
-        let allowed = |mask: Mask| self.in_all_pairs(&own, |set| set.write_set_ok[usize::from(mask)]);
+        let allowed =
+            |mask: Mask| self.in_all_pairs(&own, |set| set.write_set_ok[usize::from(mask)]);
         let minimal = || {
             (0..DISKS).filter(|d| has(write_set, *d)).all(|disk| !allowed(write_set & !bit(disk)))
         };
@@ -723,7 +721,10 @@ impl Rules {
             for disk in &mut state.disks {
                 let shard = &mut disk.shards[usize::from(segment)];
                 let here = shard.state != ShardState::Absent;
-                if here && !disk.down && (disk.fence.0 < own.root.epoch || disk.fence == (own.root.epoch, own.id)) {
+                if here
+                    && !disk.down
+                    && (disk.fence.0 < own.root.epoch || disk.fence == (own.root.epoch, own.id))
+                {
                     shard.seal(own.position);
                 }
             }

@@ -1,0 +1,1 @@
+//! Rebuilding a lost metadata store from what the disks mirror.
