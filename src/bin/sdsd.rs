@@ -9,7 +9,8 @@ use clap::{Args, Parser, Subcommand};
 use sds::admin::types::PoolScheme;
 use sds::config::{AdminConfig, Config, NbdConfig};
 use sds::node::daemon::{self, Addresses};
-use sds::node::dev::DevOptions;
+use sds::id::DiskId;
+use sds::node::dev::{DevOptions, disk_files};
 use sds::units::ByteSize;
 
 /// Software-defined block storage: the daemon of a node.
@@ -33,6 +34,21 @@ enum Verb {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Rebuilds a lost metadata store from what the disks mirror.
+    Recover(Recover),
+}
+
+#[derive(Args)]
+struct Recover {
+    /// Directory of `sdsd dev`.
+    #[arg(long, conflicts_with = "config", required_unless_present = "config")]
+    dir: Option<PathBuf>,
+    /// The configuration of the node, TOML.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A disk that is gone for good; may be given several times.
+    #[arg(long, value_name = "ID")]
+    missing_disk: Vec<DiskId>,
 }
 
 #[derive(Args)]
@@ -88,6 +104,7 @@ fn main() -> ExitCode {
     let result = match (cli.command, cli.config) {
         (Some(Verb::Dev(args)), _) => dev(args),
         (Some(Verb::Run { config }), _) | (None, Some(config)) => run(&config),
+        (Some(Verb::Recover(args)), _) => recover(&args),
         (None, None) => unreachable!("clap shows the help"),
     };
     match result {
@@ -104,6 +121,29 @@ fn run(path: &std::path::Path) -> Result<(), String> {
     sds::obs::log::init(&config.log.level).map_err(|error| error.to_string())?;
     let ready = |at: &Addresses| tracing::info!(nbd = ?at.nbd, admin = %at.admin, "ready");
     daemon::run(&config, None, &ready).map_err(|error| error.to_string())
+}
+
+fn recover(args: &Recover) -> Result<(), String> {
+    sds::obs::log::init("warn").map_err(|error| error.to_string())?;
+    let (dir, paths) = match (&args.dir, &args.config) {
+        (Some(dir), _) => (dir.clone(), disk_files(dir)),
+        (None, Some(file)) => {
+            let config = Config::load(file).map_err(|error| error.to_string())?;
+            (config.data_dir, config.disks)
+        }
+        (None, None) => return Err("--dir or --config says where the disks are".into()),
+    };
+    let missing = args.missing_disk.iter().copied().collect();
+    let rebuilt = daemon::recover(&dir, &paths, &missing).map_err(|error| error.to_string())?;
+    for note in &rebuilt.notes {
+        println!("note: {note}");
+    }
+    println!(
+        "the metadata store is rebuilt (incarnation {}); volumes: {}",
+        rebuilt.incarnation,
+        rebuilt.volumes.join(", ")
+    );
+    Ok(())
 }
 
 fn dev(args: Dev) -> Result<(), String> {
@@ -142,5 +182,14 @@ fn announce(at: &Addresses, volume: &str, dir: &std::path::Path) {
     println!("try:");
     println!("  nbdinfo nbd://{nbd}/{volume}");
     println!("  qemu-io -f raw nbd://{nbd}/{volume} -c 'write -P 7 0 1M' -c 'read -P 7 0 1M'");
-    println!("  sdsctl --endpoint http://{} status", at.admin);
+    println!("  {} --endpoint http://{} status", sdsctl(), at.admin);
+}
+
+/// How to call `sdsctl`: by the path beside this program, if it is there.
+fn sdsctl() -> String {
+    let beside = std::env::current_exe().map(|path| path.with_file_name("sdsctl"));
+    match beside {
+        Ok(path) if path.exists() => path.display().to_string(),
+        _ => "cargo run --release --bin sdsctl --".to_owned(),
+    }
 }

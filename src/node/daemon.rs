@@ -3,6 +3,7 @@
 //! Threads: the calling thread is the core (runtime, ring, disks, heads, NBD); the metadata
 //! store and the admin HTTP server have one each. Nothing of the data path waits for either.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -17,18 +18,20 @@ use tokio::task::LocalSet;
 
 use super::dev::DevOptions;
 use super::opener::{DeviceOpener, UringOpener};
+use super::recover::{self, Found, Rebuilt};
 use super::{Exports, Node, NodeOptions};
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
-use crate::disk::probe_superblock;
+use crate::disk::{Disk, probe_superblock};
 use crate::disk::uring::Ring;
 use crate::env::Env;
 use crate::export::nbd::{self, Server, TlsMode, UnixSocket};
-use crate::id::ClusterId;
+use crate::id::{ClusterId, DiskId};
 use crate::meta::embedded::EmbeddedStore;
 use crate::meta::record::{self, ClusterRecord};
 use crate::meta::schema::CLUSTER_KEY;
+use crate::shard::local::LocalClient;
 use crate::volume::head::HeadConfig;
 
 /// File name of the metadata store in the data directory.
@@ -165,7 +168,8 @@ async fn run_local(
         index_cache_bytes: usize::try_from(config.cache.index.0).unwrap_or(usize::MAX),
         unix_seconds,
     };
-    let node = Node::start(options, &paths).await.map_err(error)?;
+    let listed = if dev.is_some_and(DevOptions::is_made) { &[][..] } else { &paths };
+    let node = Node::start(options, listed).await.map_err(error)?;
     let (backend, commands) = backend::channel(COMMANDS_WAITING_MAX, COMMAND_TIMEOUT);
     let admin = AdminThread::start(sockets.admin, backend)?;
     tokio::task::spawn_local(node.clone().serve(commands));
@@ -311,6 +315,68 @@ impl AdminThread {
         // Not joined: a request may wait for this very thread.
         self.thread.take();
     }
+}
+
+/// Rebuilds the lost metadata store in `dir` from the disks at `paths`, and at the paths that
+/// these name. `missing`: disks that are gone, by the operator's word.
+///
+/// # Errors
+/// [`DaemonError`]: a store exists, or [`recover::RecoverError`].
+pub fn recover(
+    dir: &Path,
+    paths: &[PathBuf],
+    missing: &BTreeSet<DiskId>,
+) -> Result<Rebuilt, DaemonError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|why| error(format!("cannot start the runtime: {why}")))?;
+    LocalSet::new().block_on(&runtime, recover_local(dir, absolute(paths)?, missing))
+}
+
+async fn recover_local(
+    dir: &Path,
+    mut paths: Vec<String>,
+    missing: &BTreeSet<DiskId>,
+) -> Result<Rebuilt, DaemonError> {
+    let _lock = DirectoryLock::take(dir)?;
+    let store = dir.join(STORE_FILE);
+    if store.exists() {
+        return fail(format!(
+            "there is a metadata store at {}: it is recovered only when it is lost; move it away \
+             if it is not usable",
+            store.display()
+        ));
+    }
+    let ring = Ring::new().map_err(|why| error(format!("io_uring is not available: {why}")))?;
+    let opener = UringOpener::new(ring);
+    let mut found = BTreeMap::new();
+    let mut tried = BTreeSet::new();
+    while let Some(path) = paths.pop() {
+        if !tried.insert(path.clone()) {
+            continue;
+        }
+        match open_for_recovery(&opener, &path).await {
+            Ok(disk) => drop(found.insert(disk.client.disk(), disk)),
+            Err(why) => tracing::warn!(path, why, "disk not used"),
+        }
+        if paths.is_empty() {
+            paths = recover::listed_paths(&found).await;
+            paths.retain(|path| !tried.contains(path));
+        }
+    }
+    let env = Env::from_entropy();
+    let rebuilt = recover::rebuild(&env, &found, missing).await.map_err(error)?;
+    drop(EmbeddedStore::create(&store, rebuilt.content.clone()).map_err(error)?);
+    Ok(rebuilt)
+}
+
+async fn open_for_recovery(opener: &UringOpener, path: &str) -> Result<Found, String> {
+    let device = opener.open(path, None).map_err(|why| why.to_string())?;
+    let disk = Disk::open(device).await.map_err(|why| why.to_string())?;
+    let (size_bytes, slot_bytes) = (disk.geometry().size_bytes, disk.geometry().slot_bytes);
+    let client = Rc::new(LocalClient::new(disk));
+    Ok(Found { client, path: path.to_owned(), size_bytes, slot_bytes })
 }
 
 /// Opens the metadata store, or creates that of a new cluster where nothing is yet.

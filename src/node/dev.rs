@@ -45,7 +45,7 @@ impl DevOptions {
     }
 
     /// Whether the first start was completed.
-    fn is_made(&self) -> bool {
+    pub(super) fn is_made(&self) -> bool {
         self.marker().exists()
     }
 
@@ -56,7 +56,7 @@ impl DevOptions {
     /// Makes the files of the disks at the first start; the paths to use.
     pub(super) fn prepare(&self, opener: &dyn DeviceOpener) -> Result<Vec<String>, DaemonError> {
         if self.is_made() {
-            return self.existing();
+            return absolute(&disk_files(&self.dir));
         }
         let count = self.disks.unwrap_or(DISKS);
         if !(1..=DISKS_MAX).contains(&count) {
@@ -72,11 +72,6 @@ impl DevOptions {
         Ok(paths)
     }
 
-    /// The disk files that are there, for a store that was lost.
-    fn existing(&self) -> Result<Vec<String>, DaemonError> {
-        let paths = (0..DISKS_MAX).map(|index| Self::disk_path(&self.dir, index));
-        absolute(&paths.filter(|path| path.exists()).collect::<Vec<_>>())
-    }
 
     /// Makes the pool and the volume at the first start; compares the flags at later ones.
     pub(super) async fn finish(&self, node: &Rc<Node>) -> Result<(), DaemonError> {
@@ -162,6 +157,12 @@ impl DevOptions {
         }
         Ok(())
     }
+}
+
+/// The disk files in a directory of `sdsd dev`.
+pub fn disk_files(dir: &Path) -> Vec<PathBuf> {
+    let paths = (0..DISKS_MAX).map(|index| DevOptions::disk_path(dir, index));
+    paths.filter(|path| path.exists()).collect()
 }
 
 /// An admin error as a sentence.
