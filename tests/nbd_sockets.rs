@@ -1,6 +1,8 @@
 //! The NBD server over real sockets: TCP, unix, TLS, a thousand connections, and the crate `nbd`
 //! as a client that somebody else wrote.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod nbd_support;
 mod nbd_threaded;
 
@@ -167,7 +169,7 @@ fn required_tls_is_required() {
     tls.write_all(&nbd_support::request(1, 0, 1, 77, 300_000)).unwrap();
     tls.write_all(&data).unwrap();
     tls.write_all(&nbd_support::request(0, 0, 2, 77, 300_000)).unwrap();
-    let mut reply = vec![0; 16 + 16];
+    let mut reply = [0; 16 + 16];
     tls.read_exact(&mut reply[..16]).unwrap();
     tls.read_exact(&mut reply[16..]).unwrap();
     let mut read = vec![0; data.len()];

@@ -1,12 +1,15 @@
 //! The transmission phase of the NBD server: every command, every error, concurrency, bounds and
 //! what it does with clients that break off or send garbage.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod nbd_support;
 
 use std::time::Duration;
 
-use nbd_support::{Reply, VOLUME_BYTES, World, pattern, request, run};
+use nbd_support::{Reply, VOLUME_BYTES, World, pattern, request, run, run_with};
 use sds::export::TargetError;
+use sds::export::nbd::NbdConfig;
 use sds::export::nbd::wire::{Command, Errno};
 use sds::limits::CONNECTION_REQUESTS_MAX;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -423,6 +426,27 @@ fn a_stalled_request_ends_the_connection_and_an_idle_one_does_not() {
         assert_eq!(idle.read(0, 2).await, b"xx");
         assert!(started.elapsed().as_secs() >= 1600);
         assert_eq!(world.metrics().protocol_errors.get(), 1);
+    });
+}
+
+/// A client that never takes its replies keeps its connection (it may be a paused guest) until
+/// others wait for the memory.
+#[test]
+fn memory_is_taken_back_from_who_does_not_read() {
+    let config = NbdConfig { memory_bytes_max: 32 << 20, ..NbdConfig::default() };
+    run_with(config, |world| async move {
+        let mut paused = world.attach().await;
+        paused.send(READ, 0, 1, 0, 32 << 20).await;
+        tokio::time::sleep(Duration::from_secs(1000)).await;
+        assert_eq!(world.metrics().connections.get(), 1);
+        let mut small = world.attach().await;
+        assert_eq!(small.write(0, &pattern(1, 65_536)).await, 0);
+        let mut large = world.attach().await;
+        let started = tokio::time::Instant::now();
+        assert_eq!(large.write(0, &pattern(2, MIB)).await, 0);
+        assert!(started.elapsed() <= Duration::from_secs(240));
+        assert_eq!(world.metrics().protocol_errors.get(), 1);
+        assert_eq!(small.read(0, 1000).await, pattern(2, 1000));
     });
 }
 

@@ -223,7 +223,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 assert_eq!(data.len(), 6 + text);
                 u32::from_be_bytes(data[..4].try_into().unwrap())
             }
-            other => panic!("neither success nor an error: {other:?}"),
+            other @ Reply::Chunk(..) => panic!("neither success nor an error: {other:?}"),
         }
     }
 

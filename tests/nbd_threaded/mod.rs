@@ -21,7 +21,7 @@ use tokio::task::LocalSet;
 use crate::nbd_support::VOLUME_BYTES;
 
 pub(crate) struct Options {
-    tls: TlsMode,
+    pub(crate) tls: TlsMode,
     pub(crate) volume_bytes: u64,
 }
 

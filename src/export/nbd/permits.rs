@@ -6,17 +6,23 @@ use std::rc::Rc;
 use std::task::{Context, Waker};
 
 use crate::limits::{
-    CONNECTION_BYTES_FREE, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, SERVER_BYTES_MAX,
+    CONNECTION_BYTES_FREE, CONNECTION_BYTES_MAX, CONNECTION_REQUESTS_MAX, REQUEST_BYTES_MAX,
 };
 
 /// Payload bytes of all connections of a server beyond what each has for itself.
-#[derive(Default)]
 pub(super) struct Budget {
+    max: usize,
     used: Cell<usize>,
     waiters: RefCell<Vec<Waker>>,
 }
 
 impl Budget {
+    /// A budget of `max` bytes, but at least what one request can need.
+    pub(super) fn new(max: usize) -> Self {
+        let max = max.max(REQUEST_BYTES_MAX);
+        Self { max, used: Cell::new(0), waiters: RefCell::default() }
+    }
+
     fn release(&self, bytes: usize) {
         if bytes > 0 {
             self.used.set(self.used.get() - bytes);
@@ -46,7 +52,7 @@ impl Permits {
             return false;
         }
         let more = shared_part(total) - shared_part(self.bytes.get());
-        if more > 0 && self.budget.used.get() + more > SERVER_BYTES_MAX {
+        if more > 0 && self.budget.used.get() + more > self.budget.max {
             let mut waiters = self.budget.waiters.borrow_mut();
             if !waiters.iter().any(|waker| waker.will_wake(cx.waker())) {
                 waiters.push(cx.waker().clone());
@@ -57,6 +63,11 @@ impl Permits {
         self.requests.set(self.requests.get() + 1);
         self.bytes.set(total);
         true
+    }
+
+    /// Whether a connection waits for what this or another one holds.
+    pub(super) fn contended(&self) -> bool {
+        !self.budget.waiters.borrow().is_empty()
     }
 
     /// Gives a permit for one request of `bytes` back.
@@ -81,12 +92,11 @@ fn shared_part(bytes: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::REQUEST_BYTES_MAX;
 
     #[test]
     fn a_connection_is_bounded_in_count_and_bytes() {
         let cx = Context::from_waker(Waker::noop());
-        let permits = Permits::new(Rc::default());
+        let permits = Permits::new(Rc::new(Budget::new(usize::MAX)));
         assert!((0..CONNECTION_REQUESTS_MAX).all(|_| permits.acquire(4096, &cx)));
         assert!(!permits.acquire(0, &cx));
         permits.release(4096);
@@ -97,7 +107,7 @@ mod tests {
     #[test]
     fn greedy_connections_leave_others_their_share() {
         let cx = Context::from_waker(Waker::noop());
-        let budget = Rc::<Budget>::default();
+        let budget = Rc::new(Budget::new(4 * REQUEST_BYTES_MAX));
         let greedy: Vec<_> = (0..64)
             .map(|_| Permits::new(Rc::clone(&budget)))
             .take_while(|permits| permits.acquire(REQUEST_BYTES_MAX, &cx))
@@ -107,7 +117,9 @@ mod tests {
         assert!(modest.acquire(CONNECTION_BYTES_FREE, &cx));
         let late = Permits::new(Rc::clone(&budget));
         assert!(!late.acquire(REQUEST_BYTES_MAX, &cx));
+        assert!(late.contended());
         drop(greedy);
+        assert!(!late.contended());
         assert!(late.acquire(REQUEST_BYTES_MAX, &cx));
         drop((modest, late));
         assert_eq!(budget.used.get(), 0);

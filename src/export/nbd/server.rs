@@ -23,7 +23,7 @@ use super::request::Connection;
 use super::session::{End, Patience, SessionError, serve};
 use super::tls::TlsMode;
 use crate::export::ExportDirectory;
-use crate::limits::CONNECTIONS_MAX;
+use crate::limits::{CONNECTIONS_MAX, SERVER_BYTES_MAX};
 
 /// Connections beyond the limit that are told so; further ones are just closed.
 const REFUSALS_MAX: u64 = 32;
@@ -44,9 +44,13 @@ pub struct NbdConfig {
     pub tls: TlsMode,
     /// Connections served at once, over all listeners.
     pub connections_max: usize,
+    /// Payload bytes under way of all connections together, beyond the little that each has for
+    /// itself; at least the largest request.
+    pub memory_bytes_max: usize,
     /// Time from connecting to the start of transmission.
     pub handshake_timeout: Duration,
-    /// Time without a byte in the middle of a request before the connection is closed.
+    /// Time without a byte after which a connection is closed: in the middle of a request, or, if
+    /// others wait for the memory of its replies, when it does not take them.
     pub stall_timeout: Duration,
     /// Time that running requests get when a connection or the server ends.
     pub drain_timeout: Duration,
@@ -57,6 +61,7 @@ impl Default for NbdConfig {
         Self {
             tls: TlsMode::Off,
             connections_max: CONNECTIONS_MAX,
+            memory_bytes_max: SERVER_BYTES_MAX,
             handshake_timeout: Duration::from_secs(30),
             stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(10),
@@ -107,9 +112,9 @@ impl Server {
     ) -> Self {
         let shared = Shared {
             directory,
+            budget: Rc::new(Budget::new(config.memory_bytes_max)),
             config,
             metrics: Rc::default(),
-            budget: Rc::default(),
             refusing: Cell::new(0),
             stop,
         };

@@ -52,6 +52,8 @@ pub(super) enum SessionError {
     TooLarge(u32),
     #[error("no progress in the middle of a request for {0:?}")]
     Stalled(Duration),
+    #[error("replies were not taken for {0:?}, and others wait for their memory")]
+    NotTaken(Duration),
 }
 
 /// How long a session waits.
@@ -68,7 +70,8 @@ struct Session<'a, S> {
     connection: Rc<Connection>,
     patience: Patience,
     input: Input,
-    /// Runs while a request is incomplete; `progressed` tells that bytes came since it was set.
+    /// Runs while a request is incomplete or replies are unsent; `progressed` tells that bytes
+    /// came or went since it was set.
     stall: Option<Pin<Box<Sleep>>>,
     progressed: bool,
     /// How the session ends once what runs has finished, and when it stops waiting for that.
@@ -196,6 +199,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
                 Poll::Ready(Ok(Some(0))) => self.go_deaf(io::ErrorKind::WriteZero.into()),
                 Poll::Ready(Ok(Some(sent))) => {
                     self.unflushed = true;
+                    self.progressed = true;
                     replies.advance(sent, |charge| connection.permits.release(charge));
                 }
                 Poll::Ready(Err(error)) => self.go_deaf(error),
@@ -231,7 +235,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
             tracing::warn!("requests of a closing NBD connection are given up: they take too long");
             return Poll::Ready(self.end.take().unwrap_or(Ok(End::Stopped)));
         }
-        if !self.input.is_partial() {
+        let partial = self.input.is_partial();
+        if !partial && self.connection.replies.borrow().is_empty() {
             return Poll::Pending;
         }
         loop {
@@ -242,8 +247,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
             });
             ready!(stall.as_mut().poll(cx));
             self.stall = None;
-            if !self.progressed {
+            if !self.progressed && partial {
                 return Poll::Ready(Err(SessionError::Stalled(patience)));
+            }
+            if !self.progressed && self.connection.permits.contended() {
+                return Poll::Ready(Err(SessionError::NotTaken(patience)));
             }
         }
     }
