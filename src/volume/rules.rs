@@ -206,9 +206,9 @@ pub fn may_swap_set(old: &LogSet, new: &LogSet, unsealed_write_sets: &[BTreeSet<
 /// freed and no client is served.
 pub fn in_force(new: &LogSet, former: &[LogSet], mirrored: &BTreeSet<DiskId>) -> bool {
     new.is_width(domains_touched(new, mirrored))
-        && former.iter().all(|set| {
-            domains_touched(set, mirrored) >= usize::from(set.width.min(new.width))
-        })
+        && former
+            .iter()
+            .all(|set| domains_touched(set, mirrored) >= usize::from(set.width.min(new.width)))
 }
 
 /// The former sets that the next root must carry: the set of the current root, and unless the

@@ -42,6 +42,7 @@ pub enum Bug {
 
 /// A configuration: log sets, budgets, switches.
 #[derive(Clone, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "independent switches")]
 pub struct Config {
     pub domains: [u32; DISKS],
     /// Log sets as (disks, width); the first is the initial one.
@@ -79,9 +80,9 @@ pub struct SetTable {
     /// By mask of former sets: what the next root carries, if this one is not known to be in
     /// force, and if it is.
     pub next_former: Vec<[u8; 2]>,
-    /// By mask of former sets: the pairs in use, if the root is not known to be in force, and if
-    /// it is.
-    pub pairs: Vec<[u8; 2]>,
+    /// By the set that a swap in doubt wants (0: none, else its index + 1), then by mask of former
+    /// sets: the pairs in use, if the root is not known to be in force, and if it is.
+    pub pairs: Vec<Vec<[u8; 2]>>,
 }
 
 /// A configuration with its tables.
@@ -138,9 +139,14 @@ impl Rules {
                 next_former: by_former(&sets, |former, known| {
                     mask_of(&sets, &rules::former_sets(set, former, known))
                 }),
-                pairs: by_former(&sets, |former, known| {
-                    mask_of(&sets, rules::pairs_in_use(set, former, known, None))
-                }),
+                pairs: std::iter::once(None)
+                    .chain(sets.iter().map(Some))
+                    .map(|wanted| {
+                        by_former(&sets, |former, known| {
+                            mask_of(&sets, rules::pairs_in_use(set, former, known, wanted))
+                        })
+                    })
+                    .collect(),
                 set: set.clone(),
             })
             .collect();

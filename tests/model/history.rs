@@ -59,7 +59,8 @@ impl History {
     /// The head that had the write of `value` stopped: the write took effect, or never will.
     pub fn abandon(self, value: u8) -> Self {
         let settled = self.closure();
-        let pairs = settled.pairs().map(|(content, pending)| (content, pending & !(1 << (value - 1))));
+        let pairs =
+            settled.pairs().map(|(content, pending)| (content, pending & !(1 << (value - 1))));
         Self::collect(pairs)
     }
 

@@ -280,7 +280,8 @@ impl State {
         self.disks = columns.map(|column| column.2);
         for mask in self.masks() {
             let old = *mask;
-            *mask = order.iter().enumerate().fold(0, |new, (to, &from)| new | (old >> from & 1) << to);
+            *mask =
+                order.iter().enumerate().fold(0, |new, (to, &from)| new | (old >> from & 1) << to);
         }
         self
     }

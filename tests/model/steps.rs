@@ -18,6 +18,9 @@ pub const RECOVERER: u8 = 15;
 /// Epochs of the second incarnation of the store begin here.
 pub const INCARNATION: u8 = 16;
 
+/// The property that shows that a configuration does something.
+pub const LATER_HEAD: &str = "a later head acknowledges";
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
     // Faults.
@@ -92,7 +95,7 @@ impl Model for Rules {
                 state.violation != Some(Violation::TwoHeads)
             }),
             // Without this, the others would hold for a model that does nothing.
-            Property::sometimes("a later head acknowledges", |_, state: &State| {
+            Property::sometimes(LATER_HEAD, |_, state: &State| {
                 state.acknowledgers[2..].iter().any(|head| *head != 0)
             }),
         ]
@@ -206,7 +209,7 @@ impl Rules {
             Action::Acknowledge(head) => self.acknowledge(state, head),
             Action::Roll { head, seal } => self.roll(state, head, seal),
             Action::Probe(head) => self.probe(state, head),
-            Action::Answer { head, disk } => self.answer(state, head, disk),
+            Action::Answer { head, disk } => answer(state, head, disk),
             Action::Lease(head) => self.lease(state, head),
             Action::Read(head) => self.read(state, head),
         }
@@ -306,7 +309,7 @@ impl Rules {
         }
         if reply {
             if succeeded || self.has(Bug::BelieveFailedSwap) {
-                self.swapped(&mut state.heads[head]);
+                swapped(&mut state.heads[head]);
             } else {
                 stop(state, head);
             }
@@ -314,28 +317,12 @@ impl Rules {
         Some(())
     }
 
-    /// The head knows that its pending root is, or was, the newest.
-    fn swapped(&self, head: &mut Head) {
-        let Some(root) = head.pending.take() else { return };
-        let set_kept = head.root.set == root.set && head.root.former == root.former;
-        if !(set_kept && head.root == root) {
-            head.mirrored = 0;
-        }
-        head.root = root;
-        match head.phase {
-            Phase::Claiming => head.phase = Phase::Fencing,
-            Phase::Settling => head.phase = Phase::Waiting,
-            _ => head.unsealed = head.pending_unsealed,
-        }
-        head.pending_unsealed = 0;
-    }
-
     /// Only one's own token settles a swap in doubt; somebody else's deposes.
     fn read_root(&self, state: &mut State, head: usize) -> Option<()> {
         let token = state.root?.token();
         let own = &mut state.heads[head];
         if token == own.pending?.token() {
-            self.swapped(own);
+            swapped(own);
         } else if token == own.root.token() || own.phase == Phase::Claiming {
             allow(self.has(Bug::BelieveOldRead) && own.phase == Phase::Serving)?;
             own.pending = None;
@@ -351,7 +338,8 @@ impl Rules {
         let base = state.root?;
         spend(&mut state.used.claims, self.config.budget.claims)?;
         let id = 1 + state.used.claims;
-        let set = if self.has(Bug::ChangeSetBeforeFence) { self.sets.len() - 1 } else { base.set.into() };
+        let set =
+            if self.has(Bug::ChangeSetBeforeFence) { self.sets.len() - 1 } else { base.set.into() };
         let root = Root {
             epoch: base.epoch + 1,
             head: id,
@@ -380,7 +368,8 @@ impl Rules {
 
     fn in_force(&self, head: &Head) -> bool {
         if self.has(Bug::OneFormerMirror) {
-            let touched = |set: &rules::LogSet| rules::domains_touched(set, &disk_ids(head.mirrored));
+            let touched =
+                |set: &rules::LogSet| rules::domains_touched(set, &disk_ids(head.mirrored));
             let own = &self.set(head.root.set).set;
             let former = self.sets_of(head.root.former);
             return touched(own) >= own.width().into() && former.iter().all(|set| touched(set) > 0);
@@ -392,10 +381,9 @@ impl Rules {
     fn pairs(&self, head: &Head) -> u8 {
         let wanted = head.pending.filter(|_| !self.has(Bug::IgnoreWantedSet));
         let in_force = self.in_force(head) || self.has(Bug::UseSetBeforeForce);
+        let wanted = wanted.map_or(0, |root| 1 + usize::from(root.set));
         let former = usize::from(head.root.former);
-        let bound = self.set(head.root.set).pairs[former][usize::from(in_force)];
-        // What `rules::pairs_in_use` adds while a swap is in doubt.
-        bound | wanted.map_or(0, |root| bit(root.set.into()))
+        self.set(head.root.set).pairs[wanted][former][usize::from(in_force)]
     }
 
     /// Whether a predicate of the tables holds under all pairs in use.
@@ -437,8 +425,7 @@ impl Rules {
             let all = rules::domains(set).len();
             return all - touched < usize::from(set.width());
         }
-        self.has(Bug::SkipFence)
-            || self.set(head.root.set).fenced_enough[usize::from(head.fenced)]
+        self.has(Bug::SkipFence) || self.set(head.root.set).fenced_enough[usize::from(head.fenced)]
     }
 
     /// Steps 3 and 4: walks the log and asks for a checkpoint of what it found.
@@ -476,9 +463,10 @@ impl Rules {
     /// The end of the log and the content there, as the disks `heard` tell. None: a record that
     /// was acknowledged is missing, so the head waits.
     fn walk(&self, state: &State, heard: Mask, from: Checkpoint) -> Option<(u8, u8)> {
-        let disks = || (0..DISKS).filter(|d| has(heard, *d)).map(|d| &state.disks[d]).filter(|d| !d.down);
+        let disks =
+            || (0..DISKS).filter(|d| has(heard, *d)).map(|d| &state.disks[d]).filter(|d| !d.down);
         let valid = |epoch: u8| epoch == from.epoch || self.has(Bug::ReplayOtherEpoch);
-        let all = || disks().flat_map(|disk| &disk.shards).flat_map(|shard| shard.records());
+        let all = || disks().flat_map(|disk| &disk.shards).flat_map(Shard::records);
         let closed_at = |segment: usize| {
             all()
                 .filter(|record| valid(record.epoch))
@@ -546,8 +534,7 @@ impl Rules {
         if checkpoint {
             // The checkpoint seals the segment that is being written, between two records.
             allow(own.flight.is_none())?;
-            root.checkpoint =
-                Checkpoint { epoch: own.root.epoch, lsn: own.lsn, value: own.value };
+            root.checkpoint = Checkpoint { epoch: own.root.epoch, lsn: own.lsn, value: own.value };
             changed.pending_unsealed = 0;
             changed.closes = own.segment.map(|segment| (segment, own.position)).or(own.closes);
             changed.segment = None;
@@ -557,11 +544,7 @@ impl Rules {
             .filter(|segment| has(changed.pending_unsealed, *segment))
             .map(|segment| disk_ids(state.write_sets[segment]))
             .collect();
-        let allowed = rules::may_swap_set(
-            &self.set(own.root.set).set,
-            &self.set(set).set,
-            &open,
-        );
+        let allowed = rules::may_swap_set(&self.set(own.root.set).set, &self.set(set).set, &open);
         allow(allowed || self.has(Bug::UncheckedSwap))?;
         changed.pending = Some(root);
         state.swaps[head] = Some((own.root.token(), root));
@@ -630,7 +613,8 @@ impl Rules {
     /// too many.
     fn open(&self, state: &mut State, head: usize, write_set: Mask) -> Option<()> {
         let own = state.heads[head];
-        let allowed = |mask: Mask| self.in_all_pairs(&own, |set| set.write_set_ok[usize::from(mask)]);
+        let allowed =
+            |mask: Mask| self.in_all_pairs(&own, |set| set.write_set_ok[usize::from(mask)]);
         let minimal = || {
             (0..DISKS).filter(|d| has(write_set, *d)).all(|disk| !allowed(write_set & !bit(disk)))
         };
@@ -723,7 +707,10 @@ impl Rules {
             for disk in &mut state.disks {
                 let shard = &mut disk.shards[usize::from(segment)];
                 let here = shard.state != ShardState::Absent;
-                if here && !disk.down && (disk.fence.0 < own.root.epoch || disk.fence == (own.root.epoch, own.id)) {
+                if here
+                    && !disk.down
+                    && (disk.fence.0 < own.root.epoch || disk.fence == (own.root.epoch, own.id))
+                {
                     shard.seal(own.position);
                 }
             }
@@ -738,13 +725,6 @@ impl Rules {
         allow(lease > 0 && own.phase == Phase::Serving)?;
         allow(own.probe.is_none_or(|probe| probe.left == 0))?;
         own.probe = Some(Probe { left: lease, answered: 0 });
-        Some(())
-    }
-
-    fn answer(&self, state: &mut State, head: usize, disk: usize) -> Option<()> {
-        let own = &mut state.heads[head];
-        allow(state.disks[disk].admits(own.root.epoch, own.id))?;
-        own.probe.as_mut()?.answered |= bit(disk);
         Some(())
     }
 
@@ -774,6 +754,27 @@ impl Rules {
         }
         Some(())
     }
+}
+
+/// The head knows that its pending root is, or was, the newest.
+fn swapped(head: &mut Head) {
+    let Some(root) = head.pending.take() else { return };
+    head.mirrored = 0;
+    head.root = root;
+    match head.phase {
+        Phase::Claiming => head.phase = Phase::Fencing,
+        Phase::Settling => head.phase = Phase::Waiting,
+        _ => head.unsealed = head.pending_unsealed,
+    }
+    head.pending_unsealed = 0;
+}
+
+/// A disk answers a probe with "not fenced".
+fn answer(state: &mut State, head: usize, disk: usize) -> Option<()> {
+    let own = &mut state.heads[head];
+    allow(state.disks[disk].admits(own.root.epoch, own.id))?;
+    own.probe.as_mut()?.answered |= bit(disk);
+    Some(())
 }
 
 /// A head crashes or gives up; its clients see their connections break.
