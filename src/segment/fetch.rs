@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 
 use super::checksum::Salt;
-use super::codec;
+use super::stripe;
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, DiskId, SegmentId, VolumeId};
 use crate::shard::disks::Disks;
@@ -211,7 +211,7 @@ impl Source {
         }
         let shards: Vec<(usize, &[u8])> = have.iter().map(|(i, data)| (*i, &data[..])).collect();
         let mut out = AlignedBuf::new(count as usize * BLOCK_SIZE);
-        codec::rebuild(self.scheme, &shards, wanted, &mut out);
+        stripe::rebuild(self.scheme, &shards, wanted, &mut out);
         Ok(out.freeze())
     }
 

@@ -10,6 +10,7 @@ pub mod codec;
 pub mod fetch;
 pub mod open;
 pub mod record;
+pub mod stripe;
 
 use crate::id::{BLOCK_BYTES, SegmentId};
 use crate::limits::{SEGMENT_BLOCK_BITS, SEGMENT_ID_BITS};

@@ -18,9 +18,9 @@ use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, Lsn};
 use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
-use crate::segment::codec;
 use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
 use crate::segment::record::{Entry, Header, header_blocks};
+use crate::segment::stripe;
 use crate::shard::{SegmentKind, ShardError, SlotClass};
 
 /// The open data segment of a head.
@@ -305,7 +305,7 @@ impl Head {
         {
             let inputs: Vec<&[u8]> = shards.iter().map(|s| &s[..]).collect();
             let mut outputs: Vec<&mut [u8]> = parity.iter_mut().map(|p| &mut p[..]).collect();
-            codec::encode(segment.scheme, &inputs, &mut outputs);
+            stripe::encode(segment.scheme, &inputs, &mut outputs);
         }
         let parity: Vec<Bytes> = parity.into_iter().map(AlignedBuf::freeze).collect();
         let entries: Vec<Entry> =

@@ -55,7 +55,9 @@ impl Raw {
                         found = Some(reply.data);
                         break;
                     }
-                    other => tracing::trace!(segment = %self.segment, block, want, ?other, "raw read"),
+                    other => {
+                        tracing::trace!(segment = %self.segment, block, want, ?other, "raw read")
+                    }
                 }
             }
             self.window = (block, found?);
