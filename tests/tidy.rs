@@ -332,9 +332,26 @@ fn every_fuzz_target_is_run() {
 #[test]
 fn top_level_holds_nothing_by_accident() {
     let known = [
-        ".ci", ".clippy.toml", ".config", ".git", ".gitignore", "Cargo.lock", "Cargo.toml",
-        "LICENSE", "README.md", "benches", "docs", "fuzz", "proptest-regressions", "rustfmt.toml",
-        "sds-data", "src", "target", "tests", "tools", "packaging",
+        ".ci",
+        ".clippy.toml",
+        ".config",
+        ".git",
+        ".gitignore",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE",
+        "README.md",
+        "benches",
+        "docs",
+        "fuzz",
+        "proptest-regressions",
+        "rustfmt.toml",
+        "sds-data",
+        "src",
+        "target",
+        "tests",
+        "tools",
+        "packaging",
     ];
     let mut problems = String::new();
     for entry in fs::read_dir(root()).unwrap() {

@@ -1,6 +1,7 @@
 //! Makes checksums right, so that a fuzzer's bytes get past them to the checks behind.
 
 #![allow(dead_code, reason = "each target uses what it needs")]
+
 /// A copy of `bytes`, with the CRC-32 of all of it (taken with these four bytes zero) at `at`.
 pub fn with_crc(bytes: &[u8], at: usize) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
