@@ -169,11 +169,18 @@ impl MetaWriter<'_> {
             // What was appended before stays; the checkpoint begins anew elsewhere.
             entry.sealed = true;
             entry.blocks = start;
+            let unused = start == 0;
             if state.meta.as_ref().is_some_and(|open| open.id == meta.id) {
                 state.meta = None;
             }
+            let removed = if unused { state.table.segments.remove(&meta.id) } else { None };
             drop(state);
-            self.head.seal_in_background(meta.clone(), start);
+            match removed {
+                Some(segment) => {
+                    self.head.discard(segment.members.iter().map(|m| (meta.id, *m)).collect());
+                }
+                None => self.head.seal_in_background(meta.clone(), start),
+            }
             return Err(HeadError::Append);
         }
         entry.blocks = end;

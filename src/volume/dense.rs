@@ -43,8 +43,12 @@ struct DataSegment {
 }
 
 impl DataSegment {
-    /// Notes that `start .. end` is durable on all shards.
+    /// Notes that `start .. end` is durable on all shards. Once an append has failed the
+    /// committed length is final, because the segment is being sealed there.
     fn finish(&self, start: u32, end: u32) {
+        if self.failed.get() {
+            return;
+        }
         let mut finished = self.finished.borrow_mut();
         finished.insert(start, end);
         while let Some(end) = finished.remove(&self.committed.get()) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::head::{Head, HeadError, add};
+use super::head::{Head, HeadError, State, add};
 use super::segtab::{Segment, ShardRef};
 use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
 use crate::limits::RECORD_HEADER_BLOCKS_MAX;
@@ -68,7 +68,7 @@ impl Head {
             .table
             .segments
             .values()
-            .filter(|s| s.sealed && s.missing != 0 && !state.table.is_dead(s.id))
+            .filter(|s| s.sealed && s.missing != 0 && self.is_needed(&state, s.id))
             .flat_map(|s| {
                 (0..s.scheme.width())
                     .filter(|i| s.missing >> i & 1 == 1)
@@ -388,11 +388,29 @@ impl Head {
         self.repair_wanted.notify_one();
     }
 
+    /// Whether anything still needs a segment: the index, a checkpoint, or the replay from it.
+    fn is_needed(&self, state: &State, id: SegmentId) -> bool {
+        let holds_table = [&state.checkpoint, &state.root.checkpoint]
+            .iter()
+            .any(|c| c.as_ref().is_some_and(|c| c.place.segment == id));
+        let (log, _) = self.capture.borrow().log;
+        let replayed = state
+            .table
+            .segments
+            .get(&id)
+            .is_some_and(|s| s.kind == SegmentKind::Log && s.id >= log);
+        holds_table || replayed || !state.table.is_dead(id)
+    }
+
     /// Segments that have fewer shards than their scheme, and the fewest losses that one of them
     /// still survives.
     pub fn reduced(&self) -> (usize, Option<usize>) {
         let state = self.state.borrow();
-        let reduced = state.table.segments.values().filter(|s| s.missing != 0);
+        let reduced = state
+            .table
+            .segments
+            .values()
+            .filter(|s| s.missing != 0 && self.is_needed(&state, s.id));
         let left = reduced.clone().map(|s| s.present().saturating_sub(usize::from(s.scheme.data)));
         (reduced.count(), left.min())
     }

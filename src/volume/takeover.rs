@@ -83,7 +83,7 @@ pub async fn take_over(
     let (root, revision, released) = claim(&context, volume).await?;
     let authority = Authority { volume, epoch: root.epoch, head: root.head };
     let (listing, fenced_at) = fence_all(&context, authority, &root, waiting).await;
-    let head = recover(context, authority, root, revision, size, &listing).await?;
+    let head = recover(context, authority, root, revision, size, listing).await?;
     head.checkpoint_until_done().await?;
     if !released && !bug(Bug::ServeBeforeLease) {
         tokio::time::sleep_until(fenced_at + head.config.lease.mul_f64(1.25)).await;
@@ -197,8 +197,11 @@ async fn recover(
     root: Root,
     revision: u64,
     size: u64,
-    listing: &Listing,
+    listing: Listing,
 ) -> Result<Rc<Head>, TakeOverError> {
+    let mut listing = listing;
+    let void = take_void(&mut listing, &root);
+    let listing = &listing;
     let base = match &root.checkpoint {
         None => None,
         Some(checkpoint) => {
@@ -246,6 +249,7 @@ async fn recover(
         releasing: false,
     };
     let head = Head::new(context, authority, state);
+    head.discard_now(void).await;
     let Some(checkpoint) = checkpoint else {
         head.adopt_orphans(listing);
         return Ok(head);
@@ -259,6 +263,27 @@ async fn recover(
     head.adopt_orphans(listing);
     head.repair_tail(lengths.keys().copied().collect()).await;
     Ok(head)
+}
+
+/// Takes out of a listing the shards of epochs between the checkpoint's and this one: heads that
+/// took over and never got as far as a checkpoint of their own. All of them are fenced, and the
+/// root in force names an older checkpoint, which cannot refer to them. They are deleted at once,
+/// so that take-overs that are cut short again and again never fill the disks. Where the store was
+/// rebuilt in between, they are left alone.
+fn take_void(listing: &mut Listing, root: &Root) -> Vec<(SegmentId, ShardRef)> {
+    let base = root.checkpoint.as_ref().map(|c| c.epoch).unwrap_or_default();
+    let mut void = Vec::new();
+    for (&segment, held) in listing.iter_mut() {
+        held.retain(|&disk, info| {
+            let newer = info.epoch > base;
+            if newer && info.epoch.incarnation() == root.epoch.incarnation() {
+                void.push((segment, ShardRef { disk, creation: info.spec.creation }));
+            }
+            !newer
+        });
+    }
+    listing.retain(|_, held| !held.is_empty());
+    void
 }
 
 /// A newer checkpoint of the same epoch that a record header names, or the root's.
@@ -427,13 +452,15 @@ impl Head {
 
     /// Makes the first checkpoint of the epoch, however often it takes.
     async fn checkpoint_until_done(self: &Rc<Self>) -> Result<(), TakeOverError> {
+        let mut pause = Duration::from_millis(20);
         loop {
             match self.checkpoint().await {
                 Ok(()) => return Ok(()),
                 Err(HeadError::Stopped(_)) => return Err(TakeOverError::Lost),
                 Err(error) => {
                     tracing::warn!(volume = %self.volume, %error, "first checkpoint failed");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(2));
                 }
             }
         }
@@ -445,6 +472,7 @@ impl Head {
         tokio::task::spawn_local(super::checkpoint::run(self.clone()));
         tokio::task::spawn_local(super::repair::run(self.clone()));
         tokio::task::spawn_local(super::gc::run(self.clone()));
+        self.repair_wanted.notify_one();
     }
 
     /// Stops serving in order: everything acknowledged is in a checkpoint, nothing is open, and

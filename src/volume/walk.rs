@@ -225,19 +225,14 @@ async fn walk_log(
 impl Head {
     /// Enters a log segment found on the disks into the table.
     fn know_log(&self, id: SegmentId, held: &BTreeMap<DiskId, ShardInfo>) {
-        let Some(info) = held.values().next() else { return };
+        let Some((info, members)) = members_of(held) else { return };
         let mut state = self.state.borrow_mut();
         state.table.segments.entry(id).or_insert_with(|| Segment {
             id,
             kind: SegmentKind::Log,
             scheme: info.spec.scheme,
             epoch: info.epoch,
-            members: info
-                .spec
-                .members
-                .iter()
-                .map(|&disk| ShardRef { disk, creation: info.spec.creation })
-                .collect(),
+            members,
             shard_blocks: COPIES_BLOCKS,
             sealed: false,
             blocks: 0,
@@ -338,6 +333,33 @@ impl Head {
     }
 }
 
+/// The shards of a segment that only its disks know of. A shard that was built anew by the same
+/// epoch has a creation of its own; it counts where the first one of its index is gone.
+fn members_of(held: &BTreeMap<DiskId, ShardInfo>) -> Option<(&ShardInfo, Vec<ShardRef>)> {
+    let mut first: Option<(&ShardInfo, usize)> = None;
+    for info in held.values() {
+        let same = held.values().filter(|i| i.spec.creation == info.spec.creation).count();
+        if first.is_none_or(|(_, most)| same > most) {
+            first = Some((info, same));
+        }
+    }
+    let (info, _) = first?;
+    let creation = info.spec.creation;
+    let mut members: Vec<ShardRef> =
+        info.spec.members.iter().map(|&disk| ShardRef { disk, creation }).collect();
+    for (&disk, other) in held {
+        let there = |member: &ShardRef| {
+            held.get(&member.disk).is_some_and(|i| i.spec.creation == member.creation)
+        };
+        if let Some(member) = members.get_mut(usize::from(other.spec.index))
+            && !there(member)
+        {
+            *member = ShardRef { disk, creation: other.spec.creation };
+        }
+    }
+    Some((info, members))
+}
+
 /// How a segment was settled.
 pub(super) struct Settled {
     /// Length of its shards.
@@ -369,6 +391,7 @@ pub(super) async fn settle(
         SegmentKind::Log => length,
         _ => sealed_at.unwrap_or(length),
     };
+    tracing::debug!(segment = %segment.id, kind = ?segment.kind, length, blocks, ?held, "settle");
     let mut missing = 0;
     for (index, member) in segment.members.iter().enumerate() {
         let whole = match info(member) {
@@ -434,8 +457,12 @@ async fn collect(
     let mut crcs = Vec::with_capacity(blocks as usize);
     let mut at = 0;
     while at < blocks {
-        let header = raw.header(at, shard).await?;
+        let Some(header) = raw.header(at, shard).await else {
+            tracing::debug!(segment = %segment.id, index, at, blocks, "no record to settle with");
+            return None;
+        };
         if segment.kind == SegmentKind::Log && !raw.payload_ok(salt, &header).await {
+            tracing::debug!(segment = %segment.id, index, at, blocks, "damaged record to settle with");
             return None;
         }
         let head = raw.blocks(at, header.header_blocks).await?;
