@@ -116,7 +116,7 @@ impl Drop for Files {
 
 /// A volume of `scheme` on fresh disks.
 async fn volume(files: &mut Files, ring: &Rc<Ring>, scheme: Scheme) -> HeadTarget {
-    let env = Env::from_entropy();
+    let env = Env::from_seed(u64::from(scheme.data));
     let cluster = ClusterId::from_bytes(env.random_bytes());
     let disks = Rc::new(Disks::default());
     let mut members = Vec::new();
