@@ -1,3 +1,5 @@
+//! Tests of a disk without crashes: slots, fences, tables, damage.
+
 use std::time::Duration;
 
 use tokio::time::{sleep, timeout};

@@ -1,3 +1,5 @@
+//! Tests of the simulated device: its faults are what they claim to be.
+
 use proptest::prelude::*;
 
 use super::*;
