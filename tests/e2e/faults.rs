@@ -59,8 +59,7 @@ fn with_a_third_disk_gone_clients_wait_and_nothing_is_lost() {
         node.ctl(&["disk", "offline", id]);
     }
     online(&node, 3);
-    let status = node.json(&["status"]);
-    assert_eq!(status["health"], "critical", "{status}");
+    node.wait_json("critical", &["status"], |status| status["health"] == "critical");
     let read = ["-c", "read -P 17 0 64M", "-c", "read -P 18 100M 4k", "-c", "read -P 19 131072001 999"];
     let args = [&["-f", "raw", node.uri.as_str()][..], &read].concat();
     let mut waiting = spawn("qemu-io", &args);
