@@ -26,7 +26,9 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    sds::obs::log::init("error");
+    if let Err(error) = sds::obs::log::init("error") {
+        println!("no log: {error}");
+    }
     if let Some(name) = &args.bug {
         let Some(bug) = Bug::ALL.iter().find(|bug| format!("{bug:?}") == *name) else {
             println!("no bug {name}; there are {:?}", Bug::ALL);

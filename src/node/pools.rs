@@ -172,6 +172,7 @@ impl Node {
             slot.state.set(Shown::Offline);
             *slot.reason.borrow_mut() = Some("taken out of service by an operator".into());
         }
+        self.tell_lost(id);
         self.mirror_catalog().await;
         Ok(Self::view_disk(&slot))
     }

@@ -46,10 +46,9 @@ impl Node {
         let (sender, lines) = mpsc::channel();
         std::thread::Builder::new()
             .spawn(move || {
+                // Read to the end, so that the node never writes into a closed pipe.
                 for line in stdout.lines().map_while(Result::ok) {
-                    if sender.send(line).is_err() {
-                        return;
-                    }
+                    sender.send(line).ok();
                 }
             })
             .expect("a thread");
@@ -64,7 +63,7 @@ impl Node {
         };
         let uri = find("volume");
         let admin = find("admin");
-        find("sdsctl").len();
+        find("try:");
         let nbd = uri.trim_start_matches("nbd://").split('/').next().expect("a host").to_owned();
         Self { child, dir: dir.to_owned(), nbd, uri, admin }
     }
