@@ -24,6 +24,7 @@ pub mod export;
 pub mod id;
 pub mod limits;
 pub mod meta;
+pub mod node;
 pub mod obs;
 pub mod planted;
 pub mod segment;

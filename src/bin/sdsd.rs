@@ -1,2 +1,195 @@
-//! The daemon.
-fn main() {}
+//! The daemon: parses its arguments and runs a node.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program speaks to its user")]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use sds::admin::types::PoolScheme;
+use sds::config::{AdminConfig, Config, NbdConfig};
+use sds::node::daemon::{self, Addresses};
+use sds::id::DiskId;
+use sds::node::dev::{DevOptions, disk_files};
+use sds::units::ByteSize;
+
+/// Software-defined block storage: the daemon of a node.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true, arg_required_else_help = true)]
+struct Cli {
+    /// Runs the node that this file describes.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Verb>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Runs an all-in-one node in a directory, which is made at the first start.
+    Dev(Dev),
+    /// Runs the node that a file describes.
+    Run {
+        /// The configuration, TOML.
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Rebuilds a lost metadata store from what the disks mirror.
+    Recover(Recover),
+}
+
+#[derive(Args)]
+struct Recover {
+    /// Directory of `sdsd dev`.
+    #[arg(long, conflicts_with = "config", required_unless_present = "config")]
+    dir: Option<PathBuf>,
+    /// The configuration of the node, TOML.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// A disk that is gone for good; may be given several times.
+    #[arg(long, value_name = "ID")]
+    missing_disk: Vec<DiskId>,
+}
+
+#[derive(Args)]
+struct Dev {
+    /// Directory of the disks and the metadata store.
+    #[arg(long, default_value = "sds-data")]
+    dir: PathBuf,
+    /// Number of disks (6).
+    #[arg(long)]
+    disks: Option<usize>,
+    /// Size of each disk, sparse (4GiB).
+    #[arg(long, value_name = "SIZE")]
+    disk_size: Option<ByteSize>,
+    /// Erasure coding of the pool: data and parity shards (4+2).
+    #[arg(long, value_name = "K+M", value_parser = parse_ec, conflicts_with = "replicas")]
+    ec: Option<PoolScheme>,
+    /// Copies, instead of erasure coding.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=5))]
+    replicas: Option<u8>,
+    /// Name and size of the volume (vol0:10GiB).
+    #[arg(long, value_name = "NAME:SIZE", value_parser = parse_volume)]
+    volume: Option<(String, ByteSize)>,
+    /// Address of NBD; port 0 takes any free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:10809")]
+    nbd: SocketAddr,
+    /// Unix socket of NBD, besides the address.
+    #[arg(long, value_name = "PATH")]
+    nbd_socket: Option<PathBuf>,
+    /// Address of the admin API; port 0 takes any free one.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9770")]
+    admin: SocketAddr,
+}
+
+fn parse_ec(text: &str) -> Result<PoolScheme, String> {
+    let parsed = text.split_once('+').and_then(|(k, m)| Some((k.parse().ok()?, m.parse().ok()?)));
+    let Some((data, parity)) = parsed else {
+        return Err("erasure coding is written K+M, for example 4+2".into());
+    };
+    let scheme = PoolScheme::Ec { data, parity };
+    scheme.check().map_err(|error| error.hint.unwrap_or(error.message))?;
+    Ok(scheme)
+}
+
+fn parse_volume(text: &str) -> Result<(String, ByteSize), String> {
+    let (name, size) =
+        text.rsplit_once(':').ok_or("a volume is written NAME:SIZE, for example vol0:10G")?;
+    let size: ByteSize = size.parse().map_err(|error| format!("{error}"))?;
+    Ok((name.to_owned(), size))
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match (cli.command, cli.config) {
+        (Some(Verb::Dev(args)), _) => dev(args),
+        (Some(Verb::Run { config }), _) | (None, Some(config)) => run(&config),
+        (Some(Verb::Recover(args)), _) => recover(&args),
+        (None, None) => unreachable!("clap shows the help"),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("sdsd: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(path: &std::path::Path) -> Result<(), String> {
+    let config = Config::load(path).map_err(|error| error.to_string())?;
+    sds::obs::log::init(&config.log.level).map_err(|error| error.to_string())?;
+    let ready = |at: &Addresses| tracing::info!(nbd = ?at.nbd, admin = %at.admin, "ready");
+    daemon::run(&config, None, &ready).map_err(|error| error.to_string())
+}
+
+fn recover(args: &Recover) -> Result<(), String> {
+    sds::obs::log::init("warn").map_err(|error| error.to_string())?;
+    let (dir, paths) = match (&args.dir, &args.config) {
+        (Some(dir), _) => (dir.clone(), disk_files(dir)),
+        (None, Some(file)) => {
+            let config = Config::load(file).map_err(|error| error.to_string())?;
+            (config.data_dir, config.disks)
+        }
+        (None, None) => return Err("--dir or --config says where the disks are".into()),
+    };
+    let missing = args.missing_disk.iter().copied().collect();
+    let rebuilt = daemon::recover(&dir, &paths, &missing).map_err(|error| error.to_string())?;
+    for note in &rebuilt.notes {
+        println!("note: {note}");
+    }
+    println!(
+        "the metadata store is rebuilt (incarnation {}); volumes: {}",
+        rebuilt.incarnation,
+        rebuilt.volumes.join(", ")
+    );
+    Ok(())
+}
+
+fn dev(args: Dev) -> Result<(), String> {
+    sds::obs::log::init("warn").map_err(|error| error.to_string())?;
+    let dir = std::path::absolute(&args.dir).map_err(|error| error.to_string())?;
+    let config = Config {
+        data_dir: dir.clone(),
+        nbd: NbdConfig { addresses: vec![args.nbd], socket: args.nbd_socket, tls: None },
+        admin: AdminConfig { address: args.admin },
+        ..Config::default()
+    };
+    config.validate().map_err(|error| error.to_string())?;
+    let scheme = args.replicas.map(|copies| PoolScheme::Replicas { copies }).or(args.ec);
+    let name = args.volume.as_ref().map_or("vol0", |(name, _)| name).to_owned();
+    let options = DevOptions {
+        dir: dir.clone(),
+        disks: args.disks,
+        disk_size: args.disk_size,
+        scheme,
+        volume: args.volume,
+    };
+    let ready = |at: &Addresses| announce(at, &name, &dir);
+    daemon::run(&config, Some(&options), &ready).map_err(|error| error.to_string())
+}
+
+/// Says where the node is, and what to try.
+fn announce(at: &Addresses, volume: &str, dir: &std::path::Path) {
+    let nbd = at.nbd.first().map_or_else(String::new, ToString::to_string);
+    println!("sds is running; Ctrl-C stops it in order");
+    println!("  data    {}", dir.display());
+    println!("  volume  nbd://{nbd}/{volume}");
+    if let Some(socket) = &at.nbd_socket {
+        println!("  volume  nbd+unix:///{volume}?socket={}", socket.display());
+    }
+    println!("  admin   http://{}", at.admin);
+    println!("try:");
+    println!("  nbdinfo nbd://{nbd}/{volume}");
+    println!("  qemu-io -f raw nbd://{nbd}/{volume} -c 'write -P 7 0 1M' -c 'read -P 7 0 1M'");
+    println!("  {} --endpoint http://{} status", sdsctl(), at.admin);
+}
+
+/// How to call `sdsctl`: by the path beside this program, if it is there.
+fn sdsctl() -> String {
+    let beside = std::env::current_exe().map(|path| path.with_file_name("sdsctl"));
+    match beside {
+        Ok(path) if path.exists() => path.display().to_string(),
+        _ => "cargo run --release --bin sdsctl --".to_owned(),
+    }
+}

@@ -110,7 +110,7 @@ impl Disk {
     pub fn set_offline(&self, reason: &str) {
         let mut offline = self.offline.borrow_mut();
         if offline.is_none() {
-            tracing::warn!(disk = %self.id, reason, "disk goes offline");
+            tracing::info!(disk = %self.id, reason, "disk goes offline");
             *offline = Some(reason.to_owned());
         }
     }

@@ -154,6 +154,8 @@ pub struct DiskRecord {
     pub path: String,
     /// Name of the node.
     pub node: String,
+    /// Its failure domain: a number never given to another disk while domains are disks.
+    pub domain: u32,
     /// Size of a slot, bytes.
     pub slot_bytes: u64,
     /// Size of the device, bytes.
@@ -436,6 +438,7 @@ mod tests {
                 id: DiskId::from_bytes(id),
                 path,
                 node,
+                domain: 3,
                 slot_bytes: 1 << 20,
                 size_bytes,
                 state: DiskState::Draining,

@@ -20,12 +20,12 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
-use super::envelope::{self, Encoding, EnvelopeError, Kind};
+use super::envelope::EnvelopeError;
 use super::record::{
     self, ClusterRecord, DiskRecord, PoolRecord, Record, VolumeNameRecord, VolumeRecord,
     VolumeState,
 };
-use super::{Condition, MetaError, MetaStore, Txn, TxnOutcome};
+use super::{Condition, MetaError, MetaStore, Txn};
 use crate::id::{DiskId, VolumeId};
 
 /// Key of the [`ClusterRecord`].
@@ -41,8 +41,6 @@ pub const VOLUME_NAME_PREFIX: &str = "/sds/volume-name/";
 /// Prefix of the keys of roots.
 pub const ROOT_PREFIX: &str = "/sds/root/";
 
-/// Version of the envelope around a root; the root's own version is its owner's affair.
-const ROOT_VERSION: u16 = 1;
 /// How often a change is tried again when another one came between.
 const TRIES_MAX: usize = 16;
 
@@ -126,32 +124,6 @@ fn encode<R: Record>(record: &R) -> SchemaResult<Bytes> {
 
 fn decode<R: Record>(key: &str, bytes: &[u8]) -> SchemaResult<R> {
     record::decode(bytes).map_err(|source| SchemaError::Record { key: key.into(), source })
-}
-
-/// Puts a root's bytes into their envelope, as they lie in the store and in mirrors.
-///
-/// # Errors
-/// [`SchemaError::Invalid`] if they are too many.
-pub fn encode_root(root: &[u8]) -> SchemaResult<Bytes> {
-    envelope::seal(Kind::Root, ROOT_VERSION, Encoding::Opaque, root)
-        .map(Bytes::from)
-        .map_err(|error| SchemaError::Invalid(error.to_string()))
-}
-
-/// Takes a root's bytes out of their envelope.
-///
-/// # Errors
-/// Any [`EnvelopeError`] but `Payload`.
-pub fn decode_root(bytes: &[u8]) -> Result<&[u8], EnvelopeError> {
-    let opened = envelope::open(bytes, Kind::Root, Encoding::Opaque)?;
-    if opened.kind_version > ROOT_VERSION {
-        return Err(EnvelopeError::Newer {
-            what: "the root".into(),
-            found: opened.kind_version,
-            known: ROOT_VERSION,
-        });
-    }
-    Ok(opened.payload)
 }
 
 impl Schema {
@@ -343,7 +315,7 @@ impl Schema {
         volume.ok_or_else(missing)
     }
 
-    /// Creates a volume, its name and, if given, its root (not yet in an envelope).
+    /// Creates a volume, its name and, if given, its root (in its own envelope).
     ///
     /// # Errors
     /// [`SchemaError::Exists`], [`SchemaError::NotFound`] without the pool,
@@ -362,7 +334,7 @@ impl Schema {
             .put(name, encode(&VolumeNameRecord { id: volume.id })?)
             .put(volume_key(volume.id), encode(volume)?);
         if let Some(root) = root {
-            txn = txn.put(root_key(volume.id), encode_root(root)?);
+            txn = txn.put(root_key(volume.id), Bytes::copy_from_slice(root));
         }
         if volume.state != VolumeState::Active {
             return Err(SchemaError::Invalid("a volume is created active".into()));
@@ -435,45 +407,13 @@ impl Schema {
         }
     }
 
-    /// A volume's root, without its envelope; none if it has none.
+    /// A volume's root, as its owner encoded it; none if it has none.
     ///
     /// # Errors
-    /// [`SchemaError::Store`], [`SchemaError::Record`].
+    /// [`SchemaError::Store`].
     pub async fn root(&self, id: VolumeId) -> SchemaResult<Option<Stored<Bytes>>> {
-        let key = root_key(id);
-        let Some(found) = self.store.get(&key).await? else { return Ok(None) };
-        let root = match decode_root(&found.value) {
-            Ok(root) => found.value.slice_ref(root),
-            Err(source) => return Err(SchemaError::Record { key, source }),
-        };
-        Ok(Some(Stored { record: root, revision: found.revision }))
-    }
-
-    /// Swaps in a root in place of the one of revision `old`; none for a volume that has no root
-    /// yet. A volume that is being deleted always conflicts.
-    ///
-    /// # Errors
-    /// [`SchemaError::Store`]: after [`MetaError::Unknown`] the swap may have happened, or may
-    /// still happen until a later one succeeds. [`SchemaError::Invalid`] if the root is too large.
-    pub async fn swap_root(
-        &self,
-        id: VolumeId,
-        old: Option<u64>,
-        root: &[u8],
-    ) -> SchemaResult<TxnOutcome> {
-        let mut txn = Txn::new().put(root_key(id), encode_root(root)?);
-        if let Some(revision) = old {
-            txn = txn.when(Condition::KeyAt(root_key(id), revision));
-        } else {
-            let volume = self.volume(id).await?;
-            let Some(volume) = volume.filter(|v| v.record.state == VolumeState::Active) else {
-                return Ok(TxnOutcome::Conflict);
-            };
-            txn = txn
-                .when(Condition::KeyMissing(root_key(id)))
-                .when(Condition::KeyAt(volume_key(id), volume.revision));
-        }
-        Ok(self.store.txn(txn).await?)
+        let found = self.store.get(&root_key(id)).await?;
+        Ok(found.map(|found| Stored { record: found.value, revision: found.revision }))
     }
 }
 

@@ -71,10 +71,11 @@ async fn a_deleted_volume_leaves_a_tombstone_and_no_root() {
     schema.delete_volume(v.id).await.unwrap();
     schema.delete_volume(v.id).await.unwrap();
     assert!(matches!(schema.volume_by_name("p", "v").await, Err(SchemaError::NotFound(_))));
-    for old in [Some(root.revision), None] {
-        let outcome = schema.swap_root(v.id, old, b"late").await.unwrap();
-        assert_eq!(outcome, TxnOutcome::Conflict, "a late head swaps nothing in");
-    }
+    let late = Txn::new()
+        .when(Condition::KeyAt(root_key(v.id), root.revision))
+        .put(root_key(v.id), "late");
+    let outcome = schema.store().txn(late).await.unwrap();
+    assert_eq!(outcome, crate::meta::TxnOutcome::Conflict, "a late head swaps nothing in");
     // The name is free, while the tombstone is kept.
     schema.create_volume(&volume(2, "p", "v"), None).await.unwrap();
     assert_eq!(schema.volumes().await.unwrap().len(), 2);
@@ -82,21 +83,6 @@ async fn a_deleted_volume_leaves_a_tombstone_and_no_root() {
     schema.forget_volume(v.id).await.unwrap();
     assert_eq!(schema.volume(v.id).await.unwrap(), None);
     assert_eq!(schema.volume_by_name("p", "v").await.unwrap().record.id, volume(2, "", "").id);
-}
-
-#[tokio::test]
-async fn roots_change_by_compare_and_swap() {
-    let (_, schema) = schema();
-    schema.create_pool(&pool("p")).await.unwrap();
-    let v = volume(1, "p", "v");
-    schema.create_volume(&v, None).await.unwrap();
-    assert_eq!(schema.root(v.id).await.unwrap(), None);
-    let first = schema.swap_root(v.id, None, b"1").await.unwrap().committed().unwrap();
-    assert_eq!(schema.swap_root(v.id, None, b"x").await.unwrap(), TxnOutcome::Conflict);
-    let second = schema.swap_root(v.id, Some(first), b"2").await.unwrap().committed().unwrap();
-    assert_eq!(schema.swap_root(v.id, Some(first), b"x").await.unwrap(), TxnOutcome::Conflict);
-    let root = schema.root(v.id).await.unwrap().unwrap();
-    assert_eq!((&root.record[..], root.revision), (&b"2"[..], second));
 }
 
 #[tokio::test]

@@ -384,7 +384,7 @@ impl Head {
     }
 
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.
-    async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
+    pub(super) async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
         let deletes = freed.iter().filter_map(|&(segment, shard)| {
             let client = self.disks.client(shard.disk)?;
             Some(async move {

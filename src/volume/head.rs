@@ -429,7 +429,11 @@ impl Head {
             if state.stopped.is_some() {
                 return;
             }
-            tracing::warn!(volume = %self.volume, epoch = %self.authority.epoch, why, "head stops");
+            if state.releasing {
+                tracing::info!(volume = %self.volume, epoch = %self.authority.epoch, "released");
+            } else {
+                tracing::warn!(volume = %self.volume, epoch = %self.authority.epoch, why, "head stops");
+            }
             state.stopped = Some(why.to_owned());
             state.pending_bytes = 0;
             let pending: Vec<Op> = state.pending.drain(..).collect();

@@ -13,6 +13,7 @@ pub mod index;
 mod log;
 pub mod overlay;
 mod repair;
+mod report;
 pub mod root;
 pub mod rules;
 pub mod segtab;
@@ -20,3 +21,5 @@ mod swap;
 pub mod takeover;
 pub mod target;
 mod walk;
+
+pub use report::HeadReport;

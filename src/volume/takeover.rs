@@ -254,6 +254,7 @@ async fn recover(
         head.adopt_orphans(listing);
         return Ok(head);
     };
+    head.finish_deletions(&checkpoint).await?;
     head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
     let log = snapshot.log.unwrap_or_default();
     let replay = head.replay(listing, snapshot.epoch, log).await?;
@@ -378,6 +379,26 @@ async fn load_checkpoint(
 }
 
 impl Head {
+    /// Deletes what the checkpoint lists as freed, so that there is room for the next one. The root
+    /// must name that checkpoint first, where only record headers did.
+    async fn finish_deletions(self: &Rc<Self>, base: &CheckpointRef) -> Result<(), HeadError> {
+        let freed: Vec<(SegmentId, ShardRef)> = {
+            let state = self.state.borrow();
+            if base.epoch.incarnation() != self.authority.epoch.incarnation() {
+                return Ok(());
+            }
+            state.table.freed.iter().copied().collect()
+        };
+        if freed.is_empty() {
+            return Ok(());
+        }
+        if self.state.borrow().root.checkpoint.as_ref() != Some(base) {
+            self.swap_checkpoint().await?;
+        }
+        self.delete_freed(&freed).await;
+        Ok(())
+    }
+
     /// Step 3: applies the records after the checkpoint.
     async fn replay(
         &self,
@@ -435,6 +456,12 @@ impl Head {
     pub(super) fn adopt_orphans(&self, listing: &Listing) {
         let mut state = self.state.borrow_mut();
         let own = state.root.range.0;
+        let base = state.root.checkpoint.as_ref().map_or(self.authority.epoch, |c| c.epoch);
+        if base.incarnation() != self.authority.epoch.incarnation() {
+            // The store was rebuilt: what nothing refers to is left where it is, and reported.
+            tracing::warn!(volume = %self.volume, "shards that the checkpoint lacks are kept");
+            return;
+        }
         for (&segment, held) in listing {
             for (&disk, info) in held {
                 let shard = ShardRef { disk, creation: info.spec.creation };
@@ -459,11 +486,26 @@ impl Head {
                 Err(HeadError::Stopped(_)) => return Err(TakeOverError::Lost),
                 Err(error) => {
                     tracing::warn!(volume = %self.volume, %error, "first checkpoint failed");
+                    self.trace_space();
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
             }
         }
+    }
+
+    /// What takes the space, for the log.
+    fn trace_space(&self) {
+        let state = self.state.borrow();
+        let count = |kind: SegmentKind| {
+            let of_kind = || state.table.segments.values().filter(move |s| s.kind == kind);
+            (of_kind().count(), of_kind().filter(|s| state.table.is_dead(s.id)).count())
+        };
+        tracing::debug!(
+            log = ?count(SegmentKind::Log), data = ?count(SegmentKind::Data),
+            meta = ?count(SegmentKind::Meta), freed = state.table.freed.len(),
+            "segments and how many of them are dead",
+        );
     }
 
     /// Step 5: starts the tasks; the head serves from now on.

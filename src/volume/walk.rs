@@ -392,6 +392,14 @@ pub(super) async fn settle(
         _ => sealed_at.unwrap_or(length),
     };
     tracing::debug!(segment = %segment.id, kind = ?segment.kind, length, blocks, ?held, "settle");
+    // Of copies, each member is sealed with the checksums of what any of them holds: a block that
+    // one has lost is then read from another.
+    let closed = segment.members.iter().filter_map(info).any(|i| i.state != ShardState::Sealed);
+    let truth = if segment.kind != SegmentKind::Data && closed {
+        merged(disks, authority.volume, segment, blocks, held).await
+    } else {
+        None
+    };
     let mut missing = 0;
     for (index, member) in segment.members.iter().enumerate() {
         let whole = match info(member) {
@@ -399,7 +407,9 @@ pub(super) async fn settle(
             Some(info) if info.state == ShardState::Sealed => {
                 info.blocks == blocks || bug(Bug::StaleShardAccepted)
             }
-            Some(_) => seal_closed(disks, authority, segment, index, blocks).await,
+            Some(_) => {
+                seal_closed(disks, authority, segment, index, blocks, truth.as_deref()).await
+            }
         };
         if !whole {
             tracing::info!(
@@ -419,25 +429,49 @@ async fn seal_closed(
     segment: &Segment,
     index: usize,
     blocks: u32,
+    truth: Option<&[u32]>,
 ) -> bool {
     let disk = segment.members[index].disk;
     let Some(client) = disks.client(disk) else { return false };
-    let crcs = if blocks == 0 || bug(Bug::StaleShardAccepted) {
-        collect(disks, authority.volume, segment, index, blocks).await.unwrap_or_default()
-    } else {
-        match collect(disks, authority.volume, segment, index, blocks).await {
-            Some(crcs) => crcs,
-            None => return false,
-        }
-    };
+    let own = collect(disks, authority.volume, segment, index, blocks).await;
+    let whole = own.is_some() && truth.is_none_or(|truth| own.as_deref() == Some(truth));
+    let Some(crcs) = truth.map(<[u32]>::to_vec).or(own) else { return false };
     let seal = client.seal(authority, segment.id, blocks, Some(crcs.into()));
     match tokio::time::timeout(PATIENCE, seal).await {
-        Ok(Ok(())) => true,
+        Ok(Ok(())) => whole || bug(Bug::StaleShardAccepted),
         other => {
             tracing::warn!(%disk, segment = %segment.id, ?other, "a shard could not be sealed");
             false
         }
     }
+}
+
+/// The salted CRCs of the first `blocks` blocks of copies, each record from any member that holds
+/// it; none if a record is on no member.
+async fn merged(
+    disks: &Disks,
+    volume: VolumeId,
+    segment: &Segment,
+    blocks: u32,
+    held: &BTreeMap<DiskId, ShardInfo>,
+) -> Option<Vec<u32>> {
+    let salt = Salt::new(volume, segment.id, segment.scheme, 0);
+    let raws = held.keys().map(|disk| Raw::new(disks, volume, segment.id, *disk)).collect();
+    let mut members = Members { raws, salt };
+    let mut crcs = Vec::with_capacity(blocks as usize);
+    while crcs.len() < blocks as usize {
+        let at = u32::try_from(crcs.len()).ok()?;
+        let verify = segment.kind == SegmentKind::Log;
+        let header = match members.record(at, verify).await {
+            Some(header) => header,
+            // Whoever reads the content will be told that it is damaged.
+            None => members.record(at, false).await?,
+        };
+        let head = header.encode();
+        crcs.extend((at..).zip(raw_crcs(&head)).map(|(b, crc)| salt.apply(b, crc)));
+        crcs.extend_from_slice(&header.crcs);
+    }
+    (crcs.len() == blocks as usize).then_some(crcs)
 }
 
 /// The salted CRCs of the first `blocks` blocks of a shard, from its record headers; none if the

@@ -1,0 +1,57 @@
+//! The admin API's commands, each answered once.
+
+use std::rc::Rc;
+
+use super::Node;
+use crate::admin::backend::{Command, Reply};
+use crate::admin::error::ApiError;
+use crate::admin::health;
+
+/// Answers; whoever asked may have gone.
+fn send<T>(reply: Reply<T>, answer: Result<T, ApiError>) {
+    if reply.send(answer).is_err() {
+        tracing::debug!("an admin command was answered too late");
+    }
+}
+
+impl Node {
+    /// Carries out one command.
+    pub(super) async fn answer(self: &Rc<Self>, command: Command) {
+        match command {
+            Command::Status { reply } => send(reply, Ok(self.status())),
+            Command::Health { reply } => {
+                let (disks, pools, volumes) = self.views();
+                send(reply, Ok(health::assess(&disks, &pools, &volumes)));
+            }
+            Command::Metrics { reply } => {
+                let text = self.metrics.render(&self.sample());
+                send(reply, text.map_err(|error| ApiError::internal(error.to_string())));
+            }
+            Command::DiskList { reply } => send(reply, Ok(self.views().0)),
+            Command::DiskShow { disk, reply } => send(reply, self.show_disk(disk)),
+            Command::DiskAdd { request, reply } => send(reply, self.add_disk(request).await),
+            Command::DiskRemove { disk, force, reply } => {
+                send(reply, self.remove_disk(disk, force).await);
+            }
+            Command::DiskOffline { disk, reply } => send(reply, self.disk_offline(disk).await),
+            Command::DiskOnline { disk, reply } => send(reply, self.disk_online(disk).await),
+            Command::PoolList { reply } => send(reply, Ok(self.views().1)),
+            Command::PoolShow { pool, reply } => send(reply, self.show_pool(&pool)),
+            Command::PoolCreate { request, reply } => send(reply, self.create_pool(request).await),
+            Command::PoolRemove { pool, reply } => send(reply, self.remove_pool(&pool).await),
+            Command::VolumeList { pool, reply } => send(reply, self.list_volumes(pool.as_deref())),
+            Command::VolumeShow { volume, reply } => {
+                send(reply, self.find_volume(&volume).map(|slot| self.view_volume(&slot)));
+            }
+            Command::VolumeCreate { request, reply } => {
+                send(reply, self.create_volume(request).await);
+            }
+            Command::VolumeResize { volume, request, reply } => {
+                send(reply, self.resize_volume(&volume, request).await);
+            }
+            Command::VolumeRemove { volume, force, reply } => {
+                send(reply, self.remove_volume(&volume, force).await);
+            }
+        }
+    }
+}

@@ -1,0 +1,425 @@
+//! The disks of a node: opened, watched, taken out and put back.
+//!
+//! A disk is what its superblock says it is, wherever it is found. Disks that cannot be used are
+//! told of in status with the reason, and never used: of another cluster, with the identity of
+//! another disk, shorter than they were, not formatted.
+//!
+//! A disk that fails is taken out of the registry at once; heads are told to rebuild what was on
+//! it after [`LOST_AFTER`]. A disk that comes back is opened anew and offered to every head.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tokio::time::{Instant, timeout};
+
+use super::opener::{Detachable, OpenFailure};
+use super::{Node, NodeError};
+use crate::admin::types::DiskState as Shown;
+use crate::disk::device::BlockDevice;
+use crate::disk::{Disk, DiskOpenError, FormatOptions, Geometry, SuperblockInfo, probe_superblock};
+use crate::id::DiskId;
+use crate::meta::record::{DiskRecord, DiskState};
+use crate::shard::local::LocalClient;
+
+/// How long a failed disk may be away before what was on it is rebuilt elsewhere.
+pub(super) const LOST_AFTER: Duration = Duration::from_secs(2);
+/// How long a disk may take to tell its superblock.
+const PROBE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// A disk of the node, open or not.
+pub(super) struct DiskSlot {
+    pub(super) id: DiskId,
+    pub(super) record: RefCell<DiskRecord>,
+    pub(super) state: Cell<Shown>,
+    pub(super) reason: RefCell<Option<String>>,
+    pub(super) geometry: Cell<Option<Geometry>>,
+    client: RefCell<Option<Rc<LocalClient>>>,
+    device: RefCell<Option<Rc<Detachable>>>,
+    /// Being opened, or its last requests are still under way.
+    busy: Cell<bool>,
+    down_since: Cell<Instant>,
+    pub(super) up_since: Cell<Instant>,
+    told_lost: Cell<bool>,
+}
+
+impl DiskSlot {
+    fn new(record: DiskRecord) -> Self {
+        let now = Instant::now();
+        Self {
+            id: record.id,
+            record: RefCell::new(record),
+            state: Cell::new(Shown::Missing),
+            reason: RefCell::default(),
+            geometry: Cell::new(None),
+            client: RefCell::default(),
+            device: RefCell::default(),
+            busy: Cell::new(false),
+            down_since: Cell::new(now),
+            up_since: Cell::new(now),
+            told_lost: Cell::new(false),
+        }
+    }
+
+    /// The disk, if it serves.
+    pub(super) fn disk(&self) -> Option<Rc<Disk>> {
+        self.client.borrow().as_ref().filter(|_| self.is_online()).map(|client| client.current())
+    }
+
+    /// The disk as it was last open, for its counters.
+    pub(super) fn last_disk(&self) -> Option<Rc<Disk>> {
+        self.client.borrow().as_ref().map(|client| client.current())
+    }
+
+    pub(super) fn is_online(&self) -> bool {
+        self.state.get().is_online()
+    }
+
+    pub(super) fn path(&self) -> String {
+        self.record.borrow().path.clone()
+    }
+
+    fn down(&self, state: Shown, reason: &str) {
+        self.state.set(state);
+        *self.reason.borrow_mut() = Some(reason.to_owned());
+    }
+}
+
+/// Why a disk is not in use: how it is shown, and the sentence.
+pub(super) type Refusal = (Shown, String);
+
+fn refused<T>(state: Shown, reason: impl Into<String>) -> Result<T, Refusal> {
+    Err((state, reason.into()))
+}
+
+impl Node {
+    pub(super) fn slots(&self) -> Vec<Rc<DiskSlot>> {
+        self.disks.borrow().values().cloned().collect()
+    }
+
+    /// Opens all disks that the store knows or `paths` lists. Blank devices of `paths` are
+    /// formatted, and formatted ones of this cluster that hold nothing yet are taken in.
+    pub(super) async fn open_disks(self: &Rc<Self>, paths: &[String]) -> Result<(), NodeError> {
+        for stored in self.schema.disks().await? {
+            let record = stored.record;
+            let next = self.next_domain.get().max(record.domain + 1);
+            self.next_domain.set(next);
+            if record.state == DiskState::Removed {
+                self.removed.borrow_mut().insert(record.id);
+                continue;
+            }
+            let slot = Rc::new(DiskSlot::new(record));
+            self.disks.borrow_mut().insert(slot.id, slot);
+        }
+        let mut all: Vec<String> = self.slots().into_iter().map(|slot| slot.path()).collect();
+        all.extend(paths.iter().cloned());
+        let mut seen = std::collections::BTreeSet::new();
+        all.retain(|path| seen.insert(path.clone()));
+        for path in all {
+            let Err((state, reason)) = self.open_at_start(&path, paths.contains(&path)).await
+            else {
+                continue;
+            };
+            tracing::warn!(path, reason, "disk not used");
+            let slot = self.slots().into_iter().find(|s| s.path() == path && !s.is_online());
+            match slot {
+                Some(slot) => slot.down(state, &reason),
+                None => drop(self.problems.borrow_mut().insert(path, reason)),
+            }
+        }
+        for slot in self.slots().into_iter().filter(|slot| !slot.is_online()) {
+            if slot.reason.borrow().is_none() {
+                slot.down(Shown::Missing, "it was not found at any path");
+            }
+        }
+        Ok(())
+    }
+
+    async fn open_at_start(self: &Rc<Self>, path: &str, listed: bool) -> Result<(), Refusal> {
+        let owner = self.slots().into_iter().find(|slot| slot.path() == path);
+        if let Some(owner) = &owner
+            && owner.record.borrow().state == DiskState::Offline
+        {
+            return refused(Shown::Offline, "taken out of service by an operator");
+        }
+        let device = self.open_device(path)?;
+        let probe = match self.probe(&*device).await {
+            Ok(probe) => probe,
+            Err(DiskOpenError::NotFormatted | DiskOpenError::HalfFormatted)
+                if listed && owner.is_none() =>
+            {
+                self.format(&*device, false).await.map_err(|reason| (Shown::Failed, reason))?
+            }
+            Err(error) => return refused(Shown::Failed, error.to_string()),
+        };
+        if probe.cluster != self.identity.cluster {
+            return refused(
+                Shown::Failed,
+                format!("disk {} belongs to another cluster, {}", probe.disk, probe.cluster),
+            );
+        }
+        if self.removed.borrow().contains(&probe.disk) {
+            return refused(Shown::Failed, "the disk was removed: add it again to use it anew");
+        }
+        let slot = self.disks.borrow().get(&probe.disk).cloned();
+        let Some(slot) = slot else {
+            if !listed {
+                return refused(Shown::Failed, format!("disk {} is at its path", probe.disk));
+            }
+            return self.take_in(path, device, probe).await;
+        };
+        if slot.is_online() {
+            let reason =
+                format!("it has the identity of disk {} at {}: a copy?", slot.id, slot.path());
+            return refused(Shown::Failed, reason);
+        }
+        if slot.path() != path {
+            self.moved(&slot, path).await?;
+        }
+        self.bring_up(&slot, device).await
+    }
+
+    async fn moved(&self, slot: &DiskSlot, path: &str) -> Result<(), Refusal> {
+        tracing::info!(disk = %slot.id, from = slot.path(), to = path, "disk found elsewhere");
+        let update = |record: &mut DiskRecord| {
+            path.clone_into(&mut record.path);
+            Ok(())
+        };
+        let record = self.schema.update_disk(slot.id, update).await;
+        let record = record.map_err(|error| (Shown::Failed, error.to_string()))?;
+        *slot.record.borrow_mut() = record;
+        Ok(())
+    }
+
+    fn open_device(&self, path: &str) -> Result<Rc<dyn BlockDevice>, Refusal> {
+        self.options.opener.open(path, None).map_err(|error| match error {
+            OpenFailure::NotFound(_) => (Shown::Missing, error.to_string()),
+            other => (Shown::Failed, other.to_string()),
+        })
+    }
+
+    pub(super) async fn probe(
+        &self,
+        device: &dyn BlockDevice,
+    ) -> Result<SuperblockInfo, DiskOpenError> {
+        match timeout(PROBE_PATIENCE, probe_superblock(device)).await {
+            Ok(result) => result,
+            Err(_) => Err(DiskOpenError::SuperblockDamaged("the device does not answer".into())),
+        }
+    }
+
+    /// Formats a device as a new disk of this cluster.
+    pub(super) async fn format(
+        &self,
+        device: &dyn BlockDevice,
+        force: bool,
+    ) -> Result<SuperblockInfo, String> {
+        let options = FormatOptions {
+            disk: DiskId::from_bytes(self.options.env.random_bytes()),
+            cluster: self.identity.cluster,
+            slot_bytes: None,
+            volumes_max: None,
+            force,
+        };
+        Disk::format(device, options).await.map_err(|error| error.to_string())?;
+        self.probe(device).await.map_err(|error| error.to_string())
+    }
+
+    /// Takes in a disk of this cluster that the store does not know and that holds nothing: one
+    /// that was formatted just before a crash.
+    pub(super) async fn take_in(
+        self: &Rc<Self>,
+        path: &str,
+        device: Rc<dyn BlockDevice>,
+        probe: SuperblockInfo,
+    ) -> Result<(), Refusal> {
+        let failed = |error: String| (Shown::Failed, error);
+        let detachable = Rc::new(Detachable::new(device));
+        let disk = Disk::open(detachable.clone()).await.map_err(|e| failed(e.to_string()))?;
+        if disk.volume_counts().0 > 0 {
+            let reason = "the metadata store does not know this disk, and it holds volumes";
+            return refused(Shown::Failed, reason);
+        }
+        let domain = self.next_domain.get();
+        let record = DiskRecord {
+            id: probe.disk,
+            path: path.to_owned(),
+            node: self.options.name.clone(),
+            domain,
+            slot_bytes: probe.geometry.slot_bytes,
+            size_bytes: probe.geometry.size_bytes,
+            state: DiskState::Online,
+            added_at_unix_s: (self.options.unix_seconds)(),
+        };
+        self.schema.add_disk(&record).await.map_err(|e| failed(e.to_string()))?;
+        self.next_domain.set(domain + 1);
+        let slot = Rc::new(DiskSlot::new(record));
+        self.disks.borrow_mut().insert(slot.id, slot.clone());
+        self.problems.borrow_mut().remove(path);
+        self.serve_disk(&slot, disk, detachable)
+    }
+
+    /// Opens the disk of a slot on a device that says to be it.
+    async fn bring_up(
+        self: &Rc<Self>,
+        slot: &Rc<DiskSlot>,
+        device: Rc<dyn BlockDevice>,
+    ) -> Result<(), Refusal> {
+        let detachable = Rc::new(Detachable::new(device));
+        match Disk::open(detachable.clone()).await {
+            Ok(disk) => self.serve_disk(slot, disk, detachable),
+            Err(error) => refused(Shown::Failed, error.to_string()),
+        }
+    }
+
+    fn serve_disk(
+        self: &Rc<Self>,
+        slot: &Rc<DiskSlot>,
+        disk: Rc<Disk>,
+        device: Rc<Detachable>,
+    ) -> Result<(), Refusal> {
+        let failed = |error: crate::shard::ShardError| (Shown::Failed, error.to_string());
+        let info = disk.info().map_err(failed)?;
+        slot.geometry.set(Some(*disk.geometry()));
+        let known = slot.client.borrow().clone();
+        let client = match known {
+            Some(client) => {
+                client.replace(disk).map_err(failed)?;
+                client
+            }
+            None => Rc::new(LocalClient::new(disk)),
+        };
+        *slot.client.borrow_mut() = Some(client.clone());
+        *slot.device.borrow_mut() = Some(device);
+        slot.state.set(Shown::Online);
+        slot.reason.borrow_mut().take();
+        slot.up_since.set(Instant::now());
+        slot.told_lost.set(false);
+        let domain = slot.record.borrow().domain;
+        self.registry.add(client, domain, info);
+        tracing::info!(disk = %slot.id, path = slot.path(), domain, "disk online");
+        Ok(())
+    }
+
+    /// Tries to bring a disk back that is down; then offers it to every head.
+    ///
+    /// # Errors
+    /// Why it stays down.
+    pub(super) async fn reopen(self: &Rc<Self>, slot: &Rc<DiskSlot>) -> Result<(), Refusal> {
+        if slot.busy.replace(true) {
+            return refused(slot.state.get(), "its last requests are still under way");
+        }
+        let result = self.reopen_unguarded(slot).await;
+        slot.busy.set(false);
+        if result.is_ok() {
+            join_all(self.heads().iter().map(|head| head.disk_returned(slot.id))).await;
+            self.mirror_catalog().await;
+        }
+        result
+    }
+
+    async fn reopen_unguarded(self: &Rc<Self>, slot: &Rc<DiskSlot>) -> Result<(), Refusal> {
+        let device = self.open_device(&slot.path())?;
+        let probe = match self.probe(&*device).await {
+            Ok(probe) => probe,
+            Err(error) => return refused(Shown::Failed, error.to_string()),
+        };
+        if probe.disk != slot.id {
+            return refused(Shown::Failed, format!("disk {} is at its path now", probe.disk));
+        }
+        if probe.cluster != self.identity.cluster {
+            return refused(Shown::Failed, "the disk belongs to another cluster now");
+        }
+        self.bring_up(slot, device).await
+    }
+
+    /// Takes a disk out of use. Its device is let go of once its last requests have ended.
+    pub(super) fn take_down(self: &Rc<Self>, slot: &Rc<DiskSlot>, state: Shown, reason: &str) {
+        tracing::warn!(disk = %slot.id, path = slot.path(), reason, "disk {state}");
+        self.registry.remove(slot.id);
+        let disk = slot.last_disk();
+        slot.down(state, reason);
+        slot.down_since.set(Instant::now());
+        let device = slot.device.borrow_mut().take();
+        let (Some(disk), Some(device)) = (disk, device) else { return };
+        slot.busy.set(true);
+        let (slot, reason) = (slot.clone(), reason.to_owned());
+        tokio::task::spawn_local(async move {
+            disk.close(&reason).await;
+            device.detach();
+            slot.busy.set(false);
+        });
+    }
+
+    /// Tells every head that what was on a disk is to be rebuilt.
+    pub(super) fn tell_lost(&self, disk: DiskId) {
+        for head in self.heads() {
+            head.disk_lost(disk);
+        }
+    }
+
+    /// Looks after every disk once.
+    pub(super) async fn watch_disks(self: &Rc<Self>) {
+        join_all(self.slots().iter().map(|slot| self.watch_disk(slot))).await;
+        for disk in self.removed.borrow().iter() {
+            self.tell_lost(*disk);
+        }
+        self.registry.refresh().await;
+    }
+
+    async fn watch_disk(self: &Rc<Self>, slot: &Rc<DiskSlot>) {
+        if slot.is_online() {
+            if let Some(reason) = self.ill(slot).await
+                && slot.is_online()
+            {
+                self.take_down(slot, Shown::Failed, &reason);
+            }
+            return;
+        }
+        if slot.down_since.get().elapsed() >= LOST_AFTER {
+            if !slot.told_lost.replace(true) {
+                tracing::warn!(disk = %slot.id, "what was on the disk is rebuilt elsewhere");
+            }
+            // Again and again, because segments are sealed meanwhile.
+            self.tell_lost(slot.id);
+        }
+        if slot.record.borrow().state == DiskState::Offline || slot.busy.get() {
+            return;
+        }
+        match self.reopen(slot).await {
+            Ok(()) => {}
+            Err((state, reason)) => slot.down(state, &reason),
+        }
+    }
+
+    /// Why a disk that is online cannot stay so.
+    async fn ill(&self, slot: &DiskSlot) -> Option<String> {
+        let disk = slot.disk()?;
+        if let Some(reason) = disk.offline_reason() {
+            return Some(reason);
+        }
+        let size = disk.geometry().size_bytes;
+        if let Err(reason) = self.options.opener.check(&slot.path(), size) {
+            return Some(reason);
+        }
+        let device = slot.device.borrow().clone()?;
+        match self.probe(&*device).await {
+            Ok(probe) if probe.disk == slot.id => None,
+            Ok(probe) => Some(format!("it says to be disk {} now", probe.disk)),
+            Err(error) => Some(format!("its superblock cannot be read any more: {error}")),
+        }
+    }
+
+    /// Closes all disks; the last thing that a node does.
+    pub(super) async fn close_disks(&self) {
+        let closing = self.slots().into_iter().filter_map(|slot| {
+            let disk = slot.disk()?;
+            self.registry.remove(slot.id);
+            Some(async move { disk.close("the node stops").await })
+        });
+        if timeout(LOST_AFTER, join_all(closing)).await.is_err() {
+            tracing::warn!("writes to a disk are still under way");
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! A node: its disks, its metadata store, its volumes' heads, and what an operator asks of it.
+//!
+//! ```text
+//!  admin commands ──► commands ──► disks ──► registry ─┐
+//!  NBD clients ─────► exports ───► volumes ──► heads ──┴─► shards
+//! ```
+//!
+//! Everything of a [`Node`] runs on one core, through the seams only: devices come from a
+//! [`opener::DeviceOpener`], so the simulation can run a node too. [`daemon`] is the process around
+//! it (files, signals, sockets, the admin thread).
+//!
+//! # Invariants
+//!
+//! - One volume that cannot be served keeps nothing else from being served; its state and the
+//!   reason show in status.
+//! - A disk is used only after its superblock said that it is the one meant, and one identity is
+//!   open once.
+//! - What the store says is changed first; then disks and heads follow, again at the next start
+//!   if need be. The keys are mirrored to the disks after each change.
+//! - A node whose disks have seen a newer state of the store than the store has does not start.
+
+mod catalog;
+mod commands;
+pub mod daemon;
+pub mod dev;
+mod disks;
+mod exports;
+pub mod opener;
+mod pools;
+pub mod recover;
+mod samples;
+mod views;
+mod volumes;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use self::disks::DiskSlot;
+use self::opener::DeviceOpener;
+use self::volumes::VolumeSlot;
+use crate::admin::backend::Command;
+use crate::env::Env;
+use crate::export::nbd::NbdMetrics;
+use crate::id::{DiskId, VolumeId};
+use crate::meta::record::{PoolRecord, VolumeRecord};
+use crate::meta::schema::{Schema, SchemaError};
+use crate::meta::{MetaError, MetaStore, StoreIdentity};
+use crate::obs::metrics::Metrics;
+use crate::shard::disks::Disks;
+use crate::volume::head::{Head, HeadConfig};
+
+pub use self::exports::{DEFAULT_POOL, Exports};
+
+/// Pause between two looks at disks and heads.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How long the heads may take to release their volumes when the node stops.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(20);
+
+/// What a node is made with.
+pub struct NodeOptions {
+    /// Its name.
+    pub name: String,
+    /// Randomness.
+    pub env: Env,
+    /// The metadata store.
+    pub store: Rc<dyn MetaStore>,
+    /// Opens its devices.
+    pub opener: Rc<dyn DeviceOpener>,
+    /// Tuning of the heads.
+    pub head: HeadConfig,
+    /// Bytes of all heads' index caches together.
+    pub index_cache_bytes: usize,
+    /// Seconds since 1970, for records that people read.
+    pub unix_seconds: fn() -> u64,
+}
+
+/// Why a node does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The metadata store failed.
+    #[error(transparent)]
+    Meta(#[from] MetaError),
+    /// A record of the store cannot be used, or a change was refused.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// A disk has seen a newer state of the store.
+    #[error(
+        "the metadata store is at revision {found:?} (incarnation, count), but disk {disk} has \
+         seen {seen:?}: the store is an old copy; move it away and run `sdsd recover`"
+    )]
+    StoreBehind {
+        /// The store's incarnation and revision.
+        found: (u32, u64),
+        /// What the disk has seen.
+        seen: (u32, u64),
+        /// That disk.
+        disk: DiskId,
+    },
+}
+
+/// A node. Lives on one thread, within a [`tokio::task::LocalSet`].
+pub struct Node {
+    options: NodeOptions,
+    schema: Schema,
+    identity: StoreIdentity,
+    registry: Rc<Disks>,
+    disks: RefCell<BTreeMap<DiskId, Rc<DiskSlot>>>,
+    /// Disks that were removed; what was on them is rebuilt.
+    removed: RefCell<BTreeSet<DiskId>>,
+    /// Paths that cannot be used, with the reason.
+    problems: RefCell<BTreeMap<String, String>>,
+    next_domain: Cell<u32>,
+    pools: RefCell<BTreeMap<String, PoolRecord>>,
+    volumes: RefCell<BTreeMap<VolumeId, Rc<VolumeSlot>>>,
+    deleting: RefCell<BTreeMap<VolumeId, VolumeRecord>>,
+    /// Where NBD is served, as prefixes and suffixes of URIs around the name of an export.
+    export_uris: RefCell<Vec<(String, String)>>,
+    nbd: RefCell<Option<Rc<NbdMetrics>>>,
+    metrics: Metrics,
+    /// Held by whoever changes what the store says.
+    changes: tokio::sync::Mutex<()>,
+    started: Instant,
+    stopping: Cell<bool>,
+    /// Bytes rebuilt before the present round of repair began; none while nothing is missing.
+    repair_base: Cell<Option<u64>>,
+}
+
+impl Node {
+    /// Opens the disks and begins to take over all volumes, which goes on in the background.
+    /// `paths`: devices to use besides those that the store knows; blank ones are formatted.
+    ///
+    /// # Errors
+    /// [`NodeError`]. Disks and volumes that cannot be used are no error.
+    pub async fn start(options: NodeOptions, paths: &[String]) -> Result<Rc<Self>, NodeError> {
+        let identity = options.store.identity().await?;
+        let node = Rc::new(Self {
+            schema: Schema::new(options.store.clone()),
+            identity,
+            options,
+            registry: Rc::default(),
+            disks: RefCell::default(),
+            removed: RefCell::default(),
+            problems: RefCell::default(),
+            next_domain: Cell::new(0),
+            pools: RefCell::default(),
+            volumes: RefCell::default(),
+            deleting: RefCell::default(),
+            export_uris: RefCell::default(),
+            nbd: RefCell::default(),
+            metrics: Metrics::new(),
+            changes: tokio::sync::Mutex::new(()),
+            started: Instant::now(),
+            stopping: Cell::new(false),
+            repair_base: Cell::new(None),
+        });
+        node.open_disks(paths).await?;
+        node.check_store_is_newest()?;
+        for pool in node.schema.pools().await? {
+            node.pools.borrow_mut().insert(pool.record.name.clone(), pool.record);
+        }
+        node.load_volumes().await?;
+        node.mirror_catalog().await;
+        tokio::task::spawn_local(node.clone().watch());
+        Ok(node)
+    }
+
+    /// Tells where NBD is served: around the name of an export, the text before and after it.
+    pub fn set_exports(&self, uris: Vec<(String, String)>, metrics: Rc<NbdMetrics>) {
+        *self.export_uris.borrow_mut() = uris;
+        *self.nbd.borrow_mut() = Some(metrics);
+    }
+
+    /// Answers commands until the channel closes.
+    pub async fn serve(self: Rc<Self>, mut commands: mpsc::Receiver<Command>) {
+        while let Some(command) = commands.recv().await {
+            let node = self.clone();
+            tokio::task::spawn_local(async move { node.answer(command).await });
+        }
+    }
+
+    /// Stops in order: every head releases its volume, as far as the disks allow.
+    pub async fn stop(self: &Rc<Self>) {
+        self.stopping.set(true);
+        let slots: Vec<Rc<VolumeSlot>> = self.volumes.borrow().values().cloned().collect();
+        let releases = slots.iter().map(|slot| slot.release());
+        let all = futures_util::future::join_all(releases);
+        if tokio::time::timeout(RELEASE_PATIENCE, all).await.is_err() {
+            tracing::warn!("not every volume was released in time: the next start recovers them");
+        }
+        self.close_disks().await;
+    }
+
+    /// The heads that serve.
+    fn heads(&self) -> Vec<Rc<Head>> {
+        self.volumes.borrow().values().filter_map(|slot| slot.serving()).collect()
+    }
+
+    async fn watch(self: Rc<Self>) {
+        while !self.stopping.get() {
+            tokio::time::sleep(WATCH_INTERVAL).await;
+            self.watch_disks().await;
+            for slot in self.volumes.borrow().values() {
+                slot.look();
+            }
+            self.note_repair();
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! Pools, and the orders of an operator about disks.
+
+use std::rc::Rc;
+
+use super::Node;
+use super::opener::OpenFailure;
+use super::volumes::api_error;
+use crate::admin::error::ApiError;
+use crate::admin::types::{
+    AddDisk, CreatePool, Disk, DiskState as Shown, FailureDomain as Wanted, Pool, PoolScheme,
+    Removed,
+};
+use crate::disk::DiskOpenError;
+use crate::id::{BLOCK_BYTES, DiskId, PoolId};
+use crate::meta::record::{DiskState, FailureDomain, PoolRecord};
+use crate::meta::schema;
+use crate::shard::Scheme;
+use crate::volume::root::Root;
+use crate::volume::rules;
+
+/// The scheme as segments have it.
+pub(super) fn scheme_of(scheme: PoolScheme) -> Scheme {
+    match scheme {
+        PoolScheme::Ec { data, parity } => Scheme { data, parity },
+        PoolScheme::Replicas { copies } => Scheme::replicated(copies),
+    }
+}
+
+/// The scheme as people write it.
+pub(super) fn shown_scheme(scheme: Scheme) -> PoolScheme {
+    match scheme {
+        Scheme { data: 1, parity } => PoolScheme::Replicas { copies: parity + 1 },
+        Scheme { data, parity } => PoolScheme::Ec { data, parity },
+    }
+}
+
+impl Node {
+    /// Creates a pool over all disks of the node.
+    pub(super) async fn create_pool(&self, request: CreatePool) -> Result<Pool, ApiError> {
+        request.check()?;
+        let _lock = self.changes.lock().await;
+        let width = u32::from(request.scheme.width());
+        let disks = u32::try_from(self.disks.borrow().len()).unwrap_or(u32::MAX);
+        let failure_domain = match request.failure_domain {
+            Wanted::Disk if width <= disks => FailureDomain::Disk,
+            Wanted::Disk => {
+                return Err(ApiError::no_space(format!(
+                    "{} needs {width} disks, the node has {disks}",
+                    request.scheme
+                ))
+                .with_hint("add disks, or choose a narrower scheme"));
+            }
+            wanted if width > 1 => {
+                return Err(ApiError::no_space(format!(
+                    "{} over failure domains of kind {wanted} needs {width} of them, and this \
+                     cluster is one node",
+                    request.scheme
+                ))
+                .with_hint("use --failure-domain disk"));
+            }
+            Wanted::Node => FailureDomain::Node,
+            Wanted::Rack => FailureDomain::Rack,
+        };
+        let record = PoolRecord {
+            id: PoolId::from_bytes(self.options.env.random_bytes()),
+            min_size: request.effective_min_size(),
+            scheme: scheme_of(request.scheme),
+            failure_domain,
+            name: request.name,
+        };
+        self.schema.create_pool(&record).await.map_err(api_error)?;
+        self.pools.borrow_mut().insert(record.name.clone(), record.clone());
+        self.mirror_catalog().await;
+        Ok(self.view_pool(&record))
+    }
+
+    /// Removes an empty pool.
+    pub(super) async fn remove_pool(&self, name: &str) -> Result<Removed, ApiError> {
+        let _lock = self.changes.lock().await;
+        self.schema.remove_pool(name).await.map_err(api_error)?;
+        self.pools.borrow_mut().remove(name);
+        self.mirror_catalog().await;
+        Ok(Removed { kind: "pool".into(), name: name.to_owned() })
+    }
+
+    /// Formats a device and takes it in.
+    pub(super) async fn add_disk(self: &Rc<Self>, request: AddDisk) -> Result<Disk, ApiError> {
+        request.check()?;
+        let _lock = self.changes.lock().await;
+        let path = request.path;
+        if let Some(size) = request.size.filter(|size| !size.is_multiple_of(BLOCK_BYTES)) {
+            return Err(ApiError::invalid(format!("{size} bytes are no multiple of 4096")));
+        }
+        if let Some(slot) = self.slots().iter().find(|slot| slot.path() == path) {
+            return Err(ApiError::conflict(format!("{path} is disk {} already", slot.id)));
+        }
+        let device = self.options.opener.open(&path, request.size).map_err(|error| {
+            let text = error.to_string();
+            match error {
+                OpenFailure::NotFound(_) => ApiError::not_found(text)
+                    .with_hint("to make a file, say how large it shall be: --size 10G"),
+                OpenFailure::InUse(_) => ApiError::conflict(text),
+                OpenFailure::Other(_) => ApiError::invalid(text),
+            }
+        })?;
+        let confirm = |what: String| {
+            ApiError::confirmation_required(format!("{path} {what}"))
+                .with_hint("repeat with --yes to format it; what is on it is lost")
+        };
+        let known = |id: DiskId| self.disks.borrow().contains_key(&id);
+        match self.probe(&*device).await {
+            Ok(info) if known(info.disk) => {
+                return Err(ApiError::conflict(format!(
+                    "{path} has the identity of disk {}, which the node has already",
+                    info.disk
+                )));
+            }
+            Ok(info) if !request.force => {
+                return Err(confirm(format!("is disk {} of cluster {}", info.disk, info.cluster)));
+            }
+            Err(DiskOpenError::NotFormatted | DiskOpenError::HalfFormatted) | Ok(_) => {}
+            Err(DiskOpenError::Device(error)) => {
+                return Err(ApiError::internal(format!("{path}: {error}")));
+            }
+            Err(error) if !request.force => {
+                return Err(confirm(format!("carries something: {error}")));
+            }
+            Err(_) => {}
+        }
+        let probe = self
+            .format(&*device, request.force)
+            .await
+            .map_err(|why| ApiError::no_space(format!("{path} cannot be formatted: {why}")))?;
+        self.take_in(&path, device, probe)
+            .await
+            .map_err(|(_, why)| ApiError::internal(format!("{path}: {why}")))?;
+        self.mirror_catalog().await;
+        self.show_disk(probe.disk)
+    }
+
+    pub(super) fn show_disk(&self, id: DiskId) -> Result<Disk, ApiError> {
+        self.find_disk(id).map(|slot| Self::view_disk(&slot))
+    }
+
+    fn find_disk(&self, id: DiskId) -> Result<Rc<super::disks::DiskSlot>, ApiError> {
+        self.disks.borrow().get(&id).cloned().ok_or_else(|| {
+            ApiError::not_found(format!("no such disk: {id}"))
+                .with_hint("`sdsctl disk ls` lists them")
+        })
+    }
+
+    async fn set_disk_state(&self, id: DiskId, state: DiskState) -> Result<(), ApiError> {
+        let change = |record: &mut crate::meta::record::DiskRecord| {
+            record.state = state;
+            Ok(())
+        };
+        let record = self.schema.update_disk(id, change).await.map_err(api_error)?;
+        if let Some(slot) = self.disks.borrow().get(&id) {
+            *slot.record.borrow_mut() = record;
+        }
+        Ok(())
+    }
+
+    /// Takes a disk out of service.
+    pub(super) async fn disk_offline(self: &Rc<Self>, id: DiskId) -> Result<Disk, ApiError> {
+        let _lock = self.changes.lock().await;
+        let slot = self.find_disk(id)?;
+        self.set_disk_state(id, DiskState::Offline).await?;
+        if slot.is_online() {
+            self.take_down(&slot, Shown::Offline, "taken out of service by an operator");
+        } else {
+            slot.state.set(Shown::Offline);
+            *slot.reason.borrow_mut() = Some("taken out of service by an operator".into());
+        }
+        self.mirror_catalog().await;
+        Ok(Self::view_disk(&slot))
+    }
+
+    /// Puts a disk into service again.
+    pub(super) async fn disk_online(self: &Rc<Self>, id: DiskId) -> Result<Disk, ApiError> {
+        let _lock = self.changes.lock().await;
+        let slot = self.find_disk(id)?;
+        self.set_disk_state(id, DiskState::Online).await?;
+        if !slot.is_online() {
+            self.reopen(&slot).await.map_err(|(state, why)| {
+                let text = format!("{} stays {state}: {why}", slot.path());
+                slot.state.set(state);
+                *slot.reason.borrow_mut() = Some(why);
+                if state == Shown::Missing {
+                    ApiError::not_found(text)
+                } else {
+                    ApiError::conflict(text)
+                }
+            })?;
+        }
+        self.mirror_catalog().await;
+        Ok(Self::view_disk(&slot))
+    }
+
+    /// Takes a disk out of the node for good; what was on it is rebuilt on the others.
+    pub(super) async fn remove_disk(
+        self: &Rc<Self>,
+        id: DiskId,
+        force: bool,
+    ) -> Result<Removed, ApiError> {
+        let _lock = self.changes.lock().await;
+        let slot = self.find_disk(id)?;
+        let holds = slot.disk().is_none_or(|disk| disk.volume_counts().0 > 0);
+        if holds && !force {
+            return Err(ApiError::confirmation_required(format!(
+                "disk {id} at {} holds data, or cannot say that it does not",
+                slot.path()
+            )));
+        }
+        self.check_removable(id).await?;
+        self.set_disk_state(id, DiskState::Removed).await?;
+        self.removed.borrow_mut().insert(id);
+        if slot.is_online() {
+            self.take_down(&slot, Shown::Offline, "removed by an operator");
+        }
+        self.disks.borrow_mut().remove(&id);
+        self.tell_lost(id);
+        self.mirror_catalog().await;
+        Ok(Removed { kind: "disk".into(), name: id.to_string() })
+    }
+
+    /// Refuses to remove a disk without which a volume would lose data or could not be taken over.
+    async fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
+        for slot in self.volumes.borrow().values().cloned().collect::<Vec<_>>() {
+            let name = slot.name();
+            let head = slot.serving().ok_or_else(|| {
+                ApiError::conflict(format!("volume {name} is not served: {}", slot.why_not()))
+            })?;
+            if matches!(head.reduced(), (1.., Some(0))) {
+                return Err(ApiError::conflict(format!(
+                    "volume {name} has segments without redundancy; wait until they are rebuilt"
+                )));
+            }
+            let stored = self.schema.store().get(&schema::root_key(slot.id)).await;
+            let stored = stored.map_err(|error| ApiError::unavailable(error.to_string()))?;
+            let Some(root) = stored.and_then(|found| Root::decode(&found.value).ok()) else {
+                continue;
+            };
+            let online = self.registry.ids().into_iter().filter(|disk| *disk != id).collect();
+            if root.set.domain_of(id).is_some() && !rules::fenced_enough(&root.set, &online) {
+                return Err(ApiError::conflict(format!(
+                    "the log of volume {name} needs disk {id}: too many of its disks are gone"
+                ))
+                .with_hint("bring the others back first"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,98 @@
+//! The numbers of a node for a scrape.
+
+use super::Node;
+use crate::admin::health;
+use crate::export::nbd::wire::{Command, Errno};
+use crate::obs::sample::{DiskSample, NbdSample, NodeSample, PoolSample, Sample, VolumeSample};
+
+impl Node {
+    /// Everything that is measured, now.
+    pub(super) fn sample(&self) -> Sample {
+        let (disks, pools, volumes) = self.views();
+        let health = health::assess(&disks, &pools, &volumes).health;
+        let repair = self.repair_progress().unwrap_or_default();
+        Sample {
+            node: NodeSample {
+                uptime_seconds: self.started.elapsed().as_secs_f64(),
+                health,
+                repair_done_bytes: repair.bytes_done,
+                repair_total_bytes: repair.bytes_total,
+            },
+            disks: self.slots().iter().map(|slot| sample_disk(slot)).collect(),
+            pools: pools
+                .into_iter()
+                .map(|pool| PoolSample {
+                    pool: pool.name,
+                    raw_bytes: pool.capacity.raw,
+                    used_bytes: pool.capacity.used,
+                    free_bytes: pool.capacity.free,
+                    stored_bytes: pool.stored,
+                })
+                .collect(),
+            volumes: self.volumes.borrow().values().map(|slot| sample_volume(slot)).collect(),
+            nbd: self.sample_nbd(),
+        }
+    }
+
+    fn sample_nbd(&self) -> NbdSample {
+        let nbd = self.nbd.borrow();
+        let Some(nbd) = nbd.as_ref() else { return NbdSample::default() };
+        NbdSample {
+            connections: nbd.connections.get(),
+            connections_accepted: nbd.connections_total.get(),
+            requests: Command::ALL.iter().map(|c| nbd.command(*c).requests.get()).sum(),
+            request_errors: Errno::ALL.iter().map(|errno| nbd.errors(*errno)).sum(),
+            protocol_errors: nbd.protocol_errors.get(),
+        }
+    }
+}
+
+fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
+    let view = Node::view_disk(slot);
+    let mut sample = DiskSample {
+        disk: view.id.to_string(),
+        path: view.path,
+        state: view.state,
+        slots: view.slots.into(),
+        slots_used: view.slots_used.into(),
+        slot_bytes: view.slot_bytes,
+        io_errors: view.errors.io,
+        checksum_errors: view.errors.checksum,
+        timeout_errors: view.errors.timeout,
+        appends: 0,
+        append_bytes: 0,
+        append_us: 0,
+        reads: 0,
+        read_bytes: 0,
+        read_us: 0,
+        flushes: 0,
+    };
+    if let Some(disk) = slot.last_disk() {
+        let stats = disk.stats();
+        sample.appends = stats.appends.count.get();
+        sample.append_bytes = stats.appends.bytes.get();
+        sample.append_us = stats.appends.latency_us_sum.get();
+        sample.reads = stats.reads.count.get();
+        sample.read_bytes = stats.reads.bytes.get();
+        sample.read_us = stats.reads.latency_us_sum.get();
+    }
+    sample
+}
+
+fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
+    let head = slot.serving();
+    let report = head.as_ref().map(|head| head.report());
+    VolumeSample {
+        volume: slot.name(),
+        size_bytes: head.as_ref().map_or(0, |head| head.size_bytes()),
+        allocated_bytes: report.as_ref().map_or(0, |report| report.allocated_bytes),
+        read_bytes: slot.stats.read_bytes.get(),
+        write_bytes: slot.stats.write_bytes.get(),
+        read_latency: slot.stats.reads.snapshot(),
+        write_latency: slot.stats.writes.snapshot(),
+        log_records: head.as_ref().map_or(0, |head| head.stats.records.get()),
+        checkpoint_sequence: report.as_ref().map_or(0, |report| report.checkpoint_sequence),
+        failovers: head.as_ref().map_or(0, |head| head.stats.failovers.get()),
+        reduced_segments: head.as_ref().map_or(0, |head| head.reduced().0 as u64),
+    }
+}

@@ -1,0 +1,244 @@
+//! What the admin API shows of disks, pools and volumes.
+
+use std::rc::Rc;
+
+use super::Node;
+use super::disks::DiskSlot;
+use super::pools::shown_scheme;
+use super::volumes::VolumeSlot;
+use crate::admin::error::ApiError;
+use crate::admin::health;
+use crate::admin::types::{
+    Capacity, Disk, DiskErrors, DiskLatency, DiskState, FailureDomain as Shown, Pool, Redundancy,
+    RepairProgress, Status, Volume, VolumeState,
+};
+use crate::disk::OperationStats;
+use crate::id::DiskId;
+use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
+
+/// Mean latency, microseconds.
+fn mean_us(stats: &OperationStats) -> u64 {
+    stats.latency_us_sum.get() / (stats.count.get() + stats.errors.get()).max(1)
+}
+
+impl Node {
+    pub(super) fn status(&self) -> Status {
+        let (disks, pools, volumes) = self.views();
+        let uptime = self.started.elapsed().as_secs();
+        health::status(&disks, &pools, &volumes, self.repair_progress(), uptime)
+    }
+
+    /// All disks by path, pools by name and volumes by name.
+    pub(super) fn views(&self) -> (Vec<Disk>, Vec<Pool>, Vec<Volume>) {
+        let mut disks: Vec<Disk> = self.slots().iter().map(|slot| Self::view_disk(slot)).collect();
+        let problems = self.problems.borrow();
+        disks.extend(problems.iter().map(|(path, reason)| unusable_disk(path, reason)));
+        disks.sort_by(|a, b| a.path.cmp(&b.path));
+        let pools = self.pools.borrow().values().map(|pool| self.view_pool(pool)).collect();
+        let volumes = self.list_volumes(None).unwrap_or_default();
+        (disks, pools, volumes)
+    }
+
+    pub(super) fn view_disk(slot: &Rc<DiskSlot>) -> Disk {
+        let record = slot.record.borrow();
+        let geometry = slot.geometry.get();
+        let slots = geometry.map_or(0, |geometry| geometry.slots);
+        let last = slot.last_disk();
+        let free = last.as_ref().map_or(0, |disk| disk.slot_counts().free);
+        let used = slots.saturating_sub(free);
+        let (errors, latency) = last.as_ref().map_or_else(Default::default, |disk| {
+            let stats = disk.stats();
+            let io = [&stats.appends, &stats.reads, &stats.table_writes, &stats.table_reads]
+                .iter()
+                .map(|operation| operation.errors.get())
+                .sum();
+            let checksum = stats.damaged_pages.get();
+            let latency =
+                DiskLatency { append_us: mean_us(&stats.appends), read_us: mean_us(&stats.reads) };
+            (DiskErrors { io, checksum, timeout: 0 }, latency)
+        });
+        Disk {
+            id: slot.id,
+            path: record.path.clone(),
+            state: slot.state.get(),
+            state_reason: slot.reason.borrow().clone(),
+            size: record.size_bytes,
+            slot_bytes: record.slot_bytes,
+            slots,
+            slots_used: used,
+            used: u64::from(used) * record.slot_bytes,
+            errors,
+            latency,
+        }
+    }
+
+    pub(super) fn show_pool(&self, name: &str) -> Result<Pool, ApiError> {
+        match self.pools.borrow().get(name) {
+            Some(pool) => Ok(self.view_pool(pool)),
+            None => Err(no_such_pool(name)),
+        }
+    }
+
+    pub(super) fn view_pool(&self, pool: &PoolRecord) -> Pool {
+        let mut capacity = Capacity::default();
+        let mut online = 0;
+        for slot in self.slots() {
+            let disk = Self::view_disk(&slot);
+            if !disk.state.is_online() {
+                continue;
+            }
+            online += 1;
+            capacity.raw += u64::from(disk.slots) * disk.slot_bytes;
+            capacity.used += disk.used;
+        }
+        capacity.free = capacity.raw.saturating_sub(capacity.used);
+        let (mut stored, mut volumes) = (0, 0);
+        for slot in self.volumes.borrow().values().filter(|slot| slot.pool.name == pool.name) {
+            volumes += 1;
+            stored += slot.serving().map_or(0, |head| head.report().allocated_bytes);
+        }
+        let scheme = pool.scheme;
+        let share = u128::from(capacity.raw) * u128::from(scheme.data)
+            / u128::from(scheme.data + scheme.parity);
+        Pool {
+            id: pool.id,
+            name: pool.name.clone(),
+            scheme: shown_scheme(scheme),
+            failure_domain: match pool.failure_domain {
+                FailureDomain::Disk => Shown::Disk,
+                FailureDomain::Node => Shown::Node,
+                FailureDomain::Rack => Shown::Rack,
+            },
+            min_size: pool.min_size,
+            domains_online: if pool.failure_domain == FailureDomain::Disk {
+                online
+            } else {
+                online.min(1)
+            },
+            capacity,
+            usable: u64::try_from(share).unwrap_or(u64::MAX),
+            stored,
+            volumes,
+        }
+    }
+
+    pub(super) fn list_volumes(&self, pool: Option<&str>) -> Result<Vec<Volume>, ApiError> {
+        if let Some(name) = pool
+            && !self.pools.borrow().contains_key(name)
+        {
+            return Err(no_such_pool(name));
+        }
+        let wanted = |name: &str| pool.is_none_or(|pool| pool == name);
+        let volumes = self.volumes.borrow();
+        let active = volumes.values().filter(|slot| wanted(&slot.pool.name));
+        let mut list: Vec<Volume> = active.map(|slot| self.view_volume(slot)).collect();
+        let deleting = self.deleting.borrow();
+        list.extend(deleting.values().filter(|r| wanted(&r.pool)).map(view_tombstone));
+        list.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
+        Ok(list)
+    }
+
+    pub(super) fn view_volume(&self, slot: &VolumeSlot) -> Volume {
+        let record = slot.record.borrow();
+        let head = slot.serving();
+        let report = head.as_ref().map(|head| head.report());
+        let redundancy = match head.as_ref().map(|head| head.reduced()) {
+            Some((segments @ 1.., tolerates)) => Redundancy::Reduced {
+                segments: segments as u64,
+                tolerates: u8::try_from(tolerates.unwrap_or(0)).unwrap_or(u8::MAX),
+            },
+            _ => Redundancy::Full,
+        };
+        let mut failures: Vec<String> = slot.why.borrow().iter().cloned().collect();
+        let state = match &report {
+            None if slot.failed.get() => VolumeState::Failed,
+            None => VolumeState::Opening,
+            Some(report) => match report.stalled_for {
+                Some(time) => {
+                    failures.push(format!("writes have been waiting for {} s", time.as_secs()));
+                    VolumeState::Stalled
+                }
+                None => VolumeState::Online,
+            },
+        };
+        let names = Self::export_names(&record.pool, &record.name);
+        let exports = self
+            .export_uris
+            .borrow()
+            .iter()
+            .map(|(before, after)| format!("{before}{}{after}", names[0]))
+            .collect();
+        Volume {
+            id: slot.id,
+            name: format!("{}/{}", record.pool, record.name),
+            size: head.as_ref().map_or(record.size_bytes, |head| head.size_bytes()),
+            allocated: report.as_ref().map_or(0, |report| report.allocated_bytes),
+            epoch: report.as_ref().map_or_else(String::new, |report| report.epoch.to_string()),
+            redundancy,
+            exports,
+            state,
+            failures,
+        }
+    }
+
+    /// How far repair is, over all volumes.
+    pub(super) fn repair_progress(&self) -> Option<RepairProgress> {
+        let base = self.repair_base.get()?;
+        let (missing, rebuilt) = self.repair_counts();
+        let done = rebuilt.saturating_sub(base);
+        Some(RepairProgress { bytes_done: done, bytes_total: done + missing, eta_s: None })
+    }
+
+    /// Bytes that are to be rebuilt, and bytes rebuilt so far.
+    fn repair_counts(&self) -> (u64, u64) {
+        self.heads().iter().fold((0, 0), |(missing, rebuilt), head| {
+            let more = head.stats.rebuilt_bytes.get();
+            (missing + head.report().missing_bytes, rebuilt + more)
+        })
+    }
+
+    /// Notes when a round of repair begins and ends.
+    pub(super) fn note_repair(&self) {
+        let (missing, rebuilt) = self.repair_counts();
+        match (missing, self.repair_base.get()) {
+            (0, _) => self.repair_base.set(None),
+            (_, None) => self.repair_base.set(Some(rebuilt)),
+            _ => {}
+        }
+    }
+}
+
+fn no_such_pool(name: &str) -> ApiError {
+    ApiError::not_found(format!("no such pool: {name}")).with_hint("`sdsctl pool ls` lists them")
+}
+
+/// A path that cannot be used, as a disk without an identity.
+fn unusable_disk(path: &str, reason: &str) -> Disk {
+    Disk {
+        id: DiskId::default(),
+        path: path.to_owned(),
+        state: DiskState::Failed,
+        state_reason: Some(reason.to_owned()),
+        size: 0,
+        slot_bytes: 0,
+        slots: 0,
+        slots_used: 0,
+        used: 0,
+        errors: DiskErrors::default(),
+        latency: DiskLatency::default(),
+    }
+}
+
+fn view_tombstone(record: &VolumeRecord) -> Volume {
+    Volume {
+        id: record.id,
+        name: format!("{}/{}", record.pool, record.name),
+        size: record.size_bytes,
+        allocated: 0,
+        epoch: String::new(),
+        redundancy: Redundancy::Full,
+        exports: Vec::new(),
+        state: VolumeState::Deleting,
+        failures: Vec::new(),
+    }
+}

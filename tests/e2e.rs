@@ -1,0 +1,15 @@
+//! A node as its users see it: `sdsd dev` as a process, and the clients of others against it.
+//!
+//! Needs qemu-utils, libnbd-bin and fio (`tools/test` installs them); a test whose tool is
+//! missing fails and says so. Disks are small files in `/dev/shm` or `target/tmp`.
+
+#[path = "e2e/clients.rs"]
+mod clients;
+#[path = "e2e/control.rs"]
+mod control;
+#[path = "e2e/crash.rs"]
+mod crash;
+#[path = "e2e/faults.rs"]
+mod faults;
+#[path = "e2e/support.rs"]
+mod support;

@@ -1,0 +1,107 @@
+//! `sdsctl`, and input that is refused.
+
+use super::support::{Client, Node, SMALL, directory, run};
+
+#[test]
+fn an_operators_day() {
+    let dir = directory();
+    let node = Node::start(dir.path(), &SMALL);
+    let status = node.json(&["status"]);
+    assert_eq!(status["health"], "ok", "{status}");
+    assert_eq!(status["disks"]["online"], 6);
+
+    node.ctl(&["pool", "create", "mirror", "--replicas", "3"]);
+    node.ctl(&["volume", "create", "mirror/db", "--size", "64M"]);
+    let uri = format!("nbd://{}/mirror/db", node.nbd);
+    run("qemu-io", &["-f", "raw", &uri, "-c", "write -P 3 0 4M", "-c", "read -P 3 0 4M"]);
+    node.ctl(&["volume", "resize", "mirror/db", "--size", "96M"]);
+    assert_eq!(run("nbdinfo", &["--size", &uri]).trim(), (96 << 20).to_string());
+    node.ctl(&["pool", "show", "mirror"]);
+    node.ctl(&["volume", "show", "mirror/db"]);
+    node.ctl(&["disk", "show", &node.disk_id(0)]);
+
+    let refused = |args: &[&str], why: &str| {
+        let (ok, text) = node.ctl_raw(args);
+        assert!(!ok && text.contains(why), "{args:?}: {text}");
+    };
+    refused(&["volume", "create", "mirror/db", "--size", "64M"], "exists already");
+    refused(&["volume", "create", "nopool/db", "--size", "64M"], "no such pool");
+    refused(&["volume", "create", "mirror/a/b", "--size", "64M"], "not a name");
+    refused(&["volume", "create", "mirror/x", "--size", "0"], "size 0");
+    refused(&["volume", "create", "mirror/x", "--size", "2000T"], "too large");
+    refused(&["volume", "resize", "mirror/db", "--size", "1M", "--yes"], "smaller");
+    refused(&["pool", "create", "wide", "--ec", "16+4"], "needs 20 disks");
+    refused(&["pool", "create", "n", "--replicas", "2", "--failure-domain", "node"], "one node");
+    refused(&["pool", "rm", "mirror", "--yes"], "holds volumes");
+    refused(&["volume", "rm", "mirror/db"], "--yes");
+
+    let attached = Client::attach(&node.nbd, "mirror/db").expect("it is exported");
+    refused(&["volume", "rm", "mirror/db", "--yes"], "attached");
+    drop(attached);
+    node.wait_json("the client is gone", &["volume", "ls"], |_| {
+        node.ctl_raw(&["volume", "rm", "mirror/db", "--yes"]).0
+    });
+    node.wait_json("deleted everywhere", &["volume", "ls", "--pool", "mirror"], |volumes| {
+        volumes.as_array().is_some_and(Vec::is_empty)
+    });
+    assert!(Client::attach(&node.nbd, "mirror/db").is_err(), "it is exported no more");
+    node.ctl(&["pool", "rm", "mirror", "--yes"]);
+
+    let extra = dir.path().join("extra.img").display().to_string();
+    node.ctl(&["disk", "add", &extra, "--size", "512M"]);
+    assert_eq!(node.json(&["status"])["disks"]["online"], 7);
+    refused(&["disk", "add", &extra], "already");
+    let disks = node.json(&["disk", "ls"]);
+    let disks = disks.as_array().expect("a list");
+    let id = disks.iter().find(|d| d["path"] == extra.as_str()).expect("listed")["id"].clone();
+    node.ctl(&["disk", "rm", id.as_str().expect("text"), "--yes"]);
+    assert_eq!(node.json(&["status"])["disks"]["total"], 6);
+    node.stop();
+    Node::start(dir.path(), &[]).stop();
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let dir = directory();
+    let node = Node::start(dir.path(), &SMALL);
+    let text = Node::refused(dir.path(), &[]);
+    assert!(text.contains("another sdsd runs on"), "{text}");
+    node.stop();
+    for (args, why) in [
+        (&["--ec", "2+1"][..], "pool default"),
+        (&["--replicas", "3"], "pool default"),
+        (&["--disks", "5"], "6 disks"),
+        (&["--disk-size", "1G"], "not 1GiB"),
+        (&["--volume", "vol0:1G"], "not 1GiB"),
+        (&["--volume", "a/b/c:1G"], "not a name"),
+        (&["--volume", "new:0"], "size 0"),
+        (&["--ec", "4"], "K+M"),
+    ] {
+        let text = Node::refused(dir.path(), args);
+        assert!(text.contains(why), "{args:?}: {text}");
+    }
+    Node::start(dir.path(), &["--ec", "4+2"]).stop();
+}
+
+#[test]
+fn disks_that_are_not_what_they_should_be_are_told_and_not_used() {
+    let (dir, other) = (directory(), directory());
+    Node::start(dir.path(), &SMALL).stop();
+    Node::start(other.path(), &SMALL).stop();
+    let disk = |index: usize| dir.path().join(format!("disk{index}.img"));
+    std::fs::copy(disk(0), disk(1)).expect("a copy with the same identity");
+    std::fs::copy(other.path().join("disk2.img"), disk(2)).expect("a disk of another cluster");
+    let node = Node::start(dir.path(), &[]);
+    let disks = node.ctl(&["status"]);
+    assert!(disks.contains("identity of disk"), "{disks}");
+    assert!(disks.contains("another cluster"), "{disks}");
+    let status = node.json(&["status"]);
+    assert_eq!(status["disks"]["online"], 4, "{status}");
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "write -P 3 0 1M", "-c", "read -P 3 0 1M"]);
+    node.stop();
+    std::fs::File::options().write(true).open(disk(3)).expect("it").set_len(1 << 20).expect("cut");
+    let node = Node::start(dir.path(), &[]);
+    let text = node.ctl(&["status"]);
+    assert!(text.contains("formatted with"), "{text}");
+    node.stop();
+}
