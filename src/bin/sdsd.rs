@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use sds::admin::types::PoolScheme;
 use sds::config::{AdminConfig, Config, NbdConfig};
-use sds::node::daemon::{self, Addresses};
 use sds::id::DiskId;
+use sds::node::daemon::{self, Addresses};
 use sds::node::dev::{DevOptions, disk_files};
 use sds::units::ByteSize;
 
@@ -171,18 +171,27 @@ fn dev(args: Dev) -> Result<(), String> {
 
 /// Says where the node is, and what to try.
 fn announce(at: &Addresses, volume: &str, dir: &std::path::Path) {
+    use std::fmt::Write as _;
+    use std::io::Write as _;
     let nbd = at.nbd.first().map_or_else(String::new, ToString::to_string);
-    println!("sds is running; Ctrl-C stops it in order");
-    println!("  data    {}", dir.display());
-    println!("  volume  nbd://{nbd}/{volume}");
-    if let Some(socket) = &at.nbd_socket {
-        println!("  volume  nbd+unix:///{volume}?socket={}", socket.display());
-    }
-    println!("  admin   http://{}", at.admin);
-    println!("try:");
-    println!("  nbdinfo nbd://{nbd}/{volume}");
-    println!("  qemu-io -f raw nbd://{nbd}/{volume} -c 'write -P 7 0 1M' -c 'read -P 7 0 1M'");
-    println!("  {} --endpoint http://{} status", sdsctl(), at.admin);
+    let uri = format!("nbd://{nbd}/{volume}");
+    let mut text = String::from("sds is running; Ctrl-C stops it in order\n");
+    let socket = at.nbd_socket.as_ref().map_or_else(String::new, |socket| {
+        format!("  volume  nbd+unix:///{volume}?socket={}\n", socket.display())
+    });
+    write!(
+        text,
+        "  data    {}\n  volume  {uri}\n{socket}  admin   http://{}\ntry:\n  nbdinfo {uri}\n  \
+         qemu-io -f raw {uri} -c 'write -P 7 0 1M' -c 'read -P 7 0 1M'\n  \
+         {} --endpoint http://{} status\n",
+        dir.display(),
+        at.admin,
+        sdsctl(),
+        at.admin
+    )
+    .expect("a string takes everything");
+    // Nobody has to read it.
+    std::io::stdout().write_all(text.as_bytes()).ok();
 }
 
 /// How to call `sdsctl`: by the path beside this program, if it is there.

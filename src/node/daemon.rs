@@ -23,8 +23,8 @@ use super::{Exports, Node, NodeOptions};
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
-use crate::disk::{Disk, probe_superblock};
 use crate::disk::uring::Ring;
+use crate::disk::{Disk, probe_superblock};
 use crate::env::Env;
 use crate::export::nbd::{self, Server, TlsMode, UnixSocket};
 use crate::id::{ClusterId, DiskId};
@@ -411,7 +411,8 @@ async fn open_store(
 pub(super) fn absolute(paths: &[PathBuf]) -> Result<Vec<String>, DaemonError> {
     let absolute = |path: &PathBuf| {
         let full = std::path::absolute(path).map_err(error)?;
-        let text = full.to_str().ok_or_else(|| error(format!("{path:?} is not UTF-8")))?;
+        let text =
+            full.to_str().ok_or_else(|| error(format!("{} is not UTF-8", path.display())))?;
         Ok(text.to_owned())
     };
     paths.iter().map(absolute).collect()

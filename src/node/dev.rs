@@ -72,7 +72,6 @@ impl DevOptions {
         Ok(paths)
     }
 
-
     /// Makes the pool and the volume at the first start; compares the flags at later ones.
     pub(super) async fn finish(&self, node: &Rc<Node>) -> Result<(), DaemonError> {
         self.check_disks(node)?;

@@ -108,7 +108,7 @@ impl Head {
                 entry.pins += runs;
             }
             if self.append_dense(&data, start, need, payload).await {
-                return Ok(self.placed(&data, start + need - per_shard, per_shard));
+                return Ok(Self::placed(&data, start + need - per_shard, per_shard));
             }
             if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&data.segment.id) {
                 entry.pins = entry.pins.saturating_sub(runs);
@@ -121,7 +121,7 @@ impl Head {
 
     /// The runs of an append whose payload starts at `block` of each shard, and the entries that
     /// make the segment known to the log.
-    fn placed(&self, data: &DataSegment, block: u32, per_shard: u32) -> (Placed, Vec<Entry>) {
+    fn placed(data: &DataSegment, block: u32, per_shard: u32) -> (Placed, Vec<Entry>) {
         let segment = &data.segment;
         let runs = (0..u32::from(segment.scheme.data))
             .map(|shard| {

@@ -210,7 +210,9 @@ impl Writer {
             }
         }
         if !finished.is_empty() {
-            finished.into_iter().for_each(|op| op.finish(Ok(())));
+            for op in finished {
+                op.finish(Ok(()));
+            }
             head.applied.notify_waiters();
         }
     }
@@ -453,7 +455,9 @@ impl Writer {
                     head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
                     tokio::time::sleep(TICK).await;
                 }
-                failed.into_iter().for_each(|op| op.finish(Err(TargetError::NoSpace)));
+                for op in failed {
+                    op.finish(Err(TargetError::NoSpace));
+                }
                 false
             }
             Err(error @ OpenError::TooFewDomains { .. }) => {
@@ -468,7 +472,9 @@ impl Writer {
         let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= head.config.io_timeout {
             let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
-            failed.into_iter().for_each(|op| op.finish(Err(TargetError::Io(why.to_owned()))));
+            for op in failed {
+                op.finish(Err(TargetError::Io(why.to_owned())));
+            }
         }
         // Whichever comes first; both only mean to try again.
         let changed = head.disks.changed.notified();

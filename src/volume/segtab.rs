@@ -217,7 +217,7 @@ impl Snapshot {
                 out.extend_from_slice(raw_shard(member).as_bytes());
             }
         }
-        for (segment, shard) in self.table.freed.iter() {
+        for (segment, shard) in &self.table.freed {
             let raw = RawFreed { segment: segment.0.into(), shard: raw_shard(shard) };
             out.extend_from_slice(raw.as_bytes());
         }
@@ -424,7 +424,7 @@ mod tests {
         let mut table = SegmentTable::default();
         for &id in ids {
             let members = (0..6u8)
-                .map(|i| ShardRef { disk: DiskId::from_bytes([i; 16]), creation: id ^ 77 })
+                .map(|i| ShardRef { disk: DiskId::from_bytes([i; 16]), creation: id + 77 })
                 .collect();
             let segment = Segment {
                 id: SegmentId(id),

@@ -17,7 +17,7 @@ use super::index::{Tree, height_for};
 use super::overlay::Overlay;
 use super::root::{CheckpointRef, Root};
 use super::rules;
-use super::segtab::{ShardRef, Snapshot, SnapshotError};
+use super::segtab::{ShardRef, Snapshot};
 use super::swap::{Swapped, swap};
 use super::walk::{self, Replay};
 use crate::id::{BLOCK_BYTES, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
@@ -210,12 +210,11 @@ async fn recover(
             Some(load_checkpoint(&context.disks, authority.volume, newest).await?)
         }
     };
-    let (snapshot, checkpoint) = match base {
-        Some((snapshot, checkpoint)) => (snapshot, Some(checkpoint)),
-        None => {
-            let height = height_for(size.div_ceil(BLOCK_BYTES));
-            (Snapshot { volume: authority.volume, height, ..Snapshot::default() }, None)
-        }
+    let (snapshot, checkpoint) = if let Some((snapshot, checkpoint)) = base {
+        (snapshot, Some(checkpoint))
+    } else {
+        let height = height_for(size.div_ceil(BLOCK_BYTES));
+        (Snapshot { volume: authority.volume, height, ..Snapshot::default() }, None)
     };
     let next_segment = root.range.0;
     let state = State {
@@ -371,7 +370,6 @@ async fn load_checkpoint(
                 return Ok((snapshot, checkpoint));
             }
             Ok(_) => why = "it belongs to another volume or epoch".into(),
-            Err(error @ SnapshotError::Version(_)) => why = error.to_string(),
             Err(error) => why = error.to_string(),
         }
     }

@@ -56,7 +56,7 @@ impl Raw {
                         break;
                     }
                     other => {
-                        tracing::trace!(segment = %self.segment, block, want, ?other, "raw read")
+                        tracing::trace!(segment = %self.segment, block, want, ?other, "raw read");
                     }
                 }
             }

@@ -27,7 +27,7 @@ fn an_operators_day() {
     refused(&["volume", "create", "mirror/db", "--size", "64M"], "exists already");
     refused(&["volume", "create", "nopool/db", "--size", "64M"], "no such pool");
     refused(&["volume", "create", "mirror/a/b", "--size", "64M"], "not a name");
-    refused(&["volume", "create", "mirror/x", "--size", "0"], "size 0");
+    refused(&["volume", "create", "mirror/x", "--size", "0"], "more than 0");
     refused(&["volume", "create", "mirror/x", "--size", "2000T"], "too large");
     refused(&["volume", "resize", "mirror/db", "--size", "1M", "--yes"], "smaller");
     refused(&["pool", "create", "wide", "--ec", "16+4"], "needs 20 disks");
