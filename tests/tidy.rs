@@ -19,7 +19,7 @@ const BANNED: &[(&str, &[&str], &str)] = &[
     ("#[ignore", &["tests/model.rs"], "a test that does not run tests nothing"),
     ("std::time::Instant", OUTSIDE_OF_NODE, "breaks replay: use tokio::time::Instant"),
     ("std::time::{Duration, Instant", OUTSIDE_OF_NODE, "breaks replay: use tokio::time::Instant"),
-    ("SystemTime::now", &["src/obs/log.rs"], "breaks replay: use crate::env"),
+    ("SystemTime::now", &["src/node/daemon.rs"], "breaks replay: use crate::env"),
     ("thread::spawn", OWN_THREADS, "breaks replay: only the owner of a blocking store may"),
     ("HashMap", &[], "its order is random: use BTreeMap"),
     ("HashSet", &[], "its order is random: use BTreeSet"),
@@ -30,7 +30,7 @@ const BANNED: &[(&str, &[&str], &str)] = &[
 /// Clients and measurements, which no simulation runs.
 const OUTSIDE_OF_NODE: &[&str] = &["benches/", "tests/", "src/admin/client.rs", "src/cli/"];
 /// The store's worker and what tests need for blocking clients.
-const OWN_THREADS: &[&str] = &["src/meta/embedded/", "tests/", "src/disk/uring/tests.rs"];
+const OWN_THREADS: &[&str] = &["src/meta/embedded/", "src/node/daemon.rs", "tests/"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

@@ -26,7 +26,8 @@ fn two_of_six_disks_are_lost_without_an_error() {
     let node = Node::start(dir.path(), &ARGS);
     let uri = format!("--uri={}", node.uri);
     let job = ["--name=v", "--ioengine=nbd", &uri, "--size=192M", "--bsrange=4k-256k"];
-    let verify = ["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=256"];
+    let verify =
+        ["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=256", "--verify_state_save=0"];
     let load = ["--rw=randrw", "--iodepth=8", "--time_based", "--runtime=24", "--rate_iops=400"];
     let fio = spawn("fio", &[&job[..], &verify, &load, &["--output-format=json"]].concat());
     pause(4);
