@@ -418,7 +418,7 @@ fn a_stalled_request_ends_the_connection_and_an_idle_one_does_not() {
         slow.send(WRITE, 0, 2, 0, 10).await;
         for _ in 0..10 {
             slow.stream.write_all(b"x").await.unwrap();
-            tokio::time::sleep(Duration::from_secs(60)).await;
+            tokio::time::sleep(Duration::from_mins(1)).await;
         }
         assert_eq!(slow.errno(2).await, 0);
         assert_eq!(stalled.closed().await, b"");
@@ -444,7 +444,7 @@ fn memory_is_taken_back_from_who_does_not_read() {
         let mut large = world.attach().await;
         let started = tokio::time::Instant::now();
         assert_eq!(large.write(0, &pattern(2, MIB)).await, 0);
-        assert!(started.elapsed() <= Duration::from_secs(240));
+        assert!(started.elapsed() <= Duration::from_mins(4));
         assert_eq!(world.metrics().protocol_errors.get(), 1);
         assert_eq!(small.read(0, 1000).await, pattern(2, 1000));
     });

@@ -20,7 +20,7 @@ pub(super) const ADMIN_CONNECTIONS_MAX: usize = 64;
 
 /// A connection on which neither a byte arrives nor one is sent for this long is closed. Longer
 /// than [`super::server::REQUEST_TIMEOUT`], so that no request under way is cut.
-pub(super) const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// A listener with a bound on its connections.
 pub(super) struct GuardedListener {

@@ -10,7 +10,7 @@ use sds::sim::run::{Coverage, run};
 /// Deterministic simulation of a node with faults, against an oracle.
 #[derive(Parser)]
 struct Args {
-    /// One seed, with a trace of what happens (SDS_LOG=sim=debug shows more).
+    /// One seed, with a trace of what happens (`SDS_LOG=sim=debug` shows more).
     #[arg(long, conflicts_with = "seeds")]
     seed: Option<u64>,
     /// A range of seeds, `A..B`; B is not run.

@@ -8,8 +8,8 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use sds::admin::types::PoolScheme;
 use sds::config::{AdminConfig, Config, NbdConfig};
-use sds::node::daemon::{self, Addresses};
 use sds::id::DiskId;
+use sds::node::daemon::{self, Addresses};
 use sds::node::dev::{DevOptions, disk_files};
 use sds::units::ByteSize;
 

@@ -1,3 +1,5 @@
+//! Tests of the on-disk format: layouts pinned, decoders that trust nothing.
+
 use std::mem::offset_of;
 
 use expect_test::expect;

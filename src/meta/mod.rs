@@ -59,7 +59,7 @@ pub const WATCHERS_MAX: usize = 1024;
 /// Leases of one store.
 pub const LEASES_MAX: usize = 1 << 16;
 /// Longest time to live of a lease.
-pub const LEASE_TTL_MAX: Duration = Duration::from_secs(86_400);
+pub const LEASE_TTL_MAX: Duration = Duration::from_hours(24);
 
 const _: () = assert!(VALUE_BYTES_MAX + KEY_BYTES_MAX < TXN_BYTES_MAX);
 

@@ -227,7 +227,8 @@ impl Node {
 
     /// Refuses to remove a disk without which a volume would lose data or could not be taken over.
     async fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
-        for slot in self.volumes.borrow().values().cloned().collect::<Vec<_>>() {
+        let slots: Vec<_> = self.volumes.borrow().values().cloned().collect();
+        for slot in slots {
             let name = slot.name();
             let head = slot.serving().ok_or_else(|| {
                 ApiError::conflict(format!("volume {name} is not served: {}", slot.why_not()))

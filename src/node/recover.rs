@@ -22,8 +22,8 @@ use crate::meta::record::{
     VolumeState,
 };
 use crate::meta::schema::{
-    CLUSTER_KEY, DISK_PREFIX, POOL_PREFIX, VOLUME_PREFIX, disk_key, pool_key, root_key,
-    volume_key, volume_name_key,
+    CLUSTER_KEY, DISK_PREFIX, POOL_PREFIX, VOLUME_PREFIX, disk_key, pool_key, root_key, volume_key,
+    volume_name_key,
 };
 use crate::shard::{Authority, Catalog, ShardClient, VolumeFence};
 use crate::volume::root::Root;
@@ -63,7 +63,9 @@ pub enum RecoverError {
         missing: Vec<DiskId>,
     },
     /// A disk cannot tell what it holds.
-    #[error("disk {disk}: {why}; if it is gone for good, leave it out and say --missing-disk {disk}")]
+    #[error(
+        "disk {disk}: {why}; if it is gone for good, leave it out and say --missing-disk {disk}"
+    )]
     Disk {
         /// The disk.
         disk: DiskId,
@@ -173,7 +175,8 @@ pub async fn rebuild(
 async fn gather(found: &BTreeMap<DiskId, Found>) -> Result<Evidence, RecoverError> {
     let mut evidence = Evidence::default();
     for (&disk, there) in found {
-        let failed = |why: crate::shard::ShardError| RecoverError::Disk { disk, why: why.to_string() };
+        let failed =
+            |why: crate::shard::ShardError| RecoverError::Disk { disk, why: why.to_string() };
         let cluster = there.client.info().await.map_err(failed)?.cluster;
         if evidence.cluster.is_nil() {
             evidence.cluster = cluster;
@@ -317,8 +320,10 @@ impl Evidence {
     fn add_unknown_disks(&mut self, found: &BTreeMap<DiskId, Found>) {
         let mut next = self.disks.values().map(|record| record.domain + 1).max().unwrap_or(0);
         let sets = self.roots.values().map(|root| &root.set);
-        let domains: BTreeMap<DiskId, u32> =
-            sets.flat_map(|set| set.members()).map(|m| (m.disk, m.domain)).collect();
+        let domains: BTreeMap<DiskId, u32> = sets
+            .flat_map(super::super::volume::rules::LogSet::members)
+            .map(|m| (m.disk, m.domain))
+            .collect();
         next = domains.values().map(|domain| domain + 1).max().unwrap_or(0).max(next);
         for (&id, there) in found {
             if let Some(record) = self.disks.get_mut(&id) {
@@ -361,13 +366,12 @@ impl Evidence {
                 let set = LogSet::new(members, parity + 1).ok()?;
                 Some(Root::fresh(id, set, super::volumes::description(&record, pool)))
             });
-            match fresh {
-                Some(root) => drop(self.roots.insert(id, root)),
-                None => {
-                    let name = format!("{}/{}", record.pool, record.name);
-                    self.notes.push(format!("volume {name} has no root on any disk: left out"));
-                    self.volumes.remove(&id);
-                }
+            if let Some(root) = fresh {
+                drop(self.roots.insert(id, root));
+            } else {
+                let name = format!("{}/{}", record.pool, record.name);
+                self.notes.push(format!("volume {name} has no root on any disk: left out"));
+                self.volumes.remove(&id);
             }
         }
     }

@@ -18,7 +18,7 @@ impl Node {
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
             },
-            disks: self.slots().iter().map(|slot| sample_disk(slot)).collect(),
+            disks: self.slots().iter().map(sample_disk).collect(),
             pools: pools
                 .into_iter()
                 .map(|pool| PoolSample {

@@ -30,7 +30,7 @@ impl Node {
 
     /// All disks by path, pools by name and volumes by name.
     pub(super) fn views(&self) -> (Vec<Disk>, Vec<Pool>, Vec<Volume>) {
-        let mut disks: Vec<Disk> = self.slots().iter().map(|slot| Self::view_disk(slot)).collect();
+        let mut disks: Vec<Disk> = self.slots().iter().map(Self::view_disk).collect();
         let problems = self.problems.borrow();
         disks.extend(problems.iter().map(|(path, reason)| unusable_disk(path, reason)));
         disks.sort_by(|a, b| a.path.cmp(&b.path));

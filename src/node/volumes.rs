@@ -153,9 +153,10 @@ impl Node {
                 continue;
             }
             let pool = self.pools.borrow().get(&record.pool).cloned();
-            match pool {
-                Some(pool) => self.adopt(record, pool),
-                None => tracing::error!(volume = record.name, pool = record.pool, "no such pool"),
+            if let Some(pool) = pool {
+                self.adopt(record, pool);
+            } else {
+                tracing::error!(volume = record.name, pool = record.pool, "no such pool");
             }
         }
         Ok(())
@@ -434,6 +435,7 @@ impl VolumeSlot {
 }
 
 /// A refusal of the store, for the admin API.
+#[allow(clippy::needless_pass_by_value, reason = "the argument of map_err")]
 pub(super) fn api_error(error: SchemaError) -> ApiError {
     use crate::meta::MetaError;
     let text = error.to_string();

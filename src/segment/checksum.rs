@@ -1,7 +1,7 @@
 //! Checksums of blocks.
 //!
 //! The CRC-32 of a block is computed where the data enters the system ("raw"). What is stored and
-//! compared is that value XORed with a salt made of (volume, segment, shard, block), so that a
+//! compared is that value `XORed` with a salt made of (volume, segment, shard, block), so that a
 //! block of another place, or of a slot's earlier tenant, never verifies; moving a block needs no
 //! second pass over its data. Copies (`k = 1`) are the same bytes on every member and share the
 //! salt of shard 0.

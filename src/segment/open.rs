@@ -127,7 +127,9 @@ impl OpenSegment {
             }
             if failed {
                 // Where the outcome is not known, the shard may be there too.
-                targets.iter().for_each(|target| orphan(id, target.disk, creation));
+                for target in &targets {
+                    orphan(id, target.disk, creation);
+                }
                 id = next_id();
                 continue;
             }

@@ -103,7 +103,8 @@ pub struct CheckpointPlace {
     pub crc: u32,
 }
 
-/// What a record says.
+/// What a record says. `lba` counts logical blocks, `blocks` blocks of 4 KiB.
+#[allow(missing_docs, reason = "the fields are what the variant's sentence names")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Entry {
     /// The next `blocks` payload blocks are the content of `lba ..`.

@@ -20,7 +20,7 @@ pub(super) async fn run(nemesis: Nemesis) {
         match env.random_below(8) {
             0 => store(&nemesis),
             1..=2 => heal(&nemesis).await,
-            _ => strike(&nemesis).await,
+            _ => strike(&nemesis),
         }
     }
 }
@@ -71,7 +71,7 @@ fn victims(nemesis: &Nemesis) -> Option<usize> {
     (!again.is_empty()).then(|| again[pick(nemesis, again.len())])
 }
 
-async fn strike(nemesis: &Nemesis) {
+fn strike(nemesis: &Nemesis) {
     let Some(index) = victims(nemesis) else { return };
     let env = nemesis.env();
     let device = nemesis.world().devices.borrow()[index].clone();

@@ -28,6 +28,9 @@ use crate::shard::{SegmentKind, ShardError, SlotClass};
 /// Pages of one record: as many as fit with a header of one block.
 const PAGES_PER_RECORD: usize = 100;
 const _: () = assert!(128 + PAGES_PER_RECORD * 36 <= BLOCK_SIZE);
+/// Blocks of a table in one record.
+const TABLE_PIECE_BLOCKS: u32 = 256;
+const _: () = assert!(TABLE_PIECE_BLOCKS as usize <= RECORD_PAYLOAD_BLOCKS_MAX);
 /// How long an append of a checkpoint may take.
 const APPEND_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -169,11 +172,18 @@ impl MetaWriter<'_> {
             // What was appended before stays; the checkpoint begins anew elsewhere.
             entry.sealed = true;
             entry.blocks = start;
+            let unused = start == 0;
             if state.meta.as_ref().is_some_and(|open| open.id == meta.id) {
                 state.meta = None;
             }
+            let removed = if unused { state.table.segments.remove(&meta.id) } else { None };
             drop(state);
-            self.head.seal_in_background(meta.clone(), start);
+            match removed {
+                Some(segment) => {
+                    self.head.discard(segment.members.iter().map(|m| (meta.id, *m)).collect());
+                }
+                None => self.head.seal_in_background(meta.clone(), start),
+            }
             return Err(HeadError::Append);
         }
         entry.blocks = end;
@@ -190,7 +200,7 @@ impl MetaWriter<'_> {
             let meta = self.segment().await?;
             let bytes = self.snapshot(sequence, lsn);
             let blocks = u32::try_from(bytes.len() / BLOCK_SIZE).expect("bounded by the slots");
-            let records = blocks.div_ceil(RECORD_PAYLOAD_BLOCKS_MAX as u32 / 2);
+            let records = blocks.div_ceil(TABLE_PIECE_BLOCKS);
             if meta.next.get() + blocks + records > meta.shard_blocks {
                 if fresh {
                     return Err(HeadError::Append);
@@ -201,7 +211,7 @@ impl MetaWriter<'_> {
             }
             let block = meta.next.get();
             let data = AlignedBuf::copy_of(&bytes).freeze();
-            let piece = RECORD_PAYLOAD_BLOCKS_MAX / 2 * BLOCK_SIZE;
+            let piece = TABLE_PIECE_BLOCKS as usize * BLOCK_SIZE;
             for at in (0..data.len()).step_by(piece) {
                 let part = data.slice(at..data.len().min(at + piece));
                 let part_blocks = u32::try_from(part.len() / BLOCK_SIZE).expect("bounded");
@@ -355,7 +365,9 @@ impl Head {
                 .filter(|s| Some(s.id) != table_segment && Some(s.id) != root_segment)
                 .map(|s| s.id)
                 .collect();
-            dead.into_iter().for_each(|id| state.table.free(id));
+            for id in dead {
+                state.table.free(id);
+            }
             let sequence = state.checkpoint.as_ref().map_or(0, |c| c.place.sequence) + 1;
             (sequence, state.merged_lsn)
         };
@@ -377,7 +389,7 @@ impl Head {
     }
 
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.
-    async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
+    pub(super) async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
         let deletes = freed.iter().filter_map(|&(segment, shard)| {
             let client = self.disks.client(shard.disk)?;
             Some(async move {
@@ -392,11 +404,9 @@ impl Head {
         while deletes.peek().is_some() {
             results.extend(join_all(deletes.by_ref().take(64)).await);
         }
-        let mut state = self.state.borrow_mut();
         for confirmed in results.into_iter().flatten() {
-            state.table.freed.remove(&confirmed);
+            self.state.borrow_mut().table.freed.remove(&confirmed);
         }
-        drop(state);
         self.disks.refresh().await;
         self.wake.notify_one();
     }

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 
 use super::head::{Head, HeadError, add, table_entry};
 use crate::buffer::AlignedBuf;
-use crate::id::{BLOCK_SIZE, Lsn};
+use crate::id::{BLOCK_SIZE, DiskId, Lsn};
 use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
@@ -43,8 +43,12 @@ struct DataSegment {
 }
 
 impl DataSegment {
-    /// Notes that `start .. end` is durable on all shards.
+    /// Notes that `start .. end` is durable on all shards. Once an append has failed the
+    /// committed length is final, because the segment is being sealed there.
     fn finish(&self, start: u32, end: u32) {
+        if self.failed.get() {
+            return;
+        }
         let mut finished = self.finished.borrow_mut();
         finished.insert(start, end);
         while let Some(end) = finished.remove(&self.committed.get()) {
@@ -104,7 +108,7 @@ impl Head {
                 entry.pins += runs;
             }
             if self.append_dense(&data, start, need, payload).await {
-                return Ok(self.placed(&data, start + need - per_shard, per_shard));
+                return Ok(Self::placed(&data, start + need - per_shard, per_shard));
             }
             if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&data.segment.id) {
                 entry.pins = entry.pins.saturating_sub(runs);
@@ -117,7 +121,7 @@ impl Head {
 
     /// The runs of an append whose payload starts at `block` of each shard, and the entries that
     /// make the segment known to the log.
-    fn placed(&self, data: &DataSegment, block: u32, per_shard: u32) -> (Placed, Vec<Entry>) {
+    fn placed(data: &DataSegment, block: u32, per_shard: u32) -> (Placed, Vec<Entry>) {
         let segment = &data.segment;
         let runs = (0..u32::from(segment.scheme.data))
             .map(|shard| {
@@ -215,6 +219,16 @@ impl Head {
     /// Seals the open data segment, if any.
     pub(super) fn close_open_dense(self: &Rc<Self>) {
         let open = self.dense.open.borrow_mut().take();
+        if let Some(open) = open {
+            self.close_dense(open);
+        }
+    }
+
+    /// Seals the open data segment if it has a shard on this disk.
+    pub(super) fn leave_dense(self: &Rc<Self>, disk: DiskId) {
+        let on_disk =
+            |data: &mut Rc<DataSegment>| data.segment.shards.iter().any(|s| s.disk == disk);
+        let open = self.dense.open.borrow_mut().take_if(on_disk);
         if let Some(open) = open {
             self.close_dense(open);
         }

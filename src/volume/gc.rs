@@ -137,7 +137,8 @@ impl Head {
         let tight = free * 3 < slots;
         let wasteful = used > 2 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
-        if !tight && !wasteful && !(coded && logs > 64) {
+        let uncompacted = coded && logs > 64;
+        if !(tight || wasteful || uncompacted) {
             return Vec::new();
         }
         let newest = state.next_segment;

@@ -241,6 +241,8 @@ pub struct Head {
     pub(super) dense: super::dense::Dense,
     /// Counters.
     pub stats: HeadStats,
+    /// For tasks that must not keep the head alive.
+    pub(super) this: std::rc::Weak<Self>,
 }
 
 /// Why an internal operation failed.
@@ -396,7 +398,8 @@ impl Head {
     pub(super) fn new(context: HeadContext, authority: Authority, state: State) -> Rc<Self> {
         let pages = NonZeroUsize::new((context.config.cache_bytes / BLOCK_SIZE).max(16))
             .expect("at least 16");
-        Rc::new(Self {
+        Rc::new_cyclic(|this| Self {
+            this: this.clone(),
             volume: authority.volume,
             authority,
             env: context.env,

@@ -21,12 +21,13 @@ use tokio::time::Instant;
 
 use super::head::{Flight, Head, Op, add, table_entry};
 use super::rules;
+use super::segtab::ShardRef;
 use crate::export::TargetError;
 use crate::id::{DiskId, Lsn, SegmentId};
 use crate::limits::{RECORD_ENTRIES_MAX, RECORD_PAYLOAD_BLOCKS_MAX};
 use crate::planted::{Bug, bug};
 use crate::segment::checksum::Salt;
-use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
+use crate::segment::open::{CONTROL_PATIENCE, OpenError, OpenRequest, OpenSegment, frame};
 use crate::segment::record::{Entry, Header, header_blocks};
 use crate::shard::{SegmentKind, ShardError, ShardResult, SlotClass};
 
@@ -209,7 +210,9 @@ impl Writer {
             }
         }
         if !finished.is_empty() {
-            finished.into_iter().for_each(|op| op.finish(Ok(())));
+            for op in finished {
+                op.finish(Ok(()));
+            }
             head.applied.notify_waiters();
         }
     }
@@ -452,7 +455,9 @@ impl Writer {
                     head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
                     tokio::time::sleep(TICK).await;
                 }
-                failed.into_iter().for_each(|op| op.finish(Err(TargetError::NoSpace)));
+                for op in failed {
+                    op.finish(Err(TargetError::NoSpace));
+                }
                 false
             }
             Err(error @ OpenError::TooFewDomains { .. }) => {
@@ -467,7 +472,9 @@ impl Writer {
         let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
         if since.elapsed() >= head.config.io_timeout {
             let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
-            failed.into_iter().for_each(|op| op.finish(Err(TargetError::Io(why.to_owned()))));
+            for op in failed {
+                op.finish(Err(TargetError::Io(why.to_owned())));
+            }
         }
         // Whichever comes first; both only mean to try again.
         let changed = head.disks.changed.notified();
@@ -571,11 +578,44 @@ impl Head {
             return Err(OpenError::TooFewDomains { have: 0, need: request.scheme.width() });
         }
         let next = || self.state.borrow_mut().take_segment_id().expect("64 numbers are left");
-        let orphan = |segment, disk, creation| {
-            let shard = super::segtab::ShardRef { disk, creation };
+        let mut orphans = Vec::new();
+        let orphan = |segment, disk, creation| orphans.push((segment, ShardRef { disk, creation }));
+        let opened = OpenSegment::create(&self.env, &self.disks, request, next, orphan).await;
+        self.discard(orphans);
+        opened
+    }
+
+    /// Deletes shards that nothing durable names and waits for it, a moment at most.
+    pub(super) async fn discard_now(&self, shards: Vec<(SegmentId, ShardRef)>) {
+        let deletes = shards.into_iter().filter_map(|(segment, shard)| {
+            let client = self.disks.client(shard.disk)?;
+            Some(async move {
+                let delete = client.delete(self.authority, segment, shard.creation);
+                if tokio::time::timeout(CONTROL_PATIENCE, delete).await.is_err() {
+                    tracing::debug!(%segment, disk = %shard.disk, "not deleted yet");
+                }
+            })
+        });
+        futures_util::future::join_all(deletes).await;
+        self.disks.refresh().await;
+    }
+
+    /// Deletes shards that this head created and that nothing durable ever named: no checkpoint
+    /// is needed for it. They are listed as freed until the disk confirms.
+    pub(super) fn discard(&self, shards: Vec<(SegmentId, ShardRef)>) {
+        for (segment, shard) in shards {
             self.state.borrow_mut().table.freed.insert((segment, shard));
-        };
-        OpenSegment::create(&self.env, &self.disks, request, next, orphan).await
+            let Some(client) = self.disks.client(shard.disk) else { continue };
+            let (authority, this) = (self.authority, self.this.clone());
+            tokio::task::spawn_local(async move {
+                let delete = client.delete(authority, segment, shard.creation);
+                let result = tokio::time::timeout(CONTROL_PATIENCE, delete).await;
+                let confirmed = matches!(result, Ok(Ok(()) | Err(ShardError::Gone)));
+                if let Some(head) = this.upgrade().filter(|_| confirmed) {
+                    head.state.borrow_mut().table.freed.remove(&(segment, shard));
+                }
+            });
+        }
     }
 
     /// Seals a closed segment and notes the members that could not be.

@@ -131,7 +131,7 @@ impl Overlay {
     /// The extents that meet `lba .. lba + len`, clipped to it, in order.
     pub fn range(&self, lba: u64, len: u64) -> impl Iterator<Item = Extent> + '_ {
         let end = lba + len;
-        let first = self.map.range(..lba).next_back().map(|(start, _)| *start).unwrap_or(lba);
+        let first = self.map.range(..lba).next_back().map_or(lba, |(start, _)| *start);
         self.map
             .range(first..end)
             .map(|(&lba, &(len, target))| Extent { lba, len, target })
@@ -214,7 +214,7 @@ mod tests {
                 prop_assert_eq!(&flat, &model);
                 let (mut mapped, mut gaps) = (0, 0);
                 overlay.split(10, 50, |e| mapped += e.len, |_, len| gaps += len);
-                prop_assert_eq!(mapped as usize, model[10..60].iter().flatten().count());
+                prop_assert_eq!(usize::try_from(mapped).unwrap(), model[10..60].iter().flatten().count());
                 prop_assert_eq!(mapped + gaps, 50);
             }
         }

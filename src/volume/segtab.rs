@@ -217,7 +217,7 @@ impl Snapshot {
                 out.extend_from_slice(raw_shard(member).as_bytes());
             }
         }
-        for (segment, shard) in self.table.freed.iter() {
+        for (segment, shard) in &self.table.freed {
             let raw = RawFreed { segment: segment.0.into(), shard: raw_shard(shard) };
             out.extend_from_slice(raw.as_bytes());
         }

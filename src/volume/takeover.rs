@@ -17,7 +17,7 @@ use super::index::{Tree, height_for};
 use super::overlay::Overlay;
 use super::root::{CheckpointRef, Root};
 use super::rules;
-use super::segtab::{ShardRef, Snapshot, SnapshotError};
+use super::segtab::{ShardRef, Snapshot};
 use super::swap::{Swapped, swap};
 use super::walk::{self, Replay};
 use crate::id::{BLOCK_BYTES, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
@@ -83,7 +83,7 @@ pub async fn take_over(
     let (root, revision, released) = claim(&context, volume).await?;
     let authority = Authority { volume, epoch: root.epoch, head: root.head };
     let (listing, fenced_at) = fence_all(&context, authority, &root, waiting).await;
-    let head = recover(context, authority, root, revision, size, &listing).await?;
+    let head = recover(context, authority, root, revision, size, listing).await?;
     head.checkpoint_until_done().await?;
     if !released && !bug(Bug::ServeBeforeLease) {
         tokio::time::sleep_until(fenced_at + head.config.lease.mul_f64(1.25)).await;
@@ -197,8 +197,11 @@ async fn recover(
     root: Root,
     revision: u64,
     size: u64,
-    listing: &Listing,
+    listing: Listing,
 ) -> Result<Rc<Head>, TakeOverError> {
+    let mut listing = listing;
+    let void = take_void(&mut listing, &root);
+    let listing = &listing;
     let base = match &root.checkpoint {
         None => None,
         Some(checkpoint) => {
@@ -207,12 +210,11 @@ async fn recover(
             Some(load_checkpoint(&context.disks, authority.volume, newest).await?)
         }
     };
-    let (snapshot, checkpoint) = match base {
-        Some((snapshot, checkpoint)) => (snapshot, Some(checkpoint)),
-        None => {
-            let height = height_for(size.div_ceil(BLOCK_BYTES));
-            (Snapshot { volume: authority.volume, height, ..Snapshot::default() }, None)
-        }
+    let (snapshot, checkpoint) = if let Some((snapshot, checkpoint)) = base {
+        (snapshot, Some(checkpoint))
+    } else {
+        let height = height_for(size.div_ceil(BLOCK_BYTES));
+        (Snapshot { volume: authority.volume, height, ..Snapshot::default() }, None)
     };
     let next_segment = root.range.0;
     let state = State {
@@ -246,10 +248,12 @@ async fn recover(
         releasing: false,
     };
     let head = Head::new(context, authority, state);
+    head.discard_now(void).await;
     let Some(checkpoint) = checkpoint else {
         head.adopt_orphans(listing);
         return Ok(head);
     };
+    head.finish_deletions(&checkpoint).await?;
     head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
     let log = snapshot.log.unwrap_or_default();
     let replay = head.replay(listing, snapshot.epoch, log).await?;
@@ -259,6 +263,27 @@ async fn recover(
     head.adopt_orphans(listing);
     head.repair_tail(lengths.keys().copied().collect()).await;
     Ok(head)
+}
+
+/// Takes out of a listing the shards of epochs between the checkpoint's and this one: heads that
+/// took over and never got as far as a checkpoint of their own. All of them are fenced, and the
+/// root in force names an older checkpoint, which cannot refer to them. They are deleted at once,
+/// so that take-overs that are cut short again and again never fill the disks. Where the store was
+/// rebuilt in between, they are left alone.
+fn take_void(listing: &mut Listing, root: &Root) -> Vec<(SegmentId, ShardRef)> {
+    let base = root.checkpoint.as_ref().map(|c| c.epoch).unwrap_or_default();
+    let mut void = Vec::new();
+    for (&segment, held) in listing.iter_mut() {
+        held.retain(|&disk, info| {
+            let newer = info.epoch > base;
+            if newer && info.epoch.incarnation() == root.epoch.incarnation() {
+                void.push((segment, ShardRef { disk, creation: info.spec.creation }));
+            }
+            !newer
+        });
+    }
+    listing.retain(|_, held| !held.is_empty());
+    void
 }
 
 /// A newer checkpoint of the same epoch that a record header names, or the root's.
@@ -345,7 +370,6 @@ async fn load_checkpoint(
                 return Ok((snapshot, checkpoint));
             }
             Ok(_) => why = "it belongs to another volume or epoch".into(),
-            Err(error @ SnapshotError::Version(_)) => why = error.to_string(),
             Err(error) => why = error.to_string(),
         }
     }
@@ -353,6 +377,26 @@ async fn load_checkpoint(
 }
 
 impl Head {
+    /// Deletes what the checkpoint lists as freed, so that there is room for the next one. The root
+    /// must name that checkpoint first, where only record headers did.
+    async fn finish_deletions(self: &Rc<Self>, base: &CheckpointRef) -> Result<(), HeadError> {
+        let freed: Vec<(SegmentId, ShardRef)> = {
+            let state = self.state.borrow();
+            if base.epoch.incarnation() != self.authority.epoch.incarnation() {
+                return Ok(());
+            }
+            state.table.freed.iter().copied().collect()
+        };
+        if freed.is_empty() {
+            return Ok(());
+        }
+        if self.state.borrow().root.checkpoint.as_ref() != Some(base) {
+            self.swap_checkpoint().await?;
+        }
+        self.delete_freed(&freed).await;
+        Ok(())
+    }
+
     /// Step 3: applies the records after the checkpoint.
     async fn replay(
         &self,
@@ -410,6 +454,12 @@ impl Head {
     pub(super) fn adopt_orphans(&self, listing: &Listing) {
         let mut state = self.state.borrow_mut();
         let own = state.root.range.0;
+        let base = state.root.checkpoint.as_ref().map_or(self.authority.epoch, |c| c.epoch);
+        if base.incarnation() != self.authority.epoch.incarnation() {
+            // The store was rebuilt: what nothing refers to is left where it is, and reported.
+            tracing::warn!(volume = %self.volume, "shards that the checkpoint lacks are kept");
+            return;
+        }
         for (&segment, held) in listing {
             for (&disk, info) in held {
                 let shard = ShardRef { disk, creation: info.spec.creation };
@@ -427,16 +477,33 @@ impl Head {
 
     /// Makes the first checkpoint of the epoch, however often it takes.
     async fn checkpoint_until_done(self: &Rc<Self>) -> Result<(), TakeOverError> {
+        let mut pause = Duration::from_millis(20);
         loop {
             match self.checkpoint().await {
                 Ok(()) => return Ok(()),
                 Err(HeadError::Stopped(_)) => return Err(TakeOverError::Lost),
                 Err(error) => {
                     tracing::warn!(volume = %self.volume, %error, "first checkpoint failed");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    self.trace_space();
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(2));
                 }
             }
         }
+    }
+
+    /// What takes the space, for the log.
+    fn trace_space(&self) {
+        let state = self.state.borrow();
+        let count = |kind: SegmentKind| {
+            let of_kind = || state.table.segments.values().filter(move |s| s.kind == kind);
+            (of_kind().count(), of_kind().filter(|s| state.table.is_dead(s.id)).count())
+        };
+        tracing::debug!(
+            log = ?count(SegmentKind::Log), data = ?count(SegmentKind::Data),
+            meta = ?count(SegmentKind::Meta), freed = state.table.freed.len(),
+            "segments and how many of them are dead",
+        );
     }
 
     /// Step 5: starts the tasks; the head serves from now on.
@@ -445,6 +512,7 @@ impl Head {
         tokio::task::spawn_local(super::checkpoint::run(self.clone()));
         tokio::task::spawn_local(super::repair::run(self.clone()));
         tokio::task::spawn_local(super::gc::run(self.clone()));
+        self.repair_wanted.notify_one();
     }
 
     /// Stops serving in order: everything acknowledged is in a checkpoint, nothing is open, and

@@ -60,7 +60,9 @@ impl Head {
         }
         found.sort_unstable_by_key(|e| e.lba);
         let mut out = Vec::with_capacity(found.len());
-        found.into_iter().for_each(|e| push(&mut out, e));
+        for extent in found {
+            push(&mut out, extent);
+        }
         Ok(out)
     }
 
@@ -106,14 +108,11 @@ impl Head {
             return Ok(vec![self.fetch(addr, count).await?]);
         }
         let reads = runs.into_iter().map(|(addr, count)| async move {
-            match addr {
-                Some(addr) => {
-                    self.fetch(addr, u32::try_from(count).expect("within one shard")).await
-                }
-                None => {
-                    let bytes = usize::try_from(count * BLOCK_BYTES).expect("a request's size");
-                    Ok(AlignedBuf::zeroed(bytes).freeze())
-                }
+            if let Some(addr) = addr {
+                self.fetch(addr, u32::try_from(count).expect("within one shard")).await
+            } else {
+                let bytes = usize::try_from(count * BLOCK_BYTES).expect("a request's size");
+                Ok(AlignedBuf::zeroed(bytes).freeze())
             }
         });
         futures_util::future::try_join_all(reads).await
@@ -417,7 +416,7 @@ impl Head {
         wait(self.submit(vec![entry], vec![], vec![], SlotClass::Checkpoint)).await
     }
 
-    fn nothing_queued(&self) -> bool {
+    pub(super) fn nothing_queued(&self) -> bool {
         let state = self.state.borrow();
         state.pending.is_empty() && state.queue.is_empty() && state.flights.is_empty()
     }

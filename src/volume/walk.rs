@@ -56,7 +56,7 @@ impl Raw {
                         break;
                     }
                     other => {
-                        tracing::trace!(segment = %self.segment, block, want, ?other, "raw read")
+                        tracing::trace!(segment = %self.segment, block, want, ?other, "raw read");
                     }
                 }
             }
@@ -225,19 +225,14 @@ async fn walk_log(
 impl Head {
     /// Enters a log segment found on the disks into the table.
     fn know_log(&self, id: SegmentId, held: &BTreeMap<DiskId, ShardInfo>) {
-        let Some(info) = held.values().next() else { return };
+        let Some((info, members)) = members_of(held) else { return };
         let mut state = self.state.borrow_mut();
         state.table.segments.entry(id).or_insert_with(|| Segment {
             id,
             kind: SegmentKind::Log,
             scheme: info.spec.scheme,
             epoch: info.epoch,
-            members: info
-                .spec
-                .members
-                .iter()
-                .map(|&disk| ShardRef { disk, creation: info.spec.creation })
-                .collect(),
+            members,
             shard_blocks: COPIES_BLOCKS,
             sealed: false,
             blocks: 0,
@@ -338,6 +333,33 @@ impl Head {
     }
 }
 
+/// The shards of a segment that only its disks know of. A shard that was built anew by the same
+/// epoch has a creation of its own; it counts where the first one of its index is gone.
+fn members_of(held: &BTreeMap<DiskId, ShardInfo>) -> Option<(&ShardInfo, Vec<ShardRef>)> {
+    let mut first: Option<(&ShardInfo, usize)> = None;
+    for info in held.values() {
+        let same = held.values().filter(|i| i.spec.creation == info.spec.creation).count();
+        if first.is_none_or(|(_, most)| same > most) {
+            first = Some((info, same));
+        }
+    }
+    let (info, _) = first?;
+    let creation = info.spec.creation;
+    let mut members: Vec<ShardRef> =
+        info.spec.members.iter().map(|&disk| ShardRef { disk, creation }).collect();
+    for (&disk, other) in held {
+        let there = |member: &ShardRef| {
+            held.get(&member.disk).is_some_and(|i| i.spec.creation == member.creation)
+        };
+        if let Some(member) = members.get_mut(usize::from(other.spec.index))
+            && !there(member)
+        {
+            *member = ShardRef { disk, creation: other.spec.creation };
+        }
+    }
+    Some((info, members))
+}
+
 /// How a segment was settled.
 pub(super) struct Settled {
     /// Length of its shards.
@@ -369,6 +391,15 @@ pub(super) async fn settle(
         SegmentKind::Log => length,
         _ => sealed_at.unwrap_or(length),
     };
+    tracing::debug!(segment = %segment.id, kind = ?segment.kind, length, blocks, ?held, "settle");
+    // Of copies, each member is sealed with the checksums of what any of them holds: a block that
+    // one has lost is then read from another.
+    let closed = segment.members.iter().filter_map(info).any(|i| i.state != ShardState::Sealed);
+    let truth = if segment.kind != SegmentKind::Data && closed {
+        merged(disks, authority.volume, segment, blocks, held).await
+    } else {
+        None
+    };
     let mut missing = 0;
     for (index, member) in segment.members.iter().enumerate() {
         let whole = match info(member) {
@@ -376,7 +407,9 @@ pub(super) async fn settle(
             Some(info) if info.state == ShardState::Sealed => {
                 info.blocks == blocks || bug(Bug::StaleShardAccepted)
             }
-            Some(_) => seal_closed(disks, authority, segment, index, blocks).await,
+            Some(_) => {
+                seal_closed(disks, authority, segment, index, blocks, truth.as_deref()).await
+            }
         };
         if !whole {
             tracing::info!(
@@ -390,31 +423,55 @@ pub(super) async fn settle(
 }
 
 /// Seals a closed shard if it holds the first `blocks` blocks intact.
-async fn seal_closed(
+pub(super) async fn seal_closed(
     disks: &Disks,
     authority: Authority,
     segment: &Segment,
     index: usize,
     blocks: u32,
+    truth: Option<&[u32]>,
 ) -> bool {
     let disk = segment.members[index].disk;
     let Some(client) = disks.client(disk) else { return false };
-    let crcs = if blocks == 0 || bug(Bug::StaleShardAccepted) {
-        collect(disks, authority.volume, segment, index, blocks).await.unwrap_or_default()
-    } else {
-        match collect(disks, authority.volume, segment, index, blocks).await {
-            Some(crcs) => crcs,
-            None => return false,
-        }
-    };
+    let own = collect(disks, authority.volume, segment, index, blocks).await;
+    let whole = own.is_some() && truth.is_none_or(|truth| own.as_deref() == Some(truth));
+    let Some(crcs) = truth.map(<[u32]>::to_vec).or(own) else { return false };
     let seal = client.seal(authority, segment.id, blocks, Some(crcs.into()));
     match tokio::time::timeout(PATIENCE, seal).await {
-        Ok(Ok(())) => true,
+        Ok(Ok(())) => whole || bug(Bug::StaleShardAccepted),
         other => {
             tracing::warn!(%disk, segment = %segment.id, ?other, "a shard could not be sealed");
             false
         }
     }
+}
+
+/// The salted CRCs of the first `blocks` blocks of copies, each record from any member that holds
+/// it; none if a record is on no member.
+async fn merged(
+    disks: &Disks,
+    volume: VolumeId,
+    segment: &Segment,
+    blocks: u32,
+    held: &BTreeMap<DiskId, ShardInfo>,
+) -> Option<Vec<u32>> {
+    let salt = Salt::new(volume, segment.id, segment.scheme, 0);
+    let raws = held.keys().map(|disk| Raw::new(disks, volume, segment.id, *disk)).collect();
+    let mut members = Members { raws, salt };
+    let mut crcs = Vec::with_capacity(blocks as usize);
+    while crcs.len() < blocks as usize {
+        let at = u32::try_from(crcs.len()).ok()?;
+        let verify = segment.kind == SegmentKind::Log;
+        let header = match members.record(at, verify).await {
+            Some(header) => header,
+            // Whoever reads the content will be told that it is damaged.
+            None => members.record(at, false).await?,
+        };
+        let head = header.encode();
+        crcs.extend((at..).zip(raw_crcs(&head)).map(|(b, crc)| salt.apply(b, crc)));
+        crcs.extend_from_slice(&header.crcs);
+    }
+    (crcs.len() == blocks as usize).then_some(crcs)
 }
 
 /// The salted CRCs of the first `blocks` blocks of a shard, from its record headers; none if the
@@ -434,8 +491,12 @@ async fn collect(
     let mut crcs = Vec::with_capacity(blocks as usize);
     let mut at = 0;
     while at < blocks {
-        let header = raw.header(at, shard).await?;
+        let Some(header) = raw.header(at, shard).await else {
+            tracing::debug!(segment = %segment.id, index, at, blocks, "no record to settle with");
+            return None;
+        };
         if segment.kind == SegmentKind::Log && !raw.payload_ok(salt, &header).await {
+            tracing::debug!(segment = %segment.id, index, at, blocks, "damaged record to settle with");
             return None;
         }
         let head = raw.blocks(at, header.header_blocks).await?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::support::{Node, finish, directory, run, spawn};
+use super::support::{Node, directory, finish, run, spawn};
 
 const ARGS: [&str; 4] = ["--disk-size", "1G", "--volume", "vol0:256M"];
 
@@ -39,9 +39,13 @@ fn two_of_six_disks_are_lost_without_an_error() {
     online(&node, 4);
     let text = finish("fio", fio);
     let from = text.find('{').expect("JSON");
-    let report: serde_json::Value =
-        serde_json::Deserializer::from_str(&text[from..]).into_iter().next().expect("one").expect("JSON");
-    let stall = |kind: &str| report["jobs"][0][kind]["clat_ns"]["max"].as_u64().unwrap_or(0) / 1_000_000;
+    let report: serde_json::Value = serde_json::Deserializer::from_str(&text[from..])
+        .into_iter()
+        .next()
+        .expect("one")
+        .expect("JSON");
+    let stall =
+        |kind: &str| report["jobs"][0][kind]["clat_ns"]["max"].as_u64().unwrap_or(0) / 1_000_000;
     println!("longest stall: write {} ms, read {} ms", stall("write"), stall("read"));
     assert_eq!(report["jobs"][0]["error"], 0, "{report:#}");
     assert_ne!(node.json(&["status"])["health"], "ok");
@@ -52,7 +56,8 @@ fn two_of_six_disks_are_lost_without_an_error() {
 fn with_a_third_disk_gone_clients_wait_and_nothing_is_lost() {
     let dir = directory();
     let node = Node::start(dir.path(), &ARGS);
-    let write = ["-c", "write -P 17 0 64M", "-c", "write -P 18 100M 4k", "-c", "write -P 19 131072001 999"];
+    let write =
+        ["-c", "write -P 17 0 64M", "-c", "write -P 18 100M 4k", "-c", "write -P 19 131072001 999"];
     run("qemu-io", &[&["-f", "raw", node.uri.as_str()][..], &write].concat());
     let away: Vec<_> = (0..3).map(|index| node.disk_id(index)).collect();
     for id in &away {
@@ -60,7 +65,8 @@ fn with_a_third_disk_gone_clients_wait_and_nothing_is_lost() {
     }
     online(&node, 3);
     node.wait_json("critical", &["status"], |status| status["health"] == "critical");
-    let read = ["-c", "read -P 17 0 64M", "-c", "read -P 18 100M 4k", "-c", "read -P 19 131072001 999"];
+    let read =
+        ["-c", "read -P 17 0 64M", "-c", "read -P 18 100M 4k", "-c", "read -P 19 131072001 999"];
     let args = [&["-f", "raw", node.uri.as_str()][..], &read].concat();
     let mut waiting = spawn("qemu-io", &args);
     pause(3);

@@ -8,17 +8,17 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 /// How long a node may take to start.
-const START_PATIENCE: Duration = Duration::from_secs(60);
+const START_PATIENCE: Duration = Duration::from_mins(1);
 
 /// A directory for disks, on memory if there is any.
-pub fn directory() -> tempfile::TempDir {
+pub(crate) fn directory() -> tempfile::TempDir {
     let shm = Path::new("/dev/shm");
     let base = if shm.is_dir() { shm } else { Path::new(env!("CARGO_TARGET_TMPDIR")) };
     tempfile::Builder::new().prefix("sds-e2e-").tempdir_in(base).expect("a directory for disks")
 }
 
 /// A running `sdsd dev`. Killed when dropped.
-pub struct Node {
+pub(crate) struct Node {
     child: Child,
     pub dir: PathBuf,
     /// Address of NBD.
@@ -29,7 +29,7 @@ pub struct Node {
 }
 
 /// Arguments for a node of six small disks.
-pub const SMALL: [&str; 4] = ["--disk-size", "512M", "--volume", "vol0:256M"];
+pub(crate) const SMALL: [&str; 4] = ["--disk-size", "512M", "--volume", "vol0:256M"];
 
 fn sdsd(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sdsd"));
@@ -40,7 +40,7 @@ fn sdsd(dir: &Path, args: &[&str]) -> Command {
 
 impl Node {
     /// Starts a node in `dir` and waits until it says where it is.
-    pub fn start(dir: &Path, args: &[&str]) -> Self {
+    pub(crate) fn start(dir: &Path, args: &[&str]) -> Self {
         let mut child = sdsd(dir, args).stdout(Stdio::piped()).spawn().expect("sdsd starts");
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
         let (sender, lines) = mpsc::channel();
@@ -69,14 +69,14 @@ impl Node {
     }
 
     /// What a node says that is not to start: it must fail.
-    pub fn refused(dir: &Path, args: &[&str]) -> String {
+    pub(crate) fn refused(dir: &Path, args: &[&str]) -> String {
         let output = sdsd(dir, args).output().expect("sdsd starts");
         assert!(!output.status.success(), "sdsd dev {args:?} started");
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
     /// Runs `sdsctl`; its output, and whether it succeeded.
-    pub fn ctl_raw(&self, args: &[&str]) -> (bool, String) {
+    pub(crate) fn ctl_raw(&self, args: &[&str]) -> (bool, String) {
         let output = Command::new(env!("CARGO_BIN_EXE_sdsctl"))
             .args(["--endpoint", &self.admin])
             .args(args)
@@ -86,20 +86,25 @@ impl Node {
     }
 
     /// Runs `sdsctl`, which must succeed.
-    pub fn ctl(&self, args: &[&str]) -> String {
+    pub(crate) fn ctl(&self, args: &[&str]) -> String {
         let (ok, text) = self.ctl_raw(args);
         assert!(ok, "sdsctl {args:?}: {text}");
         text
     }
 
     /// Runs `sdsctl … -o json`.
-    pub fn json(&self, args: &[&str]) -> serde_json::Value {
+    pub(crate) fn json(&self, args: &[&str]) -> serde_json::Value {
         let text = self.ctl(&[args, &["-o", "json"]].concat());
         serde_json::from_str(&text).unwrap_or_else(|why| panic!("{args:?}: {why}: {text}"))
     }
 
     /// Waits until a value of `sdsctl … -o json` is as wanted.
-    pub fn wait_json(&self, what: &str, args: &[&str], wanted: impl Fn(&serde_json::Value) -> bool) {
+    pub(crate) fn wait_json(
+        &self,
+        what: &str,
+        args: &[&str],
+        wanted: impl Fn(&serde_json::Value) -> bool,
+    ) {
         for _ in 0..240 {
             if wanted(&self.json(args)) {
                 return;
@@ -110,25 +115,25 @@ impl Node {
     }
 
     /// Stops in order.
-    pub fn stop(mut self) {
+    pub(crate) fn stop(mut self) {
         run("kill", &["-TERM", &self.child.id().to_string()]);
         let status = self.child.wait().expect("sdsd ends");
         assert!(status.success(), "sdsd ended with {status}");
     }
 
     /// Kills without notice.
-    pub fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child.kill().expect("it runs");
         self.child.wait().expect("it ends");
     }
 
     /// Path of a disk's file.
-    pub fn disk(&self, index: usize) -> PathBuf {
+    pub(crate) fn disk(&self, index: usize) -> PathBuf {
         self.dir.join(format!("disk{index}.img"))
     }
 
     /// Id of the disk at a path.
-    pub fn disk_id(&self, index: usize) -> String {
+    pub(crate) fn disk_id(&self, index: usize) -> String {
         let path = self.disk(index).display().to_string();
         let disks = self.json(&["disk", "ls"]);
         let disk = disks.as_array().expect("a list").iter().find(|d| d["path"] == path.as_str());
@@ -150,7 +155,7 @@ fn text(output: &Output) -> String {
 }
 
 /// Starts a tool; fails with advice if it is not installed.
-pub fn spawn(tool: &str, args: &[&str]) -> Child {
+pub(crate) fn spawn(tool: &str, args: &[&str]) -> Child {
     Command::new(tool)
         .args(args)
         .stdin(Stdio::null())
@@ -163,7 +168,7 @@ pub fn spawn(tool: &str, args: &[&str]) -> Child {
 }
 
 /// Waits for a tool, which must succeed; its output.
-pub fn finish(tool: &str, child: Child) -> String {
+pub(crate) fn finish(tool: &str, child: Child) -> String {
     let output = child.wait_with_output().expect("it ends");
     let text = text(&output);
     assert!(output.status.success(), "{tool} failed with {}: {text}", output.status);
@@ -171,39 +176,39 @@ pub fn finish(tool: &str, child: Child) -> String {
 }
 
 /// Runs a tool, which must succeed; its output.
-pub fn run(tool: &str, args: &[&str]) -> String {
+pub(crate) fn run(tool: &str, args: &[&str]) -> String {
     finish(tool, spawn(tool, args))
 }
 
 /// Pseudo-random bytes.
-pub struct Noise(pub u64);
+pub(crate) struct Noise(pub u64);
 
 impl Noise {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
         self.0
     }
 
-    pub fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         (self.next() >> 8) % bound
     }
 
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
     }
 }
 
 /// A plain NBD client: one request at a time.
-pub struct Client {
+pub(crate) struct Client {
     stream: TcpStream,
     handle: u64,
 }
 
 impl Client {
     /// Attaches an export.
-    pub fn attach(address: &str, export: &str) -> std::io::Result<Self> {
+    pub(crate) fn attach(address: &str, export: &str) -> std::io::Result<Self> {
         let mut stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
         let mut greeting = [0; 18];
@@ -237,12 +242,12 @@ impl Client {
     }
 
     /// Writes; the error number of the reply, 0 for success.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> std::io::Result<u32> {
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> std::io::Result<u32> {
         self.request(1, offset, data.len(), data)
     }
 
     /// Reads; must succeed.
-    pub fn read(&mut self, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
+    pub(crate) fn read(&mut self, offset: u64, len: usize) -> std::io::Result<Vec<u8>> {
         let errno = self.request(0, offset, len, &[])?;
         assert_eq!(errno, 0, "reading {len} bytes at {offset}");
         let mut data = vec![0; len];

@@ -81,7 +81,7 @@ pub(crate) fn run_with<F: Future<Output = ()>>(config: NbdConfig, test: impl FnO
         .build()
         .unwrap();
     LocalSet::new().block_on(&runtime, async {
-        let bounded = tokio::time::timeout(Duration::from_secs(3600), test(World::new(config)));
+        let bounded = tokio::time::timeout(Duration::from_hours(1), test(World::new(config)));
         bounded.await.expect("the test hangs");
     });
 }

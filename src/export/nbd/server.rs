@@ -35,7 +35,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Pause after a failed accept (say, no file descriptor left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Idle time before a TCP keepalive probe, time between probes, and probes before the end.
-const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(60), Duration::from_secs(10), 6);
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_mins(1), Duration::from_secs(10), 6);
 
 /// Settings of a server. [`Default`] is what a node without configuration runs with.
 #[derive(Clone)]
@@ -63,7 +63,7 @@ impl Default for NbdConfig {
             connections_max: CONNECTIONS_MAX,
             memory_bytes_max: SERVER_BYTES_MAX,
             handshake_timeout: Duration::from_secs(30),
-            stall_timeout: Duration::from_secs(120),
+            stall_timeout: Duration::from_mins(2),
             drain_timeout: Duration::from_secs(10),
         }
     }

@@ -42,7 +42,7 @@ async fn what_was_answered_survives() {
     let path = folder.path().join("meta.redb");
     let store = EmbeddedStore::create(&path, content).unwrap();
     let short = store.lease_grant(Duration::from_secs(2)).await.unwrap();
-    let long = store.lease_grant(Duration::from_secs(600)).await.unwrap();
+    let long = store.lease_grant(Duration::from_mins(10)).await.unwrap();
     let txn = Txn::new().put("/a", "1").put_leased("/s", "1", short).put_leased("/l", "1", long);
     store.txn(txn).await.unwrap();
     store.txn(Txn::new().put("/b", "2").delete("/a")).await.unwrap();

@@ -24,7 +24,7 @@ const BATCH_MAX: usize = 64;
 /// Cache of redb, bytes: small, for reads never go to the file.
 const CACHE_BYTES: usize = 1 << 20;
 /// How long to wait for a request when no lease ends before.
-const IDLE_WAIT: Duration = Duration::from_secs(3600);
+const IDLE_WAIT: Duration = Duration::from_hours(1);
 
 type Reply<T> = oneshot::Sender<MetaResult<T>>;
 
