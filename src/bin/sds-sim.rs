@@ -26,7 +26,9 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    sds::obs::log::init("error");
+    if let Err(error) = sds::obs::log::init("error") {
+        println!("no log: {error}");
+    }
     if let Some(name) = &args.bug {
         let Some(bug) = Bug::ALL.iter().find(|bug| format!("{bug:?}") == *name) else {
             println!("no bug {name}; there are {:?}", Bug::ALL);
@@ -36,13 +38,15 @@ fn main() -> ExitCode {
     }
     let range = match (args.seed, &args.seeds) {
         (Some(seed), _) => seed..seed + 1,
-        (None, Some(range)) => match range.split_once("..").map(|(a, b)| (a.parse(), b.parse())) {
-            Some((Ok(from), Ok(to))) => from..to,
-            _ => {
+        (None, Some(range)) => {
+            let Some((Ok(from), Ok(to))) =
+                range.split_once("..").map(|(a, b)| (a.parse(), b.parse()))
+            else {
                 println!("a range of seeds is written A..B, not {range}");
                 return ExitCode::from(2);
-            }
-        },
+            };
+            from..to
+        }
         (None, None) => 1..101,
     };
     let mut coverage = Coverage::new();

@@ -424,7 +424,7 @@ mod tests {
         let mut table = SegmentTable::default();
         for &id in ids {
             let members = (0..6u8)
-                .map(|i| ShardRef { disk: DiskId::from_bytes([i; 16]), creation: id ^ 77 })
+                .map(|i| ShardRef { disk: DiskId::from_bytes([i; 16]), creation: id + 77 })
                 .collect();
             let segment = Segment {
                 id: SegmentId(id),
