@@ -21,7 +21,7 @@ use crate::segment::fetch::{FetchError, Source};
 use crate::segment::open::{CONTROL_PATIENCE, OpenSegment, frame};
 use crate::segment::record::Header;
 use crate::shard::disks::Target;
-use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass};
+use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass, VolumeOnDisk};
 
 /// Pause after a round that could not repair everything, unless a disk comes back.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -365,9 +365,11 @@ impl Head {
     async fn leave_and_wait(self: &Rc<Self>, disk: DiskId) {
         let open: Vec<SegmentId> = {
             let state = self.state.borrow();
-            let open = state.table.segments.values().filter(|s| {
-                !s.sealed && s.members.iter().any(|member| member.disk == disk)
-            });
+            let open = state
+                .table
+                .segments
+                .values()
+                .filter(|s| !s.sealed && s.members.iter().any(|member| member.disk == disk));
             open.map(|s| s.id).collect()
         };
         self.leave(disk);
@@ -407,6 +409,16 @@ impl Head {
         let mirror = self.state.borrow().root.mirror();
         let fence = client.fence(self.authority, Some(mirror));
         let Ok(Ok(held)) = tokio::time::timeout(CONTROL_PATIENCE, fence).await else { return };
+        for (id, index) in self.take_stock(disk, &held) {
+            self.reseal(id, index).await;
+        }
+        self.repair_wanted.notify_one();
+        self.checkpoint_wanted.notify_one();
+        self.wake.notify_one();
+    }
+
+    /// Compares what a disk holds with the table; the shards that it closed and may hold whole.
+    fn take_stock(&self, disk: DiskId, held: &VolumeOnDisk) -> Vec<(SegmentId, usize)> {
         let mut closed = Vec::new();
         let mut state = self.state.borrow_mut();
         let own = state.root.range.0;
@@ -446,13 +458,7 @@ impl Head {
                 }
             }
         }
-        drop(state);
-        for (id, index) in closed {
-            self.reseal(id, index).await;
-        }
-        self.repair_wanted.notify_one();
-        self.checkpoint_wanted.notify_one();
-        self.wake.notify_one();
+        closed
     }
 
     /// Hears that a disk is gone for longer: its shards are rebuilt elsewhere. To be repeated while

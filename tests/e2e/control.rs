@@ -41,7 +41,7 @@ fn an_operators_day() {
     node.wait_json("the client is gone", &["volume", "ls"], |_| {
         node.ctl_raw(&["volume", "rm", "mirror/db", "--yes"]).0
     });
-    node.wait_json("deleted everywhere", &["volume", "ls", "--pool", "mirror"], |volumes| {
+    node.wait_json("deleted everywhere", &["volume", "ls", "mirror"], |volumes| {
         volumes.as_array().is_some_and(Vec::is_empty)
     });
     assert!(Client::attach(&node.nbd, "mirror/db").is_err(), "it is exported no more");
