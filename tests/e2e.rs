@@ -3,6 +3,8 @@
 //! Needs qemu-utils, libnbd-bin and fio (`tools/test` installs them); a test whose tool is
 //! missing fails and says so. Disks are small files in `/dev/shm` or `target/tmp`.
 
+#![allow(clippy::disallowed_methods, reason = "these tests live in real time")]
+
 #[path = "e2e/clients.rs"]
 mod clients;
 #[path = "e2e/control.rs"]

@@ -17,7 +17,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 
 use super::dev::DevOptions;
-use super::opener::{DeviceOpener, UringOpener};
+use super::opener::{DeviceOpener, OpenFailure, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
 use super::{Exports, Node, NodeOptions};
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
@@ -153,7 +153,7 @@ async fn run_local(
     let opener: Rc<dyn DeviceOpener> = Rc::new(UringOpener::new(ring));
     let env = Env::from_entropy();
     let paths: Vec<String> = match dev {
-        Some(dev) => dev.prepare(&*opener)?,
+        Some(dev) => dev.prepare(&*opener).await?,
         None => absolute(&config.disks)?,
     };
     let store = open_store(&config.data_dir, &*opener, &env, &paths).await?;
@@ -372,7 +372,7 @@ async fn recover_local(
 }
 
 async fn open_for_recovery(opener: &UringOpener, path: &str) -> Result<Found, String> {
-    let device = opener.open(path, None).map_err(|why| why.to_string())?;
+    let device = open_patiently(opener, path).await.map_err(|why| why.to_string())?;
     let disk = Disk::open(device).await.map_err(|why| why.to_string())?;
     let (size_bytes, slot_bytes) = (disk.geometry().size_bytes, disk.geometry().slot_bytes);
     let client = Rc::new(LocalClient::new(disk));
@@ -391,7 +391,11 @@ async fn open_store(
         return EmbeddedStore::open(&path).map_err(error);
     }
     for disk in paths {
-        let Ok(device) = opener.open(disk, None) else { continue };
+        let device = match open_patiently(opener, disk).await {
+            Ok(device) => device,
+            Err(OpenFailure::NotFound(_)) => continue,
+            Err(why) => return fail(format!("{why}: nobody can tell whether it holds data")),
+        };
         if let Ok(info) = probe_superblock(&*device).await {
             return fail(format!(
                 "there is no metadata store in {}, but {disk} is disk {} of cluster {}: \

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::daemon::{DaemonError, absolute, error, fail};
-use super::opener::DeviceOpener;
+use super::opener::{DeviceOpener, OpenFailure, open_patiently};
 use super::{DEFAULT_POOL, Node};
 use crate::admin::types::{CreatePool, CreateVolume, FailureDomain, PoolScheme};
 use crate::units::ByteSize;
@@ -54,7 +54,10 @@ impl DevOptions {
     }
 
     /// Makes the files of the disks at the first start; the paths to use.
-    pub(super) fn prepare(&self, opener: &dyn DeviceOpener) -> Result<Vec<String>, DaemonError> {
+    pub(super) async fn prepare(
+        &self,
+        opener: &dyn DeviceOpener,
+    ) -> Result<Vec<String>, DaemonError> {
         if self.is_made() {
             return absolute(&disk_files(&self.dir));
         }
@@ -67,7 +70,13 @@ impl DevOptions {
         let paths = absolute(&paths)?;
         for path in &paths {
             // Closed again at once; a file that has a size keeps it.
-            drop(opener.open(path, Some(size)).map_err(error)?);
+            match opener.open(path, Some(size)) {
+                Ok(device) => drop(device),
+                Err(OpenFailure::InUse(_)) => {
+                    drop(open_patiently(opener, path).await.map_err(error)?);
+                }
+                Err(why) => return fail(why),
+            }
         }
         Ok(paths)
     }

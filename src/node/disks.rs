@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout};
 
-use super::opener::{Detachable, OpenFailure};
+use super::opener::{Detachable, OpenFailure, open_patiently};
 use super::{Node, NodeError};
 use crate::admin::types::DiskState as Shown;
 use crate::disk::device::BlockDevice;
@@ -93,6 +93,13 @@ fn refused<T>(state: Shown, reason: impl Into<String>) -> Result<T, Refusal> {
     Err((state, reason.into()))
 }
 
+fn refusal(error: OpenFailure) -> Refusal {
+    match error {
+        OpenFailure::NotFound(_) => (Shown::Missing, error.to_string()),
+        other => (Shown::Failed, other.to_string()),
+    }
+}
+
 impl Node {
     pub(super) fn slots(&self) -> Vec<Rc<DiskSlot>> {
         self.disks.borrow().values().cloned().collect()
@@ -143,7 +150,7 @@ impl Node {
         {
             return refused(Shown::Offline, "taken out of service by an operator");
         }
-        let device = self.open_device(path)?;
+        let device = open_patiently(&*self.options.opener, path).await.map_err(refusal)?;
         let probe = match self.probe(&*device).await {
             Ok(probe) => probe,
             Err(DiskOpenError::NotFormatted | DiskOpenError::HalfFormatted)
@@ -193,10 +200,7 @@ impl Node {
     }
 
     fn open_device(&self, path: &str) -> Result<Rc<dyn BlockDevice>, Refusal> {
-        self.options.opener.open(path, None).map_err(|error| match error {
-            OpenFailure::NotFound(_) => (Shown::Missing, error.to_string()),
-            other => (Shown::Failed, other.to_string()),
-        })
+        self.options.opener.open(path, None).map_err(refusal)
     }
 
     pub(super) async fn probe(

@@ -3,11 +3,13 @@
 //! A volume of the default pool is exported by its own name, every volume as `pool/name`. A
 //! request waits while the volume has no head (it is being taken over) and fails after a time.
 //! A read whose head stopped is made again by the next; a write is not, because it may have
-//! happened.
+//! happened. A read that fails while a disk is away is tried again until the disk is back or the
+//! time is over.
 
 use std::cell::Cell;
 use std::future::Future;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::{Instant, timeout};
@@ -23,6 +25,9 @@ use crate::volume::target::HeadTarget;
 /// Pool whose volumes are exported by their bare names too.
 pub const DEFAULT_POOL: &str = "default";
 
+/// Pause before a read that failed while a disk is away is tried again.
+const READ_RETRY: Duration = Duration::from_millis(250);
+
 /// What clients did with a volume since the node started.
 #[derive(Default)]
 pub(super) struct TargetStats {
@@ -34,14 +39,31 @@ pub(super) struct TargetStats {
 
 /// One attached client's view of a volume.
 struct Attachment {
+    node: Rc<Node>,
     slot: Rc<VolumeSlot>,
-    patience: std::time::Duration,
+    patience: Duration,
 }
 
 impl Attachment {
-    fn new(slot: Rc<VolumeSlot>, patience: std::time::Duration) -> Self {
+    fn new(node: Rc<Node>, slot: Rc<VolumeSlot>) -> Self {
         slot.attached.set(slot.attached.get() + 1);
-        Self { slot, patience }
+        let patience = node.options.head.io_timeout;
+        Self { node, slot, patience }
+    }
+
+    /// Reads, however long disks are away, within the patience.
+    async fn read_waiting(&self, offset: u64, len: usize) -> Result<Vec<Bytes>, TargetError> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            let answer = self.ask(|head| async move { head.read(offset, len).await }).await;
+            let waits = matches!(answer, Err(TargetError::Io(_)))
+                && Instant::now() < deadline
+                && self.node.slots().iter().any(|slot| !slot.is_online());
+            if !waits {
+                return answer;
+            }
+            tokio::time::sleep(READ_RETRY).await;
+        }
     }
 
     /// The head, once there is one that serves.
@@ -98,7 +120,7 @@ impl BlockTarget for Attachment {
     fn read(&self, offset: u64, len: usize) -> LocalFuture<'_, Result<Vec<Bytes>, TargetError>> {
         Box::pin(async move {
             let started = Instant::now();
-            let answer = self.ask(|head| async move { head.read(offset, len).await }).await;
+            let answer = self.read_waiting(offset, len).await;
             self.slot.stats.reads.observe(started.elapsed());
             if answer.is_ok() {
                 add(&self.slot.stats.read_bytes, len as u64);
@@ -174,12 +196,11 @@ impl ExportDirectory for Exports {
     }
 
     fn open(&self, name: &str) -> LocalFuture<'_, Option<Rc<dyn BlockTarget>>> {
-        let patience = self.0.options.head.io_timeout;
         let target = self
             .0
             .exported(name)
             .filter(|slot| !slot.closing.get())
-            .map(|slot| Rc::new(Attachment::new(slot, patience)) as Rc<dyn BlockTarget>);
+            .map(|slot| Rc::new(Attachment::new(self.0.clone(), slot)) as Rc<dyn BlockTarget>);
         Box::pin(std::future::ready(target))
     }
 }

@@ -4,12 +4,19 @@ use std::cell::RefCell;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use crate::buffer::AlignedBuf;
 use crate::disk::device::{BlockDevice, DeviceError, LocalFuture};
 use crate::disk::uring::{OpenError, OpenOptions, Ring, UringDevice};
+
+/// How long a device may be in use by another process when the node starts.
+const IN_USE_PATIENCE: Duration = Duration::from_secs(5);
+/// Pause between two tries to open it.
+const IN_USE_PAUSE: Duration = Duration::from_millis(10);
 
 /// Why a device could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -43,6 +50,23 @@ pub trait DeviceOpener {
     /// # Errors
     /// A sentence: the file is gone, or was cut.
     fn check(&self, path: &str, size: u64) -> Result<(), String>;
+}
+
+/// Opens a device that is there; the kernel may take a moment to close those of a process that was
+/// killed.
+pub(super) async fn open_patiently(
+    opener: &dyn DeviceOpener,
+    path: &str,
+) -> Result<Rc<dyn BlockDevice>, OpenFailure> {
+    let deadline = Instant::now() + IN_USE_PATIENCE;
+    loop {
+        match opener.open(path, None) {
+            Err(OpenFailure::InUse(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(IN_USE_PAUSE).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Block devices and files through `io_uring`.

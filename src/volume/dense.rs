@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 
 use super::head::{Head, HeadError, add, table_entry};
 use crate::buffer::AlignedBuf;
-use crate::id::{BLOCK_SIZE, Lsn};
+use crate::id::{BLOCK_SIZE, DiskId, Lsn};
 use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
@@ -219,6 +219,16 @@ impl Head {
     /// Seals the open data segment, if any.
     pub(super) fn close_open_dense(self: &Rc<Self>) {
         let open = self.dense.open.borrow_mut().take();
+        if let Some(open) = open {
+            self.close_dense(open);
+        }
+    }
+
+    /// Seals the open data segment if it has a shard on this disk.
+    pub(super) fn leave_dense(self: &Rc<Self>, disk: DiskId) {
+        let on_disk =
+            |data: &mut Rc<DataSegment>| data.segment.shards.iter().any(|s| s.disk == disk);
+        let open = self.dense.open.borrow_mut().take_if(on_disk);
         if let Some(open) = open {
             self.close_dense(open);
         }

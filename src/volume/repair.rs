@@ -11,19 +11,22 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::head::{Head, HeadError, State, add};
+use super::head::{Head, HeadError, Op, State, add};
 use super::segtab::{Segment, ShardRef};
+use super::walk;
 use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
 use crate::limits::RECORD_HEADER_BLOCKS_MAX;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::fetch::{FetchError, Source};
-use crate::segment::open::{CONTROL_PATIENCE, frame};
+use crate::segment::open::{CONTROL_PATIENCE, OpenSegment, frame};
 use crate::segment::record::Header;
 use crate::shard::disks::Target;
-use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass};
+use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass, VolumeOnDisk};
 
 /// Pause after a round that could not repair everything, unless a disk comes back.
 const PAUSE: Duration = Duration::from_millis(500);
+/// Pause between two looks whether a segment that was left is sealed.
+const SEAL_POLL: Duration = Duration::from_millis(10);
 
 /// Repairs whenever it is wanted, until the head stops.
 pub(super) async fn run(head: Rc<Head>) {
@@ -327,12 +330,96 @@ impl Head {
         Err(error.into())
     }
 
+    /// Leaves every open segment that has a shard on a disk which was or is away: the disk closed
+    /// that shard, so that nothing can be appended to it nor read from it until it is sealed.
+    fn leave(self: &Rc<Self>, disk: DiskId) {
+        self.leave_dense(disk);
+        let on_disk = |segment: &OpenSegment| segment.shards.iter().any(|s| s.disk == disk);
+        // Whoever makes a checkpoint now notices by itself.
+        if let Ok(_lock) = self.checkpoint_lock.try_lock() {
+            let mut state = self.state.borrow_mut();
+            if let Some(meta) = state.meta.take_if(|meta| on_disk(meta))
+                && let Some(entry) = state.table.segments.get_mut(&meta.id)
+            {
+                entry.sealed = true;
+                let blocks = entry.blocks;
+                drop(state);
+                self.seal_in_background(meta, blocks);
+            }
+        }
+        let log = self.state.borrow().log.as_ref().is_some_and(|log| on_disk(log));
+        if log && self.nothing_queued() {
+            // A record without content: its append fails, and the log goes on elsewhere.
+            self.enqueue(Op {
+                entries: vec![],
+                payload: vec![],
+                crcs: vec![],
+                class: SlotClass::Checkpoint,
+                generation: 0,
+                done: None,
+            });
+        }
+    }
+
+    /// Leaves the open segments of a disk and waits a while until they are sealed.
+    async fn leave_and_wait(self: &Rc<Self>, disk: DiskId) {
+        let open: Vec<SegmentId> = {
+            let state = self.state.borrow();
+            let open = state
+                .table
+                .segments
+                .values()
+                .filter(|s| !s.sealed && s.members.iter().any(|member| member.disk == disk));
+            open.map(|s| s.id).collect()
+        };
+        self.leave(disk);
+        let sealed = async {
+            let is_open = |id: &SegmentId| {
+                self.state.borrow().table.segments.get(id).is_some_and(|s| !s.sealed)
+            };
+            while open.iter().any(is_open) && self.is_serving() {
+                tokio::time::sleep(SEAL_POLL).await;
+            }
+        };
+        if tokio::time::timeout(CONTROL_PATIENCE, sealed).await.is_err() {
+            tracing::debug!(volume = %self.volume, %disk, "segments of a disk are open still");
+        }
+    }
+
+    /// Seals a shard that its disk closed, where it holds the whole segment; it counts again then.
+    async fn reseal(&self, id: SegmentId, index: usize) {
+        let Some(segment) = self.state.borrow().table.segments.get(&id).cloned() else { return };
+        let blocks = segment.blocks;
+        if !walk::seal_closed(&self.disks, self.authority, &segment, index, blocks, None).await {
+            return;
+        }
+        let mut state = self.state.borrow_mut();
+        if let Some(entry) = state.table.segments.get_mut(&id)
+            && entry.members.get(index) == segment.members.get(index)
+            && entry.blocks == blocks
+        {
+            entry.missing &= !(1 << index);
+        }
+    }
+
     /// Hears that a disk came back: what it holds intact counts again; the rest is repaired.
     pub async fn disk_returned(self: &Rc<Self>, disk: DiskId) {
+        self.leave_and_wait(disk).await;
         let Some(client) = self.disks.client(disk) else { return };
         let mirror = self.state.borrow().root.mirror();
         let fence = client.fence(self.authority, Some(mirror));
         let Ok(Ok(held)) = tokio::time::timeout(CONTROL_PATIENCE, fence).await else { return };
+        for (id, index) in self.take_stock(disk, &held) {
+            self.reseal(id, index).await;
+        }
+        self.repair_wanted.notify_one();
+        self.checkpoint_wanted.notify_one();
+        self.wake.notify_one();
+    }
+
+    /// Compares what a disk holds with the table; the shards that it closed and may hold whole.
+    fn take_stock(&self, disk: DiskId, held: &VolumeOnDisk) -> Vec<(SegmentId, usize)> {
+        let mut closed = Vec::new();
         let mut state = self.state.borrow_mut();
         let own = state.root.range.0;
         for info in &held.shards {
@@ -350,6 +437,9 @@ impl Head {
                         segment.missing &= !(1 << index);
                     } else if segment.sealed {
                         segment.missing |= 1 << index;
+                        if info.state == crate::shard::ShardState::Closed {
+                            closed.push((segment.id, index));
+                        }
                     }
                 }
                 None if info.spec.segment.0 < own => {
@@ -368,14 +458,13 @@ impl Head {
                 }
             }
         }
-        drop(state);
-        self.repair_wanted.notify_one();
-        self.checkpoint_wanted.notify_one();
-        self.wake.notify_one();
+        closed
     }
 
-    /// Hears that a disk is gone for longer: its shards are rebuilt elsewhere.
-    pub fn disk_lost(&self, disk: DiskId) {
+    /// Hears that a disk is gone for longer: its shards are rebuilt elsewhere. To be repeated while
+    /// the disk is away, because segments are sealed meanwhile.
+    pub fn disk_lost(self: &Rc<Self>, disk: DiskId) {
+        self.leave(disk);
         let mut state = self.state.borrow_mut();
         for segment in state.table.segments.values_mut() {
             for (index, member) in segment.members.iter().enumerate() {

@@ -416,7 +416,7 @@ impl Head {
         wait(self.submit(vec![entry], vec![], vec![], SlotClass::Checkpoint)).await
     }
 
-    fn nothing_queued(&self) -> bool {
+    pub(super) fn nothing_queued(&self) -> bool {
         let state = self.state.borrow();
         state.pending.is_empty() && state.queue.is_empty() && state.flights.is_empty()
     }

@@ -423,7 +423,7 @@ pub(super) async fn settle(
 }
 
 /// Seals a closed shard if it holds the first `blocks` blocks intact.
-async fn seal_closed(
+pub(super) async fn seal_closed(
     disks: &Disks,
     authority: Authority,
     segment: &Segment,

@@ -32,7 +32,7 @@ fn an_operators_day() {
     refused(&["volume", "resize", "mirror/db", "--size", "1M", "--yes"], "smaller");
     refused(&["pool", "create", "wide", "--ec", "16+4"], "needs 20 disks");
     refused(&["pool", "create", "n", "--replicas", "2", "--failure-domain", "node"], "one node");
-    refused(&["pool", "rm", "mirror", "--yes"], "holds volumes");
+    refused(&["pool", "rm", "mirror"], "holds volumes");
     refused(&["volume", "rm", "mirror/db"], "--yes");
 
     let attached = Client::attach(&node.nbd, "mirror/db").expect("it is exported");
@@ -41,11 +41,11 @@ fn an_operators_day() {
     node.wait_json("the client is gone", &["volume", "ls"], |_| {
         node.ctl_raw(&["volume", "rm", "mirror/db", "--yes"]).0
     });
-    node.wait_json("deleted everywhere", &["volume", "ls", "--pool", "mirror"], |volumes| {
+    node.wait_json("deleted everywhere", &["volume", "ls", "mirror"], |volumes| {
         volumes.as_array().is_some_and(Vec::is_empty)
     });
     assert!(Client::attach(&node.nbd, "mirror/db").is_err(), "it is exported no more");
-    node.ctl(&["pool", "rm", "mirror", "--yes"]);
+    node.ctl(&["pool", "rm", "mirror"]);
 
     let extra = dir.path().join("extra.img").display().to_string();
     node.ctl(&["disk", "add", &extra, "--size", "512M"]);

@@ -129,6 +129,10 @@ fn no_acknowledged_write_is_lost_by_a_kill() {
     for round in 0..rounds() {
         let args: &[&str] = if round == 0 { &SMALL } else { &[] };
         let node = Node::start(dir.path(), args);
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "the figure is printed, nothing depends on it"
+        )]
         let started = Instant::now();
         for owner in &mut owners {
             owner.verify(&node.nbd);
