@@ -28,6 +28,8 @@ pub struct Source {
     pub members: Vec<DiskId>,
     /// Bit `i`: shard `i` is not there or not whole.
     pub missing: u32,
+    /// Bit `i`: shard `i` is not read at all.
+    pub without: u32,
 }
 
 /// A shard that did not deliver, for the one who repairs.
@@ -84,6 +86,9 @@ impl Source {
         count: u32,
     ) -> Result<Bytes, Problem> {
         let disk = self.members[shard];
+        if self.without >> shard & 1 == 1 {
+            return Err(Problem::Disk(ShardError::Offline("left out".into())));
+        }
         let Some(client) = disks.client(disk) else {
             return Err(Problem::Disk(ShardError::Offline("down".into())));
         };

@@ -39,7 +39,8 @@ struct DataSegment {
     committed: Cell<u32>,
     failed: Cell<bool>,
     changed: Notify,
-    opened_logged: Cell<bool>,
+    /// Whether a record that tells of the segment was acknowledged.
+    announced: Rc<Cell<bool>>,
 }
 
 impl DataSegment {
@@ -94,9 +95,9 @@ impl Head {
     /// No segment can be opened.
     pub(super) async fn write_dense(
         self: &Rc<Self>,
-        payload: &Payload,
+        payload: Rc<Payload>,
         class: SlotClass,
-    ) -> Result<(Placed, Vec<Entry>), HeadError> {
+    ) -> Result<(Placed, Vec<Entry>, Rc<Cell<bool>>), HeadError> {
         loop {
             let blocks = u32::try_from(payload.crcs.len()).expect("bounded by its callers");
             let per_shard = blocks / u32::from(self.pool.scheme.data);
@@ -107,8 +108,15 @@ impl Head {
             if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&data.segment.id) {
                 entry.pins += runs;
             }
-            if self.append_dense(&data, start, need, payload).await {
-                return Ok(Self::placed(&data, start + need - per_shard, per_shard));
+            // A task of its own: whoever gives the request up must not leave a hole in the
+            // segment that everything after it waits for.
+            let (head, segment, content) = (self.clone(), data.clone(), payload.clone());
+            let append = tokio::task::spawn_local(async move {
+                head.append_dense(&segment, start, need, &content).await
+            });
+            if append.await.unwrap_or(false) {
+                let (placed, entries) = Self::placed(&data, start + need - per_shard, per_shard);
+                return Ok((placed, entries, data.announced.clone()));
             }
             if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&data.segment.id) {
                 entry.pins = entry.pins.saturating_sub(runs);
@@ -130,7 +138,7 @@ impl Head {
             })
             .collect();
         let mut entries = Vec::new();
-        if !data.opened_logged.replace(true) {
+        if !data.announced.get() {
             entries.push(Entry::Opened {
                 segment: segment.id,
                 data: segment.scheme.data,
@@ -189,7 +197,7 @@ impl Head {
             committed: Cell::new(0),
             failed: Cell::new(false),
             changed: Notify::new(),
-            opened_logged: Cell::new(false),
+            announced: Rc::default(),
         });
         *self.dense.open.borrow_mut() = Some(data.clone());
         Ok(data)

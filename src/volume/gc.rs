@@ -18,7 +18,7 @@ use super::head::{Head, HeadError, Op, add};
 use super::overlay::Target;
 use super::segtab::Segment;
 use crate::id::{BLOCK_SIZE, SegmentId};
-use crate::limits::{RECORD_ENTRIES_MAX, RECORD_HEADER_BLOCKS_MAX};
+use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
 use crate::segment::fetch::FetchError;
 use crate::segment::record::{Entry, Header};
@@ -103,19 +103,10 @@ impl Head {
         }
     }
 
+    /// The header of a record, from whichever shard yields it: headers are not part of the stripes.
     async fn victim_header(&self, segment: &Segment, at: u32) -> Result<Header, HeadError> {
-        let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).expect("small");
-        let addr = BlockAddr { segment: segment.id, block: at };
-        let data = self.fetch(addr, 1).await?;
-        let decoded = match Header::decode(&data) {
-            Ok(header) => Ok(header),
-            Err(_) if at + most <= segment.blocks => Header::decode(&self.fetch(addr, most).await?),
-            Err(error) => Err(error),
-        };
-        decoded.map_err(|error| {
-            let problem = format!("block {at}: {error}");
-            FetchError::TooFew { segment: segment.id, have: 0, need: 1, problem }.into()
-        })
+        let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
+        self.any_header(&source, segment, usize::MAX, at).await
     }
 
     /// Segments worth cleaning now, best first.
@@ -167,22 +158,31 @@ impl Head {
     async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
         let victims = self.victims();
         let mut emptied = 0;
+        let mut result = Ok(());
         for segment in victims {
-            let generation = self.state.borrow().generation;
-            let mut live = Vec::new();
-            let mut at = 0;
-            while at < segment.blocks {
-                let header = self.victim_header(&segment, at).await?;
-                self.live_of(&segment, &header, &mut live).await?;
-                at += header.blocks();
-                if live.len() >= MOVE_BLOCKS {
-                    self.move_live(std::mem::take(&mut live), generation).await?;
-                }
+            match self.empty(&segment).await {
+                Ok(()) => emptied += 1,
+                // The next one may be readable, or fit.
+                Err(error) => result = Err(error),
             }
-            self.move_live(live, generation).await?;
-            emptied += 1;
         }
-        Ok(emptied)
+        if emptied > 0 { Ok(emptied) } else { result.map(|()| 0) }
+    }
+
+    /// Moves what is live out of one segment.
+    async fn empty(self: &Rc<Self>, segment: &Segment) -> Result<(), HeadError> {
+        let generation = self.state.borrow().generation;
+        let mut live = Vec::new();
+        let mut at = 0;
+        while at < segment.blocks {
+            let header = self.victim_header(segment, at).await?;
+            self.live_of(segment, &header, &mut live).await?;
+            at += header.blocks();
+            if live.len() >= MOVE_BLOCKS {
+                self.move_live(std::mem::take(&mut live), generation).await?;
+            }
+        }
+        self.move_live(live, generation).await
     }
 
     /// The blocks of a record that the index still refers to.
@@ -252,8 +252,8 @@ impl Head {
             data.push(crate::buffer::AlignedBuf::zeroed(BLOCK_SIZE).freeze());
         }
         let crcs = data.iter().map(|d| crate::segment::checksum::raw_crc(d)).collect();
-        let (placed, mut entries) =
-            self.write_dense(&Payload { runs, data, crcs }, SlotClass::Gc).await?;
+        let (placed, mut entries, announced) =
+            self.write_dense(Rc::new(Payload { runs, data, crcs }), SlotClass::Gc).await?;
         let mut moves: Vec<Entry> = Vec::new();
         for (from, blocks, place) in placed {
             for i in 0..blocks {
@@ -274,7 +274,10 @@ impl Head {
             done: Some(done),
         });
         match receiver.await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => {
+                announced.set(true);
+                Ok(())
+            }
             _ => Err(HeadError::Append),
         }
     }
@@ -302,7 +305,8 @@ impl Head {
 fn batch(live: &[Live]) -> usize {
     let mut runs = 0;
     for (index, l) in live.iter().enumerate() {
-        let follows = index > 0 && live[index - 1].lba + 1 == l.lba;
+        let follows =
+            index > 0 && live[index - 1].lba + 1 == l.lba && live[index - 1].addr.plus(1) == l.addr;
         runs += usize::from(!follows);
         if runs > MOVE_RUNS || index == MOVE_BLOCKS {
             return index;

@@ -472,6 +472,7 @@ impl Head {
             scheme: s.scheme,
             members: s.members.iter().map(|m| m.disk).collect(),
             missing: s.missing,
+            without: 0,
         };
         Some((source, s.shard_blocks))
     }

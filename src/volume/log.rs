@@ -304,7 +304,17 @@ impl Writer {
         for op in skipped {
             state.unpin(&op.entries);
             state.pending_bytes -= op.bytes();
-            op.finish(Ok(()));
+            op.finish(Err(TargetError::Io("looked up in an older index".into())));
+            self.head.applied.notify_waiters();
+        }
+        if ops.is_empty()
+            && let Some(op) = state.pending.pop_front()
+        {
+            // It fits no record: a defect of whoever made it, but no reason to stand still.
+            state.unpin(&op.entries);
+            state.pending_bytes -= op.bytes();
+            op.finish(Err(TargetError::Io("the operation fits no record".into())));
+            return None;
         }
         if entries.is_empty() {
             // Nothing but barriers: they are done when what was formed before them is.
@@ -458,6 +468,7 @@ impl Writer {
                 for op in failed {
                     op.finish(Err(TargetError::NoSpace));
                 }
+                head.applied.notify_waiters();
                 false
             }
             Err(error @ OpenError::TooFewDomains { .. }) => {
@@ -475,6 +486,7 @@ impl Writer {
             for op in failed {
                 op.finish(Err(TargetError::Io(why.to_owned())));
             }
+            head.applied.notify_waiters();
         }
         // Whichever comes first; both only mean to try again.
         let changed = head.disks.changed.notified();
@@ -559,6 +571,14 @@ impl Head {
         let root = &state.root;
         let pairs = rules::pairs_in_use(&root.set, &root.former, state.root_in_force, None);
         if !rules::write_set_ok_in_all(&pairs, &write_set) {
+            let unused = table_entry(&segment).members;
+            let id = segment.id;
+            let this = self.this.clone();
+            tokio::task::spawn_local(async move {
+                if let Some(head) = this.upgrade() {
+                    head.discard(unused.into_iter().map(|shard| (id, shard)).collect());
+                }
+            });
             return Err(OpenError::TooFewDomains {
                 have: rules::domains_touched(&root.set, &write_set),
                 need: usize::from(root.set.width()),

@@ -19,7 +19,7 @@ use crate::limits::RECORD_HEADER_BLOCKS_MAX;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::fetch::{FetchError, Source};
 use crate::segment::open::{CONTROL_PATIENCE, OpenSegment, frame};
-use crate::segment::record::Header;
+use crate::segment::record::{Entry, Header};
 use crate::shard::disks::Target;
 use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass, VolumeOnDisk};
 
@@ -104,6 +104,11 @@ impl Head {
                 _ => return Ok(false),
             }
         };
+        self.reseal(id, shard).await;
+        let whole = |s: &Segment| s.missing >> shard & 1 == 0;
+        if self.state.borrow().table.segments.get(&id).is_none_or(whole) {
+            return Ok(true);
+        }
         let Some(target) = self.repair_target(&segment, shard) else {
             return self.give_up_in_place(&segment, shard).await;
         };
@@ -124,6 +129,7 @@ impl Head {
         };
         let old = std::mem::replace(&mut entry.members[shard], new);
         entry.missing &= !(1 << shard);
+        state.table.freed.remove(&(id, new));
         if !old.disk.is_nil() {
             state.table.freed.insert((id, old));
         }
@@ -189,6 +195,8 @@ impl Head {
         };
         let remains = held.shards.iter().find(|info| info.spec.segment == segment.id);
         if let Some(info) = remains {
+            // Whatever only this shard holds would be lost with it.
+            self.others_suffice(segment, shard).await?;
             let shard_there = ShardRef { disk: old.disk, creation: info.spec.creation };
             {
                 let mut state = self.state.borrow_mut();
@@ -230,6 +238,22 @@ impl Head {
             add(&self.stats.rebuilt_shards, 1);
         }
         Ok(true)
+    }
+
+    /// Reads everything that a shard is to hold from the others.
+    async fn others_suffice(&self, segment: &Segment, shard: usize) -> Result<(), HeadError> {
+        let (mut source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
+        source.without |= 1 << shard;
+        let mut at = 0;
+        while at < segment.blocks {
+            let header = self.any_header(&source, segment, shard, at).await?;
+            let first = at + header.header_blocks;
+            if header.payload_blocks > 0 {
+                source.read(&self.disks, shard, first, header.payload_blocks, &mut |_| ()).await?;
+            }
+            at += header.blocks();
+        }
+        Ok(())
     }
 
     /// Creates, fills and seals a shard.
@@ -304,7 +328,7 @@ impl Head {
     }
 
     /// The header of the record at block `at`, from any shard but the one to be rebuilt.
-    async fn any_header(
+    pub(super) async fn any_header(
         &self,
         source: &Source,
         segment: &Segment,
@@ -351,7 +375,7 @@ impl Head {
         if log && self.nothing_queued() {
             // A record without content: its append fails, and the log goes on elsewhere.
             self.enqueue(Op {
-                entries: vec![],
+                entries: vec![Entry::Zero { lba: 0, blocks: 0, allocated: false }],
                 payload: vec![],
                 crcs: vec![],
                 class: SlotClass::Checkpoint,
@@ -442,7 +466,7 @@ impl Head {
                         }
                     }
                 }
-                None if info.spec.segment.0 < own => {
+                None if info.spec.segment.0 < own && info.epoch < self.authority.epoch => {
                     state.table.freed.insert((info.spec.segment, there));
                 }
                 None => {}

@@ -62,6 +62,10 @@ pub enum TakeOverError {
         /// The highest acknowledged one.
         acked: Lsn,
     },
+    /// Disks were fenced but then did not yield their records, and one of them could hold the end
+    /// of the log.
+    #[error("disks {0:?} do not yield the records they hold")]
+    Unread(BTreeSet<DiskId>),
     /// A later step failed.
     #[error(transparent)]
     Head(#[from] HeadError),
@@ -82,8 +86,8 @@ pub async fn take_over(
 ) -> Result<Rc<Head>, TakeOverError> {
     let (root, revision, released) = claim(&context, volume).await?;
     let authority = Authority { volume, epoch: root.epoch, head: root.head };
-    let (listing, fenced_at) = fence_all(&context, authority, &root, waiting).await;
-    let head = recover(context, authority, root, revision, size, listing).await?;
+    let (listing, fenced, fenced_at) = fence_all(&context, authority, &root, waiting).await;
+    let head = recover(context, authority, (root, revision), size, (listing, fenced)).await?;
     head.checkpoint_until_done().await?;
     if !released && !bug(Bug::ServeBeforeLease) {
         tokio::time::sleep_until(fenced_at + head.config.lease.mul_f64(1.25)).await;
@@ -132,7 +136,7 @@ async fn fence_all(
     authority: Authority,
     root: &Root,
     waiting: &dyn Fn(&str),
-) -> (Listing, Instant) {
+) -> (Listing, BTreeSet<DiskId>, Instant) {
     let mut listing = Listing::new();
     let mut answered: BTreeSet<DiskId> = BTreeSet::new();
     let mut tries = 0;
@@ -151,7 +155,7 @@ async fn fence_all(
         }
         let enough = rules::fenced_enough(&root.set, &answered) || bug(Bug::SkipFence);
         if enough && rules::in_force(&root.set, &root.former, &answered) {
-            return (listing, Instant::now());
+            return (listing, answered, Instant::now());
         }
         tries += 1;
         if tries % 10 == 1 {
@@ -194,10 +198,9 @@ async fn fence_one(
 async fn recover(
     context: HeadContext,
     authority: Authority,
-    root: Root,
-    revision: u64,
+    (root, revision): (Root, u64),
     size: u64,
-    listing: Listing,
+    (listing, fenced): (Listing, BTreeSet<DiskId>),
 ) -> Result<Rc<Head>, TakeOverError> {
     let mut listing = listing;
     let void = take_void(&mut listing, &root);
@@ -256,7 +259,7 @@ async fn recover(
     head.finish_deletions(&checkpoint).await?;
     head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
     let log = snapshot.log.unwrap_or_default();
-    let replay = head.replay(listing, snapshot.epoch, log).await?;
+    let replay = head.replay(listing, &fenced, snapshot.epoch, log).await?;
     let lengths = &replay.lengths;
     head.settle_kind(listing, SegmentKind::Data, &checkpoint, lengths).await;
     head.settle_kind(listing, SegmentKind::Log, &checkpoint, lengths).await;
@@ -401,12 +404,19 @@ impl Head {
     async fn replay(
         &self,
         listing: &Listing,
+        fenced: &BTreeSet<DiskId>,
         epoch: Epoch,
         from: (SegmentId, u32),
     ) -> Result<Replay, TakeOverError> {
         let start = self.state.borrow().acked;
         let replay = walk::replay(self, listing, epoch, from, start).await;
-        let acked = replay.acked;
+        let read = fenced - &replay.unread;
+        if !rules::heard_enough(&self.state.borrow().root.set, fenced, &read)
+            && !bug(Bug::SkipFence)
+        {
+            return Err(TakeOverError::Unread(replay.unread));
+        }
+        let acked = if replay.cut { replay.acked.max(replay.end.next()) } else { replay.acked };
         if acked > replay.end && !bug(Bug::AckedLsnIgnored) {
             return Err(TakeOverError::Damaged { end: replay.end, acked });
         }

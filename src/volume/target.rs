@@ -205,15 +205,8 @@ impl Head {
     async fn write_part(&self, lba: u64, from: usize, patch: &[u8]) -> Result<(), TargetError> {
         self.admit().await?;
         self.state.borrow_mut().chains.entry(lba).or_default().users += 1;
-        let result = self.write_part_chained(lba, from, patch).await;
-        let mut state = self.state.borrow_mut();
-        if let Some(chain) = state.chains.get_mut(&lba) {
-            chain.users -= 1;
-            if chain.users == 0 {
-                state.chains.remove(&lba);
-            }
-        }
-        result
+        let _user = ChainUser { head: self, lba };
+        self.write_part_chained(lba, from, patch).await
     }
 
     async fn write_part_chained(
@@ -303,8 +296,10 @@ impl Head {
         self.admit().await?;
         let blocks = u32::try_from(data.len() / BLOCK_SIZE).expect("bounded by its caller");
         let crcs = raw_crcs(&data).collect();
-        let payload = Payload { runs: vec![(lba, blocks)], data: vec![data.clone()], crcs };
-        let (placed, mut entries) = match self.write_dense(&payload, SlotClass::Client).await {
+        let payload =
+            Rc::new(Payload { runs: vec![(lba, blocks)], data: vec![data.clone()], crcs });
+        let written = self.write_dense(payload, SlotClass::Client).await;
+        let (placed, mut entries, announced) = match written {
             Ok(written) => written,
             // Without enough domains for a stripe, the log still takes the write.
             Err(HeadError::Open(OpenError::TooFewDomains { .. } | OpenError::NoSpace)) => {
@@ -318,7 +313,9 @@ impl Head {
         self.pin_entries(&entries, usize::from(self.pool.scheme.data));
         // The chains see the content here, where the order of the write is decided.
         self.update_chains(&[Entry::Write { lba, blocks }], std::slice::from_ref(&data));
-        wait(self.submit(entries, vec![], vec![], SlotClass::Client)).await
+        wait(self.submit(entries, vec![], vec![], SlotClass::Client)).await?;
+        announced.set(true);
+        Ok(())
     }
 
     async fn write_to_log(&self, lba: u64, data: &Bytes) -> Result<(), TargetError> {
@@ -448,6 +445,24 @@ impl Head {
         }
         out.truncate(max);
         Ok(out)
+    }
+}
+
+/// A write that uses the chain of a block, until it ends or is given up.
+struct ChainUser<'a> {
+    head: &'a Head,
+    lba: u64,
+}
+
+impl Drop for ChainUser<'_> {
+    fn drop(&mut self) {
+        let mut state = self.head.state.borrow_mut();
+        if let Some(chain) = state.chains.get_mut(&self.lba) {
+            chain.users -= 1;
+            if chain.users == 0 {
+                state.chains.remove(&self.lba);
+            }
+        }
     }
 }
 

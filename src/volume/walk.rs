@@ -18,7 +18,9 @@ use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::record::{Entry, Header};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, Scheme, SegmentKind, ShardClient, ShardInfo, ShardState};
+use crate::shard::{
+    Authority, Scheme, SegmentKind, ShardClient, ShardError, ShardInfo, ShardState,
+};
 
 /// Blocks read ahead of a walk.
 const WINDOW_BLOCKS: u32 = 256;
@@ -33,11 +35,21 @@ pub(super) struct Raw {
     volume: VolumeId,
     segment: SegmentId,
     window: (u32, Bytes),
+    /// The disk, if it did not yield what was asked of it.
+    unreadable: Option<DiskId>,
+    disk: DiskId,
 }
 
 impl Raw {
     pub(super) fn new(disks: &Disks, volume: VolumeId, segment: SegmentId, disk: DiskId) -> Self {
-        Self { client: disks.client(disk), volume, segment, window: (0, Bytes::new()) }
+        Self {
+            client: disks.client(disk),
+            volume,
+            segment,
+            window: (0, Bytes::new()),
+            unreadable: None,
+            disk,
+        }
     }
 
     /// `count` blocks from `block`; none if they cannot be read.
@@ -45,22 +57,33 @@ impl Raw {
         let (start, data) = &self.window;
         let have = u32::try_from(data.len() / BLOCK_SIZE).ok()?;
         if block < *start || block + count > start + have {
-            let client = self.client.clone()?;
+            let Some(client) = self.client.clone() else {
+                self.unreadable = Some(self.disk);
+                return None;
+            };
             // A window may reach beyond the slot or into a bad sector: then just what is needed.
-            let mut found = None;
+            let (mut found, mut silent) = (None, false);
             for want in [count.max(WINDOW_BLOCKS), count] {
                 let read = client.read_raw(self.volume, self.segment, block, want);
-                match tokio::time::timeout(PATIENCE, read).await {
+                silent = match tokio::time::timeout(PATIENCE, read).await {
                     Ok(Ok(reply)) => {
                         found = Some(reply.data);
                         break;
                     }
-                    other => {
-                        tracing::trace!(segment = %self.segment, block, want, ?other, "raw read");
-                    }
-                }
+                    // The slot ends there, or the disk has no such shard: that is an answer.
+                    Ok(Err(
+                        ShardError::WrongLength(_) | ShardError::Gone | ShardError::Invalid(_),
+                    )) => false,
+                    _ => true,
+                };
             }
-            self.window = (block, found?);
+            let Some(found) = found else {
+                if silent {
+                    self.unreadable = Some(self.disk);
+                }
+                return None;
+            };
+            self.window = (block, found);
         }
         let from = (block - self.window.0) as usize * BLOCK_SIZE;
         Some(self.window.1.slice(from..from + count as usize * BLOCK_SIZE))
@@ -96,6 +119,10 @@ pub(super) struct Replay {
     pub(super) end: Lsn,
     /// The highest acknowledged record that any header names.
     pub(super) acked: Lsn,
+    /// A segment that ends, says its successor, beyond what could be read.
+    pub(super) cut: bool,
+    /// Disks that did not yield all that was asked of them where the log seems to end.
+    pub(super) unread: BTreeSet<DiskId>,
     /// Settled lengths: of log segments as walked, of data segments as referred to.
     pub(super) lengths: BTreeMap<SegmentId, u32>,
 }
@@ -149,10 +176,12 @@ pub(super) async fn replay(
         let held = &listing[&id];
         let sealed =
             held.values().find(|info| info.state == ShardState::Sealed).map(|info| info.blocks);
-        let end = closed.get(&id).copied().or(sealed);
+        let closure = closed.get(&id).copied();
+        let end = closure.or(sealed);
         head.know_log(id, held);
         let begin = if id == from.0 { from.1 } else { 0 };
-        let walked = walk_log(head, id, held, epoch, (begin, end), &mut replay).await;
+        let walked =
+            walk_log(head, id, held, epoch, (begin, end, closure.is_some()), &mut replay).await;
         tracing::debug!(segment = %id, begin, ?end, walked, end_lsn = %replay.end, "log segment walked");
         replay.lengths.insert(id, walked);
     }
@@ -190,10 +219,10 @@ async fn walk_log(
     id: SegmentId,
     held: &BTreeMap<DiskId, ShardInfo>,
     epoch: Epoch,
-    bounds: (u32, Option<u32>),
+    bounds: (u32, Option<u32>, bool),
     replay: &mut Replay,
 ) -> u32 {
-    let (begin, end) = bounds;
+    let (begin, end, acknowledged) = bounds;
     let scheme = Scheme { data: 1, parity: 0 };
     let mut members = Members {
         raws: held.keys().map(|d| Raw::new(&head.disks, head.volume, id, *d)).collect(),
@@ -201,8 +230,13 @@ async fn walk_log(
     };
     let mut at = begin;
     while end.is_none_or(|end| at < end) {
-        // What has a settled end was acknowledged; its content is verified when it is read.
-        let Some(header) = members.record(at, end.is_none()).await else { break };
+        // What lies below an end that a later record names was acknowledged; its content is
+        // verified when it is read. An end that a shard was sealed at proves less.
+        let Some(header) = members.record(at, !acknowledged).await else {
+            replay.unread.extend(members.raws.iter().filter_map(|raw| raw.unreadable));
+            replay.cut |= acknowledged;
+            break;
+        };
         let same = header.epoch == epoch || bug(Bug::ReplayOtherEpoch);
         if header.kind != SegmentKind::Log || !same {
             break;
