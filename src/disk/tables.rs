@@ -15,6 +15,7 @@ use crate::disk::geometry::Geometry;
 use crate::disk::stats::SlotCounts;
 use crate::disk::writer::Writer;
 use crate::id::{DiskId, Epoch, HeadId, SegmentId, VolumeId};
+use crate::planted::{Bug, bug};
 use crate::shard::{
     Authority, Mirror, ShardError, ShardInfo, ShardResult, ShardSpec, ShardState, SlotClass,
     VolumeFence, VolumeOnDisk,
@@ -162,7 +163,10 @@ impl Tables {
             Ok(None) => {
                 self.volume_pages_free.insert(page);
             }
-            Ok(Some(record)) => {
+            Ok(Some(mut record)) => {
+                if bug(Bug::ForgetFence) {
+                    record.epoch = Epoch::new(1, 0);
+                }
                 let volume = record.volume;
                 let entry = Volume { page, record, forgotten: false };
                 if let Some(other) = self.volumes.insert(volume, entry) {
@@ -356,7 +360,7 @@ impl Tables {
     /// Puts a slot into the free list if its entry is cleared and nothing pins it.
     pub(super) fn release_if_idle(&mut self, number: u32) {
         let slot = &mut self.slots[number as usize];
-        if slot.phase == Phase::Freed && slot.pins == 0 {
+        if slot.phase == Phase::Freed && (slot.pins == 0 || bug(Bug::ReuseBeforeReap)) {
             *slot = Slot::new(Phase::Free);
             self.free.insert(number);
         }
