@@ -32,6 +32,8 @@ pub struct Link {
     pub mute: Cell<bool>,
     /// Longest delay of a request, and of an answer.
     pub delay: Cell<Duration>,
+    /// The longest delay while nothing is wrong.
+    pub usual_delay: Cell<Duration>,
     /// Of what was held back, half is lost when the link heals.
     pub lossy: Cell<bool>,
     healed: Notify,
@@ -43,7 +45,7 @@ impl Link {
         self.control_cut.set(false);
         self.reads_cut.set(false);
         self.mute.set(false);
-        self.delay.set(Duration::ZERO);
+        self.delay.set(self.usual_delay.get());
         self.healed.notify_waiters();
     }
 

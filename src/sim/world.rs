@@ -149,6 +149,10 @@ impl World {
     /// A node that reaches every open disk.
     pub fn node(&self) -> Rc<Node> {
         let node = Rc::new(Node::default());
+        if self.env.chance(1, 3) {
+            node.link.usual_delay.set(Duration::from_millis(1 + self.env.random_below(15)));
+            node.link.heal();
+        }
         (0..self.ids.len()).for_each(|index| self.connect(&node, index));
         node
     }

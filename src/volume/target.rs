@@ -255,7 +255,7 @@ impl Head {
             entries: vec![],
             payload: vec![],
             crcs: vec![],
-            class: SlotClass::Checkpoint,
+            class: SlotClass::Trim,
             generation: 0,
             done: None,
         };
@@ -413,7 +413,7 @@ impl Head {
             }
         }
         let entry = Entry::Zero { lba, blocks, allocated: !unmap };
-        wait(self.submit(vec![entry], vec![], vec![], SlotClass::Checkpoint)).await
+        wait(self.submit(vec![entry], vec![], vec![], SlotClass::Trim)).await
     }
 
     fn nothing_queued(&self) -> bool {
