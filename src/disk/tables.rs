@@ -347,9 +347,9 @@ impl Tables {
     /// Takes a free slot if the class may have one, leaving the reserves of higher classes.
     fn take_slot(&mut self, class: SlotClass) -> ShardResult<u32> {
         let reserve = match class {
-            SlotClass::Client => (self.geometry.slots * 6 / 100).max(7),
-            SlotClass::Gc => (self.geometry.slots * 3 / 100).max(5),
-            SlotClass::Trim => (self.geometry.slots / 100).max(3),
+            SlotClass::Client => (self.geometry.slots * 6 / 100).max(12),
+            SlotClass::Gc => (self.geometry.slots * 3 / 100).max(8),
+            SlotClass::Trim => (self.geometry.slots / 100).max(2),
             SlotClass::Checkpoint => 0,
         };
         if self.free.len() <= reserve as usize {

@@ -225,7 +225,7 @@ fn slot_classes_leave_reserves() {
             assert_eq!(fill(class).await, ShardError::NoSpace);
             left.push(disk.info().expect("online").slots_free);
         }
-        assert_eq!(left, [7, 5, 3, 0]);
+        assert_eq!(left, [12, 8, 2, 0]);
         disk.check().expect("invariants");
     });
 }

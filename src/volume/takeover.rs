@@ -62,6 +62,12 @@ pub enum TakeOverError {
         /// The highest acknowledged one.
         acked: Lsn,
     },
+    /// No disk that holds the rest of a log segment answers.
+    #[error("the rest of log segment {segment} cannot be read: disks are missing")]
+    Unheard {
+        /// The segment.
+        segment: SegmentId,
+    },
     /// A later step failed.
     #[error(transparent)]
     Head(#[from] HeadError),
@@ -408,6 +414,9 @@ impl Head {
         let start = self.state.borrow().acked;
         let replay = walk::replay(self, listing, epoch, from, start).await;
         let acked = replay.acked;
+        if let Some(segment) = replay.unheard {
+            return Err(TakeOverError::Unheard { segment });
+        }
         if acked > replay.end && !bug(Bug::FenceTooFew) {
             return Err(TakeOverError::Damaged { end: replay.end, acked });
         }

@@ -18,7 +18,9 @@ use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::record::{Entry, Header};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, Scheme, SegmentKind, ShardClient, ShardInfo, ShardState};
+use crate::shard::{
+    Authority, Scheme, SegmentKind, ShardClient, ShardError, ShardInfo, ShardState,
+};
 
 /// Blocks read ahead of a walk.
 const WINDOW_BLOCKS: u32 = 256;
@@ -33,11 +35,14 @@ pub(super) struct Raw {
     volume: VolumeId,
     segment: SegmentId,
     window: (u32, Bytes),
+    /// The last read failed in a way that says nothing of what is there.
+    silent: bool,
 }
 
 impl Raw {
     pub(super) fn new(disks: &Disks, volume: VolumeId, segment: SegmentId, disk: DiskId) -> Self {
-        Self { client: disks.client(disk), volume, segment, window: (0, Bytes::new()) }
+        let window = (0, Bytes::new());
+        Self { client: disks.client(disk), volume, segment, window, silent: false }
     }
 
     /// `count` blocks from `block`; none if they cannot be read.
@@ -45,6 +50,7 @@ impl Raw {
         let (start, data) = &self.window;
         let have = u32::try_from(data.len() / BLOCK_SIZE).ok()?;
         if block < *start || block + count > start + have {
+            self.silent = true;
             let client = self.client.clone()?;
             // A window may reach beyond the slot or into a bad sector: then just what is needed.
             let mut found = None;
@@ -56,12 +62,15 @@ impl Raw {
                         break;
                     }
                     other => {
+                        // Beyond the slot there is no record, for sure.
+                        self.silent = !matches!(other, Ok(Err(ShardError::WrongLength(_))));
                         tracing::trace!(segment = %self.segment, block, want, ?other, "raw read");
                     }
                 }
             }
             self.window = (block, found?);
         }
+        self.silent = false;
         let from = (block - self.window.0) as usize * BLOCK_SIZE;
         Some(self.window.1.slice(from..from + count as usize * BLOCK_SIZE))
     }
@@ -96,6 +105,8 @@ pub(super) struct Replay {
     pub(super) end: Lsn,
     /// The highest acknowledged record that any header names.
     pub(super) acked: Lsn,
+    /// A log segment that ends, as far as anybody answered, before it may have ended.
+    pub(super) unheard: Option<SegmentId>,
     /// Settled lengths: of log segments as walked, of data segments as referred to.
     pub(super) lengths: BTreeMap<SegmentId, u32>,
 }
@@ -202,7 +213,14 @@ async fn walk_log(
     let mut at = begin;
     while end.is_none_or(|end| at < end) {
         // What has a settled end was acknowledged; its content is verified when it is read.
-        let Some(header) = members.record(at, end.is_none()).await else { break };
+        let Some(header) = members.record(at, end.is_none()).await else {
+            // A member that answers and has no record proves that it was not committed. Without
+            // one, or before the settled end, the rest is out of reach and not missing.
+            if end.is_some() || members.raws.iter().all(|raw| raw.silent) {
+                replay.unheard.get_or_insert(id);
+            }
+            break;
+        };
         let same = header.epoch == epoch || bug(Bug::ReplayOtherEpoch);
         if header.kind != SegmentKind::Log || !same {
             break;
