@@ -24,7 +24,7 @@ pub enum Bug {
     ServeBeforeLease,
     MoveIgnoresNewer,
     ParityOfOldStripe,
-    AckedLsnIgnored,
+    FenceTooFew,
 }
 
 impl Bug {
@@ -47,7 +47,7 @@ impl Bug {
         Self::ServeBeforeLease,
         Self::MoveIgnoresNewer,
         Self::ParityOfOldStripe,
-        Self::AckedLsnIgnored,
+        Self::FenceTooFew,
     ];
 }
 

@@ -162,7 +162,9 @@ impl Disk {
     ) -> impl Future<Output = Result<(), DeviceError>> + 'static {
         let disk = self.clone();
         disk.writes_in_flight.set(disk.writes_in_flight.get() + 1);
-        let write = disk.device.write(offset, data, true);
+        let append = offset >= disk.geometry.block_offset(0, 0);
+        let durable = !(append && crate::planted::bug(crate::planted::Bug::DropDurability));
+        let write = disk.device.write(offset, data, durable);
         async move {
             let result = write.await;
             disk.writes_in_flight.set(disk.writes_in_flight.get() - 1);

@@ -14,6 +14,7 @@ use crate::disk::tables::{Phase, Placed, page_of_slot};
 use crate::disk::writer::Writer;
 use crate::disk::{Disk, detached};
 use crate::id::{BLOCK_SIZE, SegmentId, VolumeId};
+use crate::planted::{Bug, bug};
 use crate::shard::{
     Append, Authority, LocalFuture, ReadReply, ShardError, ShardResult, ShardSpec, ShardState,
     SlotClass,
@@ -35,7 +36,8 @@ impl Pin {
 impl Drop for Pin {
     fn drop(&mut self) {
         let mut tables = self.disk.tables.borrow_mut();
-        tables.slots[self.slot as usize].pins -= 1;
+        let pins = &mut tables.slots[self.slot as usize].pins;
+        *pins = if bug(Bug::ReuseBeforeReap) { pins.saturating_sub(1) } else { *pins - 1 };
         tables.release_if_idle(self.slot);
     }
 }
@@ -182,7 +184,9 @@ impl Disk {
         let pin = Pin::new(&self, number);
         let crcs = checksums_to_seal(&record, writer.as_deref(), blocks, crcs).await?;
         let tenant = Tenant::new(&record.spec, blocks);
-        self.write_checksums(number, &tenant, &crcs).await?;
+        if !bug(Bug::SkipChecksumAreaOnSeal) {
+            self.write_checksums(number, &tenant, &crcs).await?;
+        }
         let (_, record, _) = self.find_to_seal(authority, segment, creation)?;
         let sealed = ShardRecord { state: ShardState::Sealed, blocks, ..(*record).clone() };
         {

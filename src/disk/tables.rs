@@ -15,6 +15,7 @@ use crate::disk::geometry::Geometry;
 use crate::disk::stats::SlotCounts;
 use crate::disk::writer::Writer;
 use crate::id::{DiskId, Epoch, HeadId, SegmentId, VolumeId};
+use crate::planted::{Bug, bug};
 use crate::shard::{
     Authority, Mirror, ShardError, ShardInfo, ShardResult, ShardSpec, ShardState, SlotClass,
     VolumeFence, VolumeOnDisk,
@@ -162,7 +163,10 @@ impl Tables {
             Ok(None) => {
                 self.volume_pages_free.insert(page);
             }
-            Ok(Some(record)) => {
+            Ok(Some(mut record)) => {
+                if bug(Bug::ForgetFence) {
+                    record.epoch = Epoch::new(1, 0);
+                }
                 let volume = record.volume;
                 let entry = Volume { page, record, forgotten: false };
                 if let Some(other) = self.volumes.insert(volume, entry) {
@@ -343,8 +347,9 @@ impl Tables {
     /// Takes a free slot if the class may have one, leaving the reserves of higher classes.
     fn take_slot(&mut self, class: SlotClass) -> ShardResult<u32> {
         let reserve = match class {
-            SlotClass::Client => (self.geometry.slots * 6 / 100).max(4),
-            SlotClass::Gc => (self.geometry.slots * 3 / 100).max(2),
+            SlotClass::Client => (self.geometry.slots * 6 / 100).max(12),
+            SlotClass::Gc => (self.geometry.slots * 3 / 100).max(8),
+            SlotClass::Trim => (self.geometry.slots / 100).max(2),
             SlotClass::Checkpoint => 0,
         };
         if self.free.len() <= reserve as usize {
@@ -356,7 +361,7 @@ impl Tables {
     /// Puts a slot into the free list if its entry is cleared and nothing pins it.
     pub(super) fn release_if_idle(&mut self, number: u32) {
         let slot = &mut self.slots[number as usize];
-        if slot.phase == Phase::Freed && slot.pins == 0 {
+        if slot.phase == Phase::Freed && (slot.pins == 0 || bug(Bug::ReuseBeforeReap)) {
             *slot = Slot::new(Phase::Free);
             self.free.insert(number);
         }

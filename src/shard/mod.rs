@@ -130,7 +130,9 @@ pub enum SlotClass {
     Client,
     /// Garbage collection and repair.
     Gc,
-    /// Checkpoints, and the log records that trims need.
+    /// Log records that trims need, and those that must be written again elsewhere.
+    Trim,
+    /// Checkpoints: without room for one, nothing could ever be freed, nor the volume taken over.
     Checkpoint,
 }
 

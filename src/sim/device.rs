@@ -109,6 +109,8 @@ struct Inner {
     latent_errors: BTreeSet<u64>,
     misdirect: Option<u64>,
     lose_writes: u64,
+    /// The next write from this offset on takes so much longer.
+    stuck_write: Option<(u64, Duration)>,
     counts: FaultCounts,
 }
 
@@ -147,6 +149,7 @@ impl SimDevice {
             latent_errors: BTreeSet::new(),
             misdirect: None,
             lose_writes: 0,
+            stuck_write: None,
             counts: FaultCounts::default(),
         };
         let (changed, inner) = (Notify::new(), RefCell::new(inner));
@@ -232,6 +235,11 @@ impl SimDevice {
     /// The next `count` writes go nowhere and report success.
     pub fn lose_next_writes(&self, count: u64) {
         self.with(|inner, _| inner.lose_writes = count);
+    }
+
+    /// The next write at `from` or beyond takes `time` longer than it would.
+    pub fn delay_next_write(&self, from: u64, time: Duration) {
+        self.with(|inner, _| inner.stuck_write = Some((from, time)));
     }
 
     /// Operations that start from now on take `factor` times as long; 1 is normal.
@@ -348,7 +356,14 @@ impl SimDevice {
         let id = inner.operations_started;
         inner.operations_started += 1;
         let outcome = Outcome::default();
-        let due = (!inner.hung).then(|| Instant::now() + latency * inner.slow);
+        let stuck = match (&work, inner.stuck_write) {
+            (Work::Write { offset, .. }, Some((from, time))) if *offset >= from => {
+                inner.stuck_write = None;
+                time
+            }
+            _ => Duration::ZERO,
+        };
+        let due = (!inner.hung).then(|| Instant::now() + latency * inner.slow + stuck);
         match due {
             Some(at) => drop(inner.due.insert((at, id))),
             None => inner.counts.hung_operations += 1,

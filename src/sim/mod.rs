@@ -1,7 +1,10 @@
 //! The simulation: the real code of a node on simulated devices, in virtual time, from one seed.
 
+pub mod client;
 pub mod device;
+mod ends;
 mod nemesis;
 pub mod oracle;
+mod rivals;
 pub mod run;
 pub mod world;

@@ -3,55 +3,61 @@
 //! At most `m` disks are hurt at a time, counted until repair has made their content whole again,
 //! so that what strikes never exceeds what the redundancy must survive.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::run::Nemesis;
+use super::rivals::restart_disks;
+use super::run::Context;
+use crate::disk::Geometry;
 
 /// Strikes at random until the life ends.
-pub(super) async fn run(nemesis: Nemesis) {
-    let env = nemesis.env().clone();
-    while !nemesis.stopped() {
+pub(super) async fn run(context: Rc<Context>) {
+    let env = context.env.clone();
+    while !context.stop.get() {
         sleep(Duration::from_millis(20 + env.random_below(400))).await;
-        if nemesis.stopped() {
+        if context.stop.get() {
             return;
         }
-        match env.random_below(8) {
-            0 => store(&nemesis),
-            1..=2 => heal(&nemesis).await,
-            _ => strike(&nemesis),
+        match env.random_below(32) {
+            0..=3 => store(&context),
+            4..=11 => heal(&context).await,
+            12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
+            13 => go_beyond(&context).await,
+            _ => strike(&context),
         }
     }
 }
 
-fn pick(nemesis: &Nemesis, n: usize) -> usize {
-    usize::try_from(nemesis.env().random_below(n as u64)).expect("small")
+fn pick(context: &Context, n: usize) -> usize {
+    usize::try_from(context.env.random_below(n as u64)).expect("small")
 }
 
-/// Faults of the metadata store.
-fn store(nemesis: &Nemesis) {
-    let faults = &nemesis.world().faults;
-    let env = nemesis.env();
+/// Faults between a node and the metadata store.
+fn store(context: &Context) {
+    let nodes = context.nodes.borrow().clone();
+    let faults = &nodes[pick(context, nodes.len())].faults;
+    let env = &context.env;
     if env.chance(1, 2) {
         faults.heal();
         return;
     }
     match env.random_below(4) {
         0 => {
-            nemesis.cover("store away");
+            context.cover_noted("store away");
             faults.unavailable.set(true);
         }
         1 => {
-            nemesis.cover("store outcome unknown, applied");
+            context.cover_noted("store outcome unknown, applied");
             faults.unknown_applied.set(300);
         }
         2 => {
-            nemesis.cover("store outcome unknown, lost");
+            context.cover_noted("store outcome unknown, lost");
             faults.unknown_lost.set(300);
         }
         _ => {
-            nemesis.cover("store outcome unknown, late");
+            context.cover_noted("store outcome unknown, late");
             faults.unknown_late.set(300);
             faults.late.set(Duration::from_millis(500));
         }
@@ -59,109 +65,191 @@ fn store(nemesis: &Nemesis) {
 }
 
 /// Disks that may still be struck.
-fn victims(nemesis: &Nemesis) -> Option<usize> {
-    let parity = usize::from(nemesis.world().config.scheme.parity);
-    let mut struck = nemesis.faulty().borrow().clone();
-    struck.extend(nemesis.hurt().borrow().iter().copied());
-    let count = nemesis.world().config.disks;
+fn victims(context: &Context) -> Option<usize> {
+    let parity = usize::from(context.world.config.scheme.parity);
+    let mut struck = context.faulty.borrow().clone();
+    struck.extend(context.hurt.borrow().iter().copied());
     if struck.len() < parity {
-        return Some(pick(nemesis, count));
+        return Some(pick(context, context.world.config.disks));
     }
     let again: Vec<usize> = struck.into_iter().collect();
-    (!again.is_empty()).then(|| again[pick(nemesis, again.len())])
+    (!again.is_empty()).then(|| again[pick(context, again.len())])
 }
 
-fn strike(nemesis: &Nemesis) {
-    let Some(index) = victims(nemesis) else { return };
-    let env = nemesis.env();
-    let device = nemesis.world().devices.borrow()[index].clone();
-    let size = nemesis.world().config.disk_bytes;
-    // The tables lie in the first tenth; what hurts them is a matter of the disk's own tests.
-    let data = size / 4..size;
-    let place = data.start + env.random_below((data.end - data.start) / 4096) * 4096;
-    let state = if nemesis.running().head.reduced().0 > 0 { "reduced" } else { "full" };
-    let what = match env.random_below(9) {
+/// A random place where the device holds data; the tables lie in the first quarter.
+fn place(context: &Context) -> u64 {
+    let size = context.world.config.disk_bytes;
+    size / 4 + context.env.random_below((size - size / 4) / 4096) * 4096
+}
+
+fn strike(context: &Context) {
+    let Some(index) = victims(context) else { return };
+    let what = if context.gentle || context.env.chance(1, 2) {
+        stall(context, index)
+    } else {
+        hurt(context, index)
+    };
+    let reduced = context.heads.borrow().last().is_some_and(|r| r.head.reduced().0 > 0);
+    let state = if reduced { "reduced" } else { "full" };
+    context.cover_noted(&format!("{what} while {state}"));
+}
+
+/// Faults that leave the content alone.
+fn stall(context: &Context, index: usize) -> &'static str {
+    let (env, size) = (&context.env, context.world.config.disk_bytes);
+    let device = context.world.devices.borrow()[index].clone();
+    let place = place(context);
+    let what = match env.random_below(6) {
         0 => {
             device.set_slow(20 + u32::try_from(env.random_below(200)).expect("small"));
-            nemesis.faulty().borrow_mut().insert(index);
             "slow disk"
         }
         1 => {
             device.hang();
-            nemesis.faulty().borrow_mut().insert(index);
             "hung disk"
         }
         2 => {
             device.fail_writes(place..size);
-            nemesis.faulty().borrow_mut().insert(index);
             "write errors"
         }
         3 => {
             device.fail_reads(place..(place + (256 << 10)).min(size));
-            nemesis.faulty().borrow_mut().insert(index);
             "read errors"
         }
         4 => {
-            device.latent_error(place..place + 4096);
-            nemesis.hurt().borrow_mut().insert(index);
-            "latent sector error"
-        }
-        5 => {
-            for _ in 0..20 {
-                let at = data.start + env.random_below(data.end - data.start);
-                device.flip_bit(at, u8::try_from(env.random_below(8)).expect("small"));
-            }
-            nemesis.hurt().borrow_mut().insert(index);
-            "bit rot"
-        }
-        6 => {
-            device.lose_next_writes(1);
-            nemesis.hurt().borrow_mut().insert(index);
-            "lost write"
-        }
-        7 => {
-            device.misdirect_next_write(place);
-            nemesis.hurt().borrow_mut().insert(index);
-            "misdirected write"
+            device.delay_next_write(size / 4, Duration::from_millis(200 + env.random_below(2000)));
+            return "stuck write";
         }
         _ => {
-            device.vanish();
-            nemesis.running().registry.remove(nemesis.world().ids[index]);
-            nemesis.faulty().borrow_mut().insert(index);
+            vanish(context, index);
             "disk vanishes"
         }
     };
-    nemesis.cover(&format!("{what} while {state}"));
+    context.faulty.borrow_mut().insert(index);
+    what
+}
+
+fn vanish(context: &Context, index: usize) {
+    context.world.devices.borrow()[index].vanish();
+    for node in context.nodes.borrow().iter() {
+        node.registry.remove(context.world.ids[index]);
+    }
+}
+
+/// Faults that hurt the content: the disk counts as struck to the end of the run.
+fn hurt(context: &Context, index: usize) -> &'static str {
+    let (env, size) = (&context.env, context.world.config.disk_bytes);
+    let device = context.world.devices.borrow()[index].clone();
+    let place = place(context);
+    context.hurt.borrow_mut().insert(index);
+    match env.random_below(6) {
+        0 => {
+            device.latent_error(place..place + 4096);
+            "latent sector error"
+        }
+        1 => {
+            for _ in 0..20 {
+                let at = size / 4 + env.random_below(size - size / 4);
+                device.flip_bit(at, u8::try_from(env.random_below(8)).expect("small"));
+            }
+            "bit rot"
+        }
+        2 => {
+            device.lose_next_writes(1);
+            "lost write"
+        }
+        3 => {
+            device.misdirect_next_write(place);
+            "misdirected write"
+        }
+        n => {
+            let Some(disk) = context.world.disk(index) else { return "nothing" };
+            let at = table_page(context, disk.geometry(), u32::try_from(index % 2).expect("bit"));
+            if n == 4 {
+                device.latent_error(at..at + 4096);
+                return "latent sector error in a table";
+            }
+            device.flip_bit(at + env.random_below(4096), 3);
+            "bit rot in a table"
+        }
+    }
+}
+
+/// A page of the tables: always of the same copy, so that the other one survives.
+fn table_page(context: &Context, geometry: &Geometry, copy: u32) -> u64 {
+    let page = |pages: u32| u32::try_from(context.env.random_below(pages.into())).expect("a page");
+    match context.env.random_below(3) {
+        0 => geometry.volume_page_offset(page(geometry.volumes_max), copy),
+        1 => geometry.slot_page_offset(page(geometry.slot_pages()), copy),
+        _ => {
+            let pages = geometry.slots * geometry.checksum_pages_per_slot();
+            geometry.checksum_page_offset(u64::from(page(pages)))
+        }
+    }
+}
+
+/// One step beyond what the redundancy survives, with disks that come back as they were: waiting
+/// and errors are the only answers.
+async fn go_beyond(context: &Context) {
+    if !context.faulty.borrow().is_empty() || !context.hurt.borrow().is_empty() {
+        return;
+    }
+    context.cover_noted("more disks away than the redundancy survives");
+    let (count, parity) = (context.world.config.disks, context.world.config.scheme.parity);
+    let away = usize::from(parity) + 1 + pick(context, count - usize::from(parity));
+    let first = pick(context, count);
+    for index in (first..first + away).map(|index| index % count) {
+        if context.env.chance(1, 2) {
+            context.world.devices.borrow()[index].hang();
+        } else {
+            vanish(context, index);
+        }
+        context.faulty.borrow_mut().insert(index);
+        sleep(Duration::from_millis(context.env.random_below(50))).await;
+    }
+    sleep(Duration::from_millis(context.env.random_below(3000))).await;
+    heal(context).await;
 }
 
 /// All faults of the disks end; disks that failed are opened again and their content repaired.
-async fn heal(nemesis: &Nemesis) {
-    let faulty: Vec<usize> = nemesis.faulty().borrow().iter().copied().collect();
-    for index in faulty {
-        let device = nemesis.world().devices.borrow()[index].clone();
+pub(super) async fn heal(context: &Context) {
+    let faulty: Vec<usize> = context.faulty.borrow().iter().copied().collect();
+    for &index in &faulty {
+        let device = context.world.devices.borrow()[index].clone();
         device.heal();
         device.clear_errors();
         device.bring_back();
-        reopen(nemesis, index).await;
-        nemesis.faulty().borrow_mut().remove(&index);
-        nemesis.cover("healed");
+        device.set_slow(1);
+    }
+    for index in faulty {
+        reopen(context, index).await;
+        context.faulty.borrow_mut().remove(&index);
+        context.cover_noted("healed");
     }
 }
 
-async fn reopen(nemesis: &Nemesis, index: usize) {
-    let running = nemesis.running();
-    let id = nemesis.world().ids[index];
-    let registered = running.registry.client(id).is_some();
-    let offline = running.disk(index).is_some_and(|disk| disk.offline_reason().is_some());
-    if registered && !offline {
+async fn reopen(context: &Context, index: usize) {
+    let id = context.world.ids[index];
+    let nodes = context.nodes.borrow().clone();
+    let registered = nodes.iter().all(|node| node.registry.client(id).is_some());
+    let open = context.world.disk(index).filter(|disk| disk.offline_reason().is_none());
+    if registered && open.is_some() {
         return;
     }
-    if let Some(disk) = running.disk(index) {
-        disk.close("to be opened again").await;
+    if open.is_none() {
+        if let Some(disk) = context.world.disk(index) {
+            disk.close("to be opened again").await;
+        }
+        let disk = context.world.open_disk(index).await;
+        context.world.disks.borrow_mut()[index] = disk;
     }
-    running.registry.remove(id);
-    let disk = nemesis.world().open_disk(index, &running.registry).await;
-    running.set_disk(index, disk);
-    running.head.disk_returned(id).await;
-    nemesis.cover("disk returned");
+    for node in context.nodes.borrow().iter() {
+        node.registry.remove(id);
+        context.world.connect(node, index);
+    }
+    let heads = context.heads.borrow().clone();
+    for running in heads {
+        running.head.disk_returned(id).await;
+    }
+    context.cover_noted("disk returned");
 }

@@ -34,6 +34,8 @@ pub enum Outcome {
     /// The client got an error or no answer: it may be there or not, or come with the next
     /// recovery.
     InDoubt,
+    /// As in doubt, but whatever became of it has become of it by now.
+    Settled,
 }
 
 /// A write under way.
@@ -116,7 +118,9 @@ impl Oracle {
             for (candidate, _) in candidates.iter_mut() {
                 if candidate.id == write.id {
                     candidate.ended = Some(now);
-                } else if candidate.ended.is_some_and(|ended| ended < write.start) {
+                } else if outcome == Outcome::Acknowledged
+                    && candidate.ended.is_some_and(|ended| ended < write.start)
+                {
                     candidate.dead.get_or_insert(now);
                 }
             }

@@ -1,10 +1,12 @@
-//! A simulated node: its disks, its metadata store, one volume and what the oracle knows of it.
+//! A simulated cluster: disks, metadata store, one volume, the nodes that run its heads, and what
+//! the oracle knows of it.
 
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
 
+use super::client::{FaultyClient, Link};
 use super::device::{SimConfig, SimDevice};
 use super::oracle::Oracle;
 use crate::disk::Disk;
@@ -17,7 +19,6 @@ use crate::meta::record::ClusterRecord;
 use crate::meta::{MetaStore, Txn, schema};
 use crate::shard::Scheme;
 use crate::shard::disks::Disks;
-use crate::shard::local::LocalClient;
 use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
 use crate::volume::rules::{LogSet, Member};
@@ -36,13 +37,15 @@ pub struct WorldConfig {
     pub slot_bytes: u64,
     /// Size of the volume, bytes.
     pub volume_bytes: u64,
+    /// The volume is larger than the disks.
+    pub overcommitted: bool,
     /// Time that an operation of a disk takes.
     pub latency: Range<Duration>,
     /// Tuning of the head.
     pub head: HeadConfig,
 }
 
-/// A simulated node. Devices, store and oracle outlive its crashes.
+/// A simulated cluster. Devices, store and oracle outlive its crashes.
 pub struct World {
     /// What it is made of.
     pub config: WorldConfig,
@@ -54,34 +57,39 @@ pub struct World {
     pub ids: Vec<DiskId>,
     /// The metadata store's content.
     pub store: MemoryStore,
-    /// Faults between the node and the store.
-    pub faults: Rc<Faults>,
+    /// Its open disks, by the index of the device.
+    pub disks: RefCell<Vec<Option<Rc<Disk>>>>,
     /// The volume.
     pub volume: VolumeId,
     /// What its sectors may contain.
     pub oracle: RefCell<Oracle>,
 }
 
-/// A running node.
-pub struct Running {
-    /// Its open disks, by the index of the device.
-    pub disks: RefCell<Vec<Option<Rc<Disk>>>>,
+/// What one node reaches: disks and store, each over a way of its own.
+#[derive(Default)]
+pub struct Node {
     /// The registry its head uses.
     pub registry: Rc<Disks>,
-    /// The head.
-    pub head: Rc<Head>,
+    /// Faults between its head and the disks.
+    pub link: Rc<Link>,
+    /// Faults between its head and the store.
+    pub faults: Rc<Faults>,
 }
 
-impl Running {
-    /// The open disk of a device.
-    pub fn disk(&self, index: usize) -> Option<Rc<Disk>> {
-        self.disks.borrow()[index].clone()
+impl Node {
+    /// All its ways work again.
+    pub fn heal(&self) {
+        self.link.heal();
+        self.faults.heal();
     }
+}
 
-    /// Notes that a disk was opened anew.
-    pub fn set_disk(&self, index: usize, disk: Option<Rc<Disk>>) {
-        self.disks.borrow_mut()[index] = disk;
-    }
+/// A head that serves, or did until another took its volume.
+pub struct Running {
+    /// Where it runs.
+    pub node: Rc<Node>,
+    /// The head.
+    pub head: Rc<Head>,
 }
 
 impl World {
@@ -117,33 +125,56 @@ impl World {
         let root = Root::fresh(volume, set, serde_json::Value::Null);
         let put = Txn::new().put(schema::root_key(volume), root.encode());
         store.txn(put).await.expect("no faults yet");
+        let disks = config.disks;
         Self {
             config,
             env,
             devices: RefCell::new(devices),
             ids,
             store,
-            faults: Rc::default(),
+            disks: RefCell::new(vec![None; disks]),
             volume,
             oracle: RefCell::default(),
         }
     }
 
-    /// Opens the disks that can be opened and takes over the volume. Must run inside the
-    /// `LocalSet` that is the node's process.
+    /// Opens the disks that can be opened. Must run inside the `LocalSet` that is the process.
+    pub async fn open_disks(&self) {
+        for index in 0..self.ids.len() {
+            let disk = self.open_disk(index).await;
+            self.disks.borrow_mut()[index] = disk;
+        }
+    }
+
+    /// A node that reaches every open disk.
+    pub fn node(&self) -> Rc<Node> {
+        let node = Rc::new(Node::default());
+        if self.env.chance(1, 3) {
+            node.link.usual_delay.set(Duration::from_millis(1 + self.env.random_below(15)));
+            node.link.heal();
+        }
+        (0..self.ids.len()).for_each(|index| self.connect(&node, index));
+        node
+    }
+
+    /// Registers an open disk with a node.
+    pub fn connect(&self, node: &Node, index: usize) {
+        let Some(disk) = self.disk(index) else { return };
+        let Ok(info) = disk.info() else { return };
+        let domain = u32::try_from(index).expect("a few disks");
+        let client = FaultyClient::new(disk, node.link.clone(), self.env.clone());
+        node.registry.add(Rc::new(client), domain, info);
+    }
+
+    /// Takes over the volume on a node.
     ///
     /// # Errors
     /// Why the take-over failed, in words; it may be tried again.
-    pub async fn start(&self) -> Result<Running, String> {
-        let registry = Rc::new(Disks::default());
-        let mut disks = Vec::new();
-        for index in 0..self.ids.len() {
-            disks.push(self.open_disk(index, &registry).await);
-        }
+    pub async fn take_over(&self, node: &Rc<Node>) -> Result<Rc<Running>, String> {
         let context = HeadContext {
             env: self.env.clone(),
-            disks: registry.clone(),
-            store: Rc::new(self.store.client(self.faults.clone())),
+            disks: node.registry.clone(),
+            store: Rc::new(self.store.client(node.faults.clone())),
             config: self.config.head.clone(),
             pool: PoolPolicy { scheme: self.config.scheme, min_size: 1 },
         };
@@ -151,19 +182,19 @@ impl World {
             .await
             .map_err(|error| error.to_string())?;
         self.oracle.borrow_mut().recovered();
-        Ok(Running { disks: RefCell::new(disks), registry, head })
+        Ok(Rc::new(Running { node: node.clone(), head }))
     }
 
-    /// Opens one disk and registers it; none if it cannot be opened now.
-    pub async fn open_disk(&self, index: usize, registry: &Disks) -> Option<Rc<Disk>> {
+    /// The open disk of a device.
+    pub fn disk(&self, index: usize) -> Option<Rc<Disk>> {
+        self.disks.borrow()[index].clone()
+    }
+
+    /// Opens one disk; none if it cannot be opened now.
+    pub async fn open_disk(&self, index: usize) -> Option<Rc<Disk>> {
         let device: Rc<dyn BlockDevice> = Rc::new(self.devices.borrow()[index].clone());
         match Disk::open(device).await {
-            Ok(disk) => {
-                let info = disk.info().ok()?;
-                let domain = u32::try_from(index).expect("a few disks");
-                registry.add(Rc::new(LocalClient::new(disk.clone())), domain, info);
-                Some(disk)
-            }
+            Ok(disk) => Some(disk),
             Err(error) => {
                 tracing::debug!(index, %error, "disk cannot be opened");
                 None
@@ -181,5 +212,6 @@ impl World {
             }
             *device = device.reopen();
         }
+        self.disks.borrow_mut().fill(None);
     }
 }

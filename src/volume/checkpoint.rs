@@ -282,6 +282,9 @@ impl Head {
         self.choose_meta_victims().await;
         self.merge_overlay().await?;
         let freed = self.store_table().await?;
+        if bug(Bug::FreeBeforeSwap) {
+            self.delete_freed(&freed).await;
+        }
         self.swap_checkpoint().await?;
         self.delete_freed(&freed).await;
         self.gc_wanted.notify_one();

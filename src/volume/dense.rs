@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use super::head::{Head, HeadError, add, table_entry};
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, DiskId, Lsn};
+use crate::planted::{Bug, bug};
 use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
@@ -325,7 +326,10 @@ impl Head {
         let mut parity: Vec<AlignedBuf> =
             (0..segment.scheme.parity).map(|_| AlignedBuf::new(bytes)).collect();
         {
-            let inputs: Vec<&[u8]> = shards.iter().map(|s| &s[..]).collect();
+            let mut inputs: Vec<&[u8]> = shards.iter().map(|s| &s[..]).collect();
+            if bug(Bug::ParityOfOldStripe) {
+                inputs.rotate_left(1);
+            }
             let mut outputs: Vec<&mut [u8]> = parity.iter_mut().map(|p| &mut p[..]).collect();
             stripe::encode(segment.scheme, &inputs, &mut outputs);
         }

@@ -441,8 +441,8 @@ impl Writer {
         let class = {
             let state = head.state.borrow();
             let pending = state.pending.iter().take(64).map(|op| op.class).max();
-            // What has an LSN must be written, so it may use every reserve.
-            if state.queue.is_empty() { pending } else { Some(SlotClass::Checkpoint) }
+            // What has an LSN must be written, so it may use every reserve but the checkpoint's.
+            if state.queue.is_empty() { pending } else { Some(SlotClass::Trim) }
         };
         let Some(class) = class else { return false };
         match head.open_log_segment(class).await {

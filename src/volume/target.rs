@@ -248,7 +248,7 @@ impl Head {
             entries: vec![],
             payload: vec![],
             crcs: vec![],
-            class: SlotClass::Checkpoint,
+            class: SlotClass::Trim,
             generation: 0,
             done: None,
         };
@@ -410,7 +410,7 @@ impl Head {
             }
         }
         let entry = Entry::Zero { lba, blocks, allocated: !unmap };
-        wait(self.submit(vec![entry], vec![], vec![], SlotClass::Checkpoint)).await
+        wait(self.submit(vec![entry], vec![], vec![], SlotClass::Trim)).await
     }
 
     pub(super) fn nothing_queued(&self) -> bool {

@@ -160,7 +160,7 @@ pub(super) async fn replay(
 ) -> Replay {
     let mut replay = Replay { end: start, acked: start, ..Replay::default() };
     let logs: Vec<SegmentId> = listing
-        .range(from.0..)
+        .range(if bug(Bug::ReplayOtherEpoch) { SegmentId(0) } else { from.0 }..)
         .filter(|(id, held)| {
             held.iter().any(|(&disk, info)| {
                 let shard = ShardRef { disk, creation: info.spec.creation };

@@ -1,0 +1,204 @@
+//! The ends of a run: the disks are filled up, everything heals, and all must be right.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::task::LocalSet;
+use tokio::time::sleep;
+
+use super::oracle::{Outcome, SECTOR};
+use super::run::{Context, heal_all, start};
+use super::world::Running;
+use crate::export::{BlockTarget, TargetError};
+use crate::id::{BLOCK_SIZE, SegmentId};
+use crate::segment::checksum::Salt;
+use crate::segment::record::Header;
+use crate::segment::stripe;
+use crate::shard::{SegmentKind, ShardInfo, ShardState};
+use crate::volume::target::HeadTarget;
+
+/// Sectors read or written at a time.
+const STEP: u64 = 64;
+/// How long the end of a run may take, in virtual time.
+const PATIENCE: Duration = Duration::from_mins(10);
+
+/// All faults heal: the disks are filled up where they are small, and then everything must be
+/// readable, fully redundant and free of leaks.
+pub(super) async fn reckon(context: &Rc<Context>) {
+    let process = LocalSet::new();
+    heal_all(context);
+    let body = async {
+        let Some(running) = start(context).await else { return };
+        if context.world.config.overcommitted
+            && let Err(why) = fill_up(context, &running).await
+        {
+            context.fail(format!("full disks: {why}"));
+        }
+        if context.failure.borrow().is_none()
+            && let Err(why) = read_all(context, &running).await
+        {
+            context.fail(format!("in the end: {why}"));
+        }
+        if context.failure.borrow().is_none()
+            && let Err(why) = settle(context, &running).await
+        {
+            context.fail(format!("in the end: {why}"));
+        }
+    };
+    if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
+        context.fail("the end does not come: something waits for ever".into());
+    }
+    context.world.stop_devices(false);
+}
+
+async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
+    let target = HeadTarget(running.head.clone());
+    for at in (0..context.sectors()).step_by(usize::try_from(STEP).expect("small")) {
+        let count = STEP.min(context.sectors() - at);
+        let bytes = usize::try_from(count).expect("small") * SECTOR;
+        let start = context.world.oracle.borrow_mut().begin_read();
+        let pieces = target
+            .read(at * SECTOR as u64, bytes)
+            .await
+            .map_err(|error| format!("sector {at} cannot be read: {error}"))?;
+        let data: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
+        context.world.oracle.borrow_mut().end_read(start, at, &data)?;
+    }
+    Ok(())
+}
+
+/// Writes until the disks are full, trims, and writes again. The only error is "no space".
+async fn fill_up(context: &Context, running: &Running) -> Result<(), String> {
+    let target = HeadTarget(running.head.clone());
+    let mut full = false;
+    for at in (0..context.sectors() - STEP).step_by(usize::try_from(STEP).expect("small")) {
+        match write(context, &target, at).await {
+            Ok(()) => {}
+            Err(TargetError::NoSpace) => {
+                full = true;
+                break;
+            }
+            Err(error) => return Err(format!("a write failed otherwise: {error}")),
+        }
+    }
+    context.cover_noted(if full { "filled up" } else { "the volume fits" });
+    let sectors = context.sectors();
+    let trimmed = context.world.oracle.borrow_mut().begin(0, sectors, true);
+    target
+        .zero(0, sectors * SECTOR as u64, true)
+        .await
+        .map_err(|error| format!("a trim failed: {error}"))?;
+    context.world.oracle.borrow_mut().end(trimmed, Outcome::Acknowledged);
+    for tries in 0.. {
+        match write(context, &target, 0).await {
+            Ok(()) => break,
+            Err(TargetError::NoSpace) if tries < 100 => sleep(Duration::from_millis(500)).await,
+            Err(error) => return Err(format!("after a trim, a write failed: {error}")),
+        }
+    }
+    Ok(())
+}
+
+async fn write(context: &Context, target: &HeadTarget, at: u64) -> Result<(), TargetError> {
+    let write = context.world.oracle.borrow_mut().begin(at, STEP, false);
+    let data = Bytes::from(write.content());
+    let result = target.write(at * SECTOR as u64, data).await;
+    let outcome = if result.is_ok() { Outcome::Acknowledged } else { Outcome::InDoubt };
+    context.world.oracle.borrow_mut().end(write, outcome);
+    result
+}
+
+/// Waits for full redundancy and checks every invariant.
+async fn settle(context: &Context, running: &Running) -> Result<(), String> {
+    let head = &running.head;
+    let mut reduced = head.reduced();
+    for _ in 0..200 {
+        if reduced.0 == 0 {
+            break;
+        }
+        sleep(Duration::from_millis(250)).await;
+        reduced = head.reduced();
+    }
+    if reduced.0 > 0 {
+        return Err(format!("{} segments stay reduced", reduced.0));
+    }
+    for _ in 0..3 {
+        head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
+    }
+    head.check().await?;
+    for (index, disk) in context.world.disks.borrow().iter().enumerate() {
+        let disk = disk.as_ref().ok_or(format!("disk {index} cannot be opened"))?;
+        disk.check().map_err(|e| format!("disk {index}: {e}"))?;
+    }
+    if let Err(why) = head.check_leaks().await {
+        if why.contains("tables are damaged") && !context.hurt.borrow().is_empty() {
+            // Both copies of a table page are gone: the operator replaces the disk.
+            context.cover("a disk with damaged tables");
+            return Ok(());
+        }
+        return Err(why);
+    }
+    if context.hurt.borrow().is_empty() {
+        scrub(context).await?;
+    }
+    context.cover("reckoned");
+    Ok(())
+}
+
+/// Where no content was ever hurt, every block of every shard matches its checksum and its parity.
+async fn scrub(context: &Context) -> Result<(), String> {
+    let mut segments: BTreeMap<SegmentId, Vec<(ShardInfo, Bytes)>> = BTreeMap::new();
+    for index in 0..context.world.config.disks {
+        let Some(disk) = context.world.disk(index) else { continue };
+        let held = disk.list(context.world.volume).map_err(|e| e.to_string())?;
+        let sealed =
+            held.shards.into_iter().filter(|i| i.state == ShardState::Sealed && i.blocks > 0);
+        for info in sealed {
+            let (spec, id) = (&info.spec, info.spec.segment);
+            let reply = disk
+                .read(spec.volume, id, 0, info.blocks)
+                .await
+                .map_err(|e| format!("scrub of segment {id} on disk {index}: {e}"))?;
+            let salt = Salt::new(spec.volume, id, spec.scheme, usize::from(spec.index));
+            if let Some(block) = salt.verify(0, &reply.data, &reply.crcs) {
+                return Err(format!("segment {id} on disk {index}: block {block} is damaged"));
+            }
+            segments.entry(id).or_default().push((info, reply.data));
+        }
+    }
+    for (id, shards) in &mut segments {
+        shards.sort_by_key(|(info, _)| info.spec.index);
+        check_parity(shards).map_err(|why| format!("segment {id}: {why}"))?;
+    }
+    Ok(())
+}
+
+/// Compares the parity of a whole data segment with its data, record by record.
+fn check_parity(shards: &[(ShardInfo, Bytes)]) -> Result<(), String> {
+    let Some((first, data)) = shards.first() else { return Ok(()) };
+    let scheme = first.spec.scheme;
+    if first.spec.kind != SegmentKind::Data || shards.len() != scheme.width() {
+        return Ok(());
+    }
+    let mut at = 0;
+    while at < data.len() {
+        let Ok(header) = Header::decode(&data[at..]) else { break };
+        let from = at + header.header_blocks as usize * BLOCK_SIZE;
+        let to = from + header.payload_blocks as usize * BLOCK_SIZE;
+        if shards.iter().any(|(_, data)| data.len() < to) {
+            break;
+        }
+        let payload: Vec<&[u8]> = shards.iter().map(|(_, data)| &data[from..to]).collect();
+        let (have, parity) = payload.split_at(usize::from(scheme.data));
+        let mut expected = vec![vec![0; to - from]; parity.len()];
+        let mut outputs: Vec<&mut [u8]> = expected.iter_mut().map(|p| &mut p[..]).collect();
+        stripe::encode(scheme, have, &mut outputs);
+        if expected.iter().zip(parity).any(|(expected, found)| expected != found) {
+            return Err(format!("the parity of the record at byte {at} is wrong"));
+        }
+        at = to;
+    }
+    Ok(())
+}
