@@ -129,7 +129,9 @@ impl Head {
         let wasteful = used > 2 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
         let uncompacted = coded && logs > 64;
-        if !(tight || wasteful || uncompacted) {
+        // What no set of shards holds whole cannot be rebuilt shard by shard, only moved.
+        let torn = |s: &Segment| s.present() < usize::from(s.scheme.data);
+        if !(tight || wasteful || uncompacted || sealed.iter().any(|s| torn(s))) {
             return Vec::new();
         }
         let newest = state.next_segment;
@@ -137,7 +139,7 @@ impl Head {
             .into_iter()
             .filter(|s| {
                 let percent = u64::from(s.live) * 100 / s.capacity_blocks().max(1);
-                percent <= LIVE_PERCENT_MAX || (coded && s.kind == SegmentKind::Log)
+                percent <= LIVE_PERCENT_MAX || (coded && s.kind == SegmentKind::Log) || torn(s)
             })
             .map(|s| {
                 // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS.
@@ -147,7 +149,7 @@ impl Head {
                 let score =
                     (capacity - live) * 1000 / (capacity + live) * u64::from(age.ilog2().max(1));
                 let first = coded && s.kind == SegmentKind::Log;
-                (score + if first { 2000u64 } else { 0 }, s)
+                (score + if first { 2000u64 } else { 0 } + if torn(s) { 10_000 } else { 0 }, s)
             })
             .collect();
         scored.sort_by_key(|(score, s)| (std::cmp::Reverse(*score), s.id));

@@ -426,24 +426,14 @@ pub(super) async fn settle(
         _ => sealed_at.unwrap_or(length),
     };
     tracing::debug!(segment = %segment.id, kind = ?segment.kind, length, blocks, ?held, "settle");
-    // Of copies, each member is sealed with the checksums of what any of them holds: a block that
-    // one has lost is then read from another.
-    let closed = segment.members.iter().filter_map(info).any(|i| i.state != ShardState::Sealed);
-    let truth = if segment.kind != SegmentKind::Data && closed {
-        merged(disks, authority.volume, segment, blocks, held).await
-    } else {
-        None
-    };
-    let mut missing = 0;
+    let mut missing = 0u32;
     for (index, member) in segment.members.iter().enumerate() {
         let whole = match info(member) {
             None => false,
             Some(info) if info.state == ShardState::Sealed => {
                 info.blocks == blocks || bug(Bug::StaleShardAccepted)
             }
-            Some(_) => {
-                seal_closed(disks, authority, segment, index, blocks, truth.as_deref()).await
-            }
+            Some(_) => seal_closed(disks, authority, segment, index, blocks, None).await,
         };
         if !whole {
             tracing::info!(
@@ -451,6 +441,19 @@ pub(super) async fn settle(
                 "a shard is missing or stale",
             );
             missing |= 1 << index;
+        }
+    }
+    // Of copies, where no member holds everything, each is sealed with the checksums of what any
+    // of them holds: a block that one has lost is then read from another.
+    let nobody = missing.count_ones() as usize == segment.members.len();
+    if nobody
+        && segment.kind != SegmentKind::Data
+        && let Some(truth) = merged(disks, authority.volume, segment, blocks, held).await
+    {
+        for (index, member) in segment.members.iter().enumerate() {
+            if info(member).is_some_and(|i| i.state != ShardState::Sealed) {
+                seal_closed(disks, authority, segment, index, blocks, Some(&truth)).await;
+            }
         }
     }
     Settled { blocks, missing }
