@@ -16,7 +16,7 @@ use crate::id::{BLOCK_SIZE, SegmentId};
 use crate::segment::checksum::Salt;
 use crate::segment::record::Header;
 use crate::segment::stripe;
-use crate::shard::{SegmentKind, ShardInfo, ShardState};
+use crate::shard::{SegmentKind, ShardError, ShardInfo, ShardState};
 use crate::volume::target::HeadTarget;
 
 /// Sectors read or written at a time.
@@ -48,6 +48,10 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         }
     };
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
+        let free: Vec<_> = (0..context.world.config.disks)
+            .map(|index| context.world.disk(index).map(|disk| disk.slot_counts()))
+            .collect();
+        context.note(&format!("slots: {free:?}"));
         context.fail("the end does not come: something waits for ever".into());
     }
     context.world.stop_devices(false);
@@ -121,6 +125,11 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         sleep(Duration::from_millis(250)).await;
         reduced = head.reduced();
     }
+    if reduced.0 > 0 && damaged_tables(context) {
+        // Both copies of a table page are gone: the operator replaces the disk.
+        context.cover("a disk with damaged tables");
+        return Ok(());
+    }
     if reduced.0 > 0 {
         return Err(format!("{} segments stay reduced", reduced.0));
     }
@@ -133,8 +142,7 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         disk.check().map_err(|e| format!("disk {index}: {e}"))?;
     }
     if let Err(why) = head.check_leaks().await {
-        if why.contains("tables are damaged") && !context.hurt.borrow().is_empty() {
-            // Both copies of a table page are gone: the operator replaces the disk.
+        if damaged_tables(context) {
             context.cover("a disk with damaged tables");
             return Ok(());
         }
@@ -145,6 +153,15 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
     }
     context.cover("reckoned");
     Ok(())
+}
+
+/// Whether a disk whose content was hurt cannot tell any more what it holds.
+fn damaged_tables(context: &Context) -> bool {
+    let volume = context.world.volume;
+    context.hurt.borrow().iter().any(|&index| {
+        let disk = context.world.disk(index);
+        disk.is_none_or(|disk| matches!(disk.list(volume), Err(ShardError::Damaged(_))))
+    })
 }
 
 /// Where no content was ever hurt, every block of every shard matches its checksum and its parity.

@@ -249,7 +249,15 @@ impl Head {
             let header = self.any_header(&source, segment, shard, at).await?;
             let first = at + header.header_blocks;
             if header.payload_blocks > 0 {
-                source.read(&self.disks, shard, first, header.payload_blocks, &mut |_| ()).await?;
+                let mut findings = Vec::new();
+                let read = source
+                    .read(&self.disks, shard, first, header.payload_blocks, &mut |f| {
+                        findings.push(f);
+                    })
+                    .await;
+                // What nobody holds whole is moved instead (garbage collection).
+                self.note_findings(&findings);
+                read?;
             }
             at += header.blocks();
         }
