@@ -9,6 +9,10 @@ use sds::sim::run::run;
 /// Found later than this, a bug is a matter of `tools/planted` alone: the test would take too long.
 const SEEDS_MAX: u64 = 150;
 
+/// Bugs that the simulation does not find yet: no other may join them unnoticed.
+const NOT_FOUND_YET: [Bug; 4] =
+    [Bug::ReplayOtherEpoch, Bug::AckBeforeAll, Bug::ReuseBeforeReap, Bug::StaleShardAccepted];
+
 /// Bug and number of seeds, of the table's rows.
 fn table() -> BTreeMap<String, Option<u64>> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/simulation.md");
@@ -33,8 +37,10 @@ fn every_planted_bug_is_found() {
     for bug in Bug::ALL {
         let name = format!("{bug:?}");
         let seeds = table.get(&name).unwrap_or_else(|| panic!("{name} is not in the table"));
-        // The table says which bugs the simulation does not find yet.
-        let Some(seeds) = *seeds else { continue };
+        let Some(seeds) = *seeds else {
+            assert!(NOT_FOUND_YET.contains(bug), "{name} was never found");
+            continue;
+        };
         if seeds > SEEDS_MAX {
             continue;
         }
