@@ -11,15 +11,18 @@
 use std::rc::Rc;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::sync::oneshot;
 
 use super::dense::Payload;
 use super::head::{Head, HeadError, Op, add};
 use super::overlay::Target;
 use super::segtab::Segment;
+use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, SegmentId};
 use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
+use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::FetchError;
 use crate::segment::record::{Entry, Header};
 use crate::shard::{SegmentKind, SlotClass};
@@ -30,6 +33,11 @@ const VICTIMS_MAX: usize = 8;
 const PAGES_MOVED_MAX: u32 = 512;
 /// Blocks moved by one append.
 const MOVE_BLOCKS: usize = 256;
+/// Live blocks looked up before they are moved, so that neighbours of the volume come together.
+const GATHER_BLOCKS: usize = 4096;
+/// Appends of moved blocks under way at once, and reads for each.
+const MOVES_AT_ONCE: usize = 4;
+const READS_AT_ONCE: usize = 16;
 /// Runs moved by one append: with those of an opened segment they fit one record.
 const MOVE_RUNS: usize = RECORD_ENTRIES_MAX / 3;
 /// A segment with a larger share live, in percent, is not worth moving.
@@ -53,10 +61,10 @@ pub(super) async fn run(head: Rc<Head>) {
 }
 
 /// A block that is live in a victim.
+#[derive(Clone, Copy)]
 struct Live {
     lba: u64,
     addr: BlockAddr,
-    data: Bytes,
 }
 
 impl Head {
@@ -173,15 +181,17 @@ impl Head {
 
     /// Moves what is live out of one segment.
     async fn empty(self: &Rc<Self>, segment: &Segment) -> Result<(), HeadError> {
-        let generation = self.state.borrow().generation;
+        // Moves hold only in the index that they were looked up in.
+        let mut generation = self.state.borrow().generation;
         let mut live = Vec::new();
         let mut at = 0;
         while at < segment.blocks {
             let header = self.victim_header(segment, at).await?;
             self.live_of(segment, &header, &mut live).await?;
             at += header.blocks();
-            if live.len() >= MOVE_BLOCKS {
+            if live.len() >= GATHER_BLOCKS {
                 self.move_live(std::mem::take(&mut live), generation).await?;
+                generation = self.state.borrow().generation;
             }
         }
         self.move_live(live, generation).await
@@ -214,8 +224,7 @@ impl Head {
                         block: n / per_shard * segment.shard_blocks + first + n % per_shard,
                     };
                     if here == Target::Data(addr) {
-                        let data = self.fetch(addr, 1).await?;
-                        live.push(Live { lba: lba_here, addr, data });
+                        live.push(Live { lba: lba_here, addr });
                     }
                 }
             }
@@ -224,20 +233,30 @@ impl Head {
         Ok(())
     }
 
-    /// Writes live blocks to a data segment and logs their moves.
+    /// Writes live blocks to a data segment and logs their moves, several appends at a time.
     async fn move_live(
         self: &Rc<Self>,
         mut live: Vec<Live>,
         generation: u64,
     ) -> Result<(), HeadError> {
         live.sort_by_key(|l| l.lba);
+        let mut batches = Vec::new();
         let mut rest = &live[..];
         while !rest.is_empty() {
-            let count = batch(rest);
-            self.move_batch(&rest[..count], generation).await?;
-            rest = &rest[count..];
+            let (batch, tail) = rest.split_at(batch(rest));
+            batches.push(self.move_batch(batch, generation));
+            rest = tail;
         }
-        Ok(())
+        stream::iter(batches).buffer_unordered(MOVES_AT_ONCE).try_collect().await
+    }
+
+    /// The content of live blocks, one piece for each run that lies together.
+    async fn fetch_live(self: &Rc<Self>, live: &[Live]) -> Result<Vec<Bytes>, HeadError> {
+        let runs = live.chunk_by(follows).map(|run| async move {
+            let blocks = u32::try_from(run.len()).expect("bounded by a batch");
+            self.fetch(run[0].addr, blocks).await
+        });
+        stream::iter(runs).buffered(READS_AT_ONCE).try_collect().await
     }
 
     async fn move_batch(self: &Rc<Self>, live: &[Live], generation: u64) -> Result<(), HeadError> {
@@ -249,11 +268,12 @@ impl Head {
                 _ => runs.push((l.lba, 1)),
             }
         }
-        let mut data: Vec<Bytes> = live.iter().map(|l| l.data.clone()).collect();
-        while !data.len().is_multiple_of(k) {
-            data.push(crate::buffer::AlignedBuf::zeroed(BLOCK_SIZE).freeze());
+        let mut data = self.fetch_live(live).await?;
+        let filler = live.len().next_multiple_of(k) - live.len();
+        if filler > 0 {
+            data.push(AlignedBuf::zeroed(filler * BLOCK_SIZE).freeze());
         }
-        let crcs = data.iter().map(|d| crate::segment::checksum::raw_crc(d)).collect();
+        let crcs = data.iter().flat_map(|piece| raw_crcs(piece)).collect();
         let (placed, mut entries, announced) =
             self.write_dense(Rc::new(Payload { runs, data, crcs }), SlotClass::Gc).await?;
         let mut moves: Vec<Entry> = Vec::new();
@@ -303,13 +323,16 @@ impl Head {
     }
 }
 
+/// Whether a block follows another both in the volume and in the segment.
+fn follows(before: &Live, block: &Live) -> bool {
+    before.lba + 1 == block.lba && before.addr.plus(1) == block.addr
+}
+
 /// How many of the blocks go into one append.
 fn batch(live: &[Live]) -> usize {
     let mut runs = 0;
     for (index, l) in live.iter().enumerate() {
-        let follows =
-            index > 0 && live[index - 1].lba + 1 == l.lba && live[index - 1].addr.plus(1) == l.addr;
-        runs += usize::from(!follows);
+        runs += usize::from(index == 0 || !follows(&live[index - 1], l));
         if runs > MOVE_RUNS || index == MOVE_BLOCKS {
             return index;
         }
