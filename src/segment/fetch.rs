@@ -26,6 +26,8 @@ pub struct Source {
     pub scheme: Scheme,
     /// Disk of each shard.
     pub members: Vec<DiskId>,
+    /// Creation of each shard.
+    pub creations: Vec<u64>,
     /// Bit `i`: shard `i` is not there or not whole.
     pub missing: u32,
     /// Bit `i`: shard `i` is not read at all.
@@ -37,8 +39,10 @@ pub struct Source {
 pub struct Finding {
     /// The segment.
     pub segment: SegmentId,
-    /// Index of the shard.
-    pub shard: usize,
+    /// The disk that was asked for it.
+    pub disk: DiskId,
+    /// The creation that was looked for there: another one is another shard.
+    pub creation: u64,
     /// What was wrong: the first bad block, or the disk's error.
     pub problem: Problem,
 }
@@ -141,7 +145,12 @@ impl Source {
         found: &mut dyn FnMut(Finding),
     ) -> Result<Bytes, FetchError> {
         let mut report = |shard: usize, problem: &Problem| {
-            found(Finding { segment: self.segment, shard, problem: problem.clone() });
+            found(Finding {
+                segment: self.segment,
+                disk: self.members[shard],
+                creation: self.creations[shard],
+                problem: problem.clone(),
+            });
         };
         let mut last = Problem::Disk(ShardError::Gone);
         let mut gone = true;

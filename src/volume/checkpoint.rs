@@ -259,7 +259,10 @@ pub(super) async fn run(head: Rc<Head>) {
         if !head.is_serving() {
             return;
         }
-        match head.checkpoint().await {
+        if head.defers_checkpoint() {
+            continue;
+        }
+        match head.store_checkpoint().await {
             Ok(()) => pause = Duration::from_millis(20),
             Err(error) => {
                 tracing::warn!(volume = %head.volume, %error, "checkpoint failed, will be tried again");
@@ -278,16 +281,18 @@ impl Head {
     /// # Errors
     /// [`HeadError`]; nothing is lost, and it may be tried again.
     pub async fn checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
+        self.store_checkpoint().await?;
+        self.publish().await
+    }
+
+    /// Makes a durable checkpoint of everything acknowledged so far. Record headers name it from
+    /// now on; the root does when the store allows ([`Head::publish`]).
+    pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
         self.choose_meta_victims().await;
         self.merge_overlay().await?;
-        let freed = self.store_table().await?;
-        if bug(Bug::FreeBeforeSwap) {
-            self.delete_freed(&freed).await;
-        }
-        self.swap_checkpoint().await?;
-        self.delete_freed(&freed).await;
-        self.gc_wanted.notify_one();
+        self.store_table().await?;
+        self.swaps.wanted.notify_one();
         Ok(())
     }
 
@@ -350,10 +355,8 @@ impl Head {
         Ok(merged)
     }
 
-    /// Frees what is dead and stores the table. Tells which shards it lists as freed.
-    pub(super) async fn store_table(
-        self: &Rc<Self>,
-    ) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
+    /// Frees what is dead and stores the table.
+    pub(super) async fn store_table(self: &Rc<Self>) -> Result<(), HeadError> {
         let (sequence, lsn) = {
             let mut state = self.state.borrow_mut();
             let (log, _) = self.capture.borrow().log;
@@ -387,8 +390,9 @@ impl Head {
             members: segment.members.clone(),
         };
         state.checkpoint = Some(checkpoint);
+        state.listed = freed;
         add(&self.stats.checkpoints, 1);
-        Ok(freed)
+        Ok(())
     }
 
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.

@@ -199,6 +199,8 @@ pub(super) struct State {
     pub(super) merged_lsn: Lsn,
     /// The newest durable checkpoint, whether the root names it yet or not.
     pub(super) checkpoint: Option<super::root::CheckpointRef>,
+    /// What that checkpoint lists as freed: deleted when the root names it.
+    pub(super) listed: Vec<(SegmentId, ShardRef)>,
     pub(super) log_blocks: u64,
     pub(super) lease: BTreeMap<DiskId, Instant>,
     pub(super) chains: BTreeMap<u64, Chain>,
@@ -234,6 +236,8 @@ pub struct Head {
     pub(super) gc_wanted: Notify,
     /// Held by whoever makes a checkpoint.
     pub(super) checkpoint_lock: tokio::sync::Mutex<()>,
+    /// Swaps of the root.
+    pub(super) swaps: super::swap::Swaps,
     /// Where the log stood when the newest checkpoint began.
     pub(super) capture: RefCell<super::checkpoint::Capture>,
     /// Pages that the next checkpoint rewrites, to empty their segments.
@@ -415,6 +419,7 @@ impl Head {
             repair_wanted: Notify::new(),
             gc_wanted: Notify::new(),
             checkpoint_lock: tokio::sync::Mutex::new(()),
+            swaps: super::swap::Swaps::default(),
             capture: RefCell::default(),
             relocate: RefCell::default(),
             dense: super::dense::Dense::default(),
@@ -447,6 +452,7 @@ impl Head {
         self.applied.notify_waiters();
         self.wake.notify_one();
         self.checkpoint_wanted.notify_one();
+        self.swaps.wanted.notify_one();
         self.repair_wanted.notify_one();
         self.gc_wanted.notify_one();
     }
@@ -471,13 +477,25 @@ impl Head {
             segment,
             scheme: s.scheme,
             members: s.members.iter().map(|m| m.disk).collect(),
+            creations: s.members.iter().map(|m| m.creation).collect(),
             missing: s.missing,
             without: 0,
         };
         Some((source, s.shard_blocks))
     }
 
+    /// Whether a segment was freed, or one of its shards replaced, since `source` was made.
+    fn has_moved(&self, source: &Source) -> bool {
+        self.source(source.segment).is_none_or(|(now, _)| {
+            now.members != source.members || now.creations != source.creations
+        })
+    }
+
     /// Reads `count` blocks from `addr`, which do not cross a shard.
+    ///
+    /// # Errors
+    /// [`FetchError::Gone`] when the blocks have moved meanwhile: look them up again
+    /// ([`Head::look_again`]).
     pub(super) async fn fetch(&self, addr: BlockAddr, count: u32) -> Result<Bytes, HeadError> {
         let (source, shard_blocks) =
             self.source(addr.segment).ok_or(FetchError::Gone(addr.segment))?;
@@ -487,7 +505,13 @@ impl Head {
             .read(&self.disks, shard, addr.block % shard_blocks, count, &mut |f| findings.push(f))
             .await;
         self.note_findings(&findings);
-        Ok(data?)
+        data.map_err(|error| {
+            if self.has_moved(&source) {
+                FetchError::Gone(addr.segment).into()
+            } else {
+                error.into()
+            }
+        })
     }
 
     /// Takes up what reads found: a shard with a bad block is rebuilt.
@@ -500,7 +524,7 @@ impl Head {
                 Problem::Corrupt(block) => {
                     add(&self.stats.corrupt_blocks, 1);
                     tracing::warn!(
-                        volume = %self.volume, segment = %finding.segment, shard = finding.shard,
+                        volume = %self.volume, segment = %finding.segment, disk = %finding.disk,
                         block, "a block does not match its checksum",
                     );
                     true
@@ -512,8 +536,13 @@ impl Head {
             if grave
                 && let Some(segment) = state.table.segments.get_mut(&finding.segment)
                 && segment.sealed
+                // A shard that was replaced meanwhile says nothing of the new one.
+                && let Some(shard) = segment
+                    .members
+                    .iter()
+                    .position(|m| m.disk == finding.disk && m.creation == finding.creation)
             {
-                segment.missing |= 1 << finding.shard;
+                segment.missing |= 1 << shard;
                 self.repair_wanted.notify_one();
             }
         }

@@ -594,7 +594,7 @@ impl Head {
     ) -> Result<OpenSegment, OpenError> {
         if self.state.borrow().next_segment + 64 >= self.state.borrow().root.range.1 {
             // The next swap of the root grants more; nothing is opened until then.
-            self.checkpoint_wanted.notify_one();
+            self.swaps.wanted.notify_one();
             return Err(OpenError::TooFewDomains { have: 0, need: request.scheme.width() });
         }
         let next = || self.state.borrow_mut().take_segment_id().expect("64 numbers are left");

@@ -20,6 +20,8 @@ pub mod segtab;
 mod swap;
 pub mod takeover;
 pub mod target;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 pub use report::HeadReport;

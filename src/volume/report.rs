@@ -58,8 +58,7 @@ impl Head {
         self: &Rc<Self>,
         description: serde_json::Value,
     ) -> Result<(), HeadError> {
-        let _lock = self.checkpoint_lock.lock().await;
-        self.swap_root(|root| root.description = description).await
+        self.swap_root(move |root| root.description = description).await
     }
 
     /// Stops serving at once, without a last checkpoint: the volume was deleted.

@@ -244,6 +244,7 @@ async fn recover(
         pending_root: None,
         merged_lsn: snapshot.lsn,
         checkpoint: checkpoint.clone(),
+        listed: Vec::new(),
         log_blocks: 0,
         lease: BTreeMap::new(),
         chains: BTreeMap::new(),
@@ -395,7 +396,7 @@ impl Head {
             return Ok(());
         }
         if self.state.borrow().root.checkpoint.as_ref() != Some(base) {
-            self.swap_checkpoint().await?;
+            self.swap_root(|_| ()).await?;
         }
         self.delete_freed(&freed).await;
         Ok(())
@@ -490,9 +491,12 @@ impl Head {
     /// Makes the first checkpoint of the epoch, however often it takes.
     async fn checkpoint_until_done(self: &Rc<Self>) -> Result<(), TakeOverError> {
         let mut pause = Duration::from_millis(20);
+        let mut stored = false;
         loop {
-            match self.checkpoint().await {
-                Ok(()) => return Ok(()),
+            let step = if stored { self.publish().await } else { self.store_checkpoint().await };
+            match step {
+                Ok(()) if stored => return Ok(()),
+                Ok(()) => stored = true,
                 Err(HeadError::Stopped(_)) => return Err(TakeOverError::Lost),
                 Err(error) => {
                     tracing::warn!(volume = %self.volume, %error, "first checkpoint failed");
@@ -522,6 +526,7 @@ impl Head {
     fn start(self: &Rc<Self>) {
         tokio::task::spawn_local(super::log::run(self.clone()));
         tokio::task::spawn_local(super::checkpoint::run(self.clone()));
+        tokio::task::spawn_local(super::swap::run(self.clone()));
         tokio::task::spawn_local(super::repair::run(self.clone()));
         tokio::task::spawn_local(super::gc::run(self.clone()));
         self.repair_wanted.notify_one();

@@ -5,6 +5,7 @@
 //! content while such writes are under way, and every whole-block write to the block updates it.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
@@ -28,6 +29,10 @@ const OP_BLOCKS_MAX: usize = 128;
 const DENSE_SHARD_BLOCKS_MAX: usize = 256;
 /// A trim of at most so many blocks is looked up first, because most change nothing.
 const TRIM_LOOKUP_BLOCKS: u64 = 1 << 18;
+/// How often a place is looked up again because its content was moved meanwhile.
+const LOOKUPS_MAX: u32 = 100;
+/// Pause between two look-ups, after the first few.
+const LOOKUP_PAUSE: Duration = Duration::from_millis(5);
 
 impl From<HeadError> for TargetError {
     fn from(error: HeadError) -> Self {
@@ -42,6 +47,28 @@ impl From<HeadError> for TargetError {
 impl Head {
     /// What `lba .. lba + len` maps to, in acknowledged state: extents in order, without gaps.
     pub(super) async fn resolve(&self, lba: u64, len: u64) -> Result<Vec<Extent>, HeadError> {
+        self.look_again(async || self.resolve_once(lba, len).await).await
+    }
+
+    /// Runs `read` again, a bounded number of times, when pages or blocks were moved away from
+    /// under it: it looks up where they lie now.
+    async fn look_again<T>(
+        &self,
+        read: impl AsyncFn() -> Result<T, HeadError>,
+    ) -> Result<T, HeadError> {
+        for tries in 0..LOOKUPS_MAX {
+            match read().await {
+                Err(HeadError::Fetch(FetchError::Gone(_))) if tries > 3 => {
+                    tokio::time::sleep(LOOKUP_PAUSE).await;
+                }
+                Err(HeadError::Fetch(FetchError::Gone(_))) => {}
+                other => return other,
+            }
+        }
+        read().await
+    }
+
+    async fn resolve_once(&self, lba: u64, len: u64) -> Result<Vec<Extent>, HeadError> {
         let mut found: Vec<Extent> = Vec::new();
         let mut gaps = Vec::new();
         let tree = {
@@ -66,26 +93,14 @@ impl Head {
         Ok(out)
     }
 
-    /// Reads whole blocks; places that were freed meanwhile are looked up again.
+    /// Reads whole blocks.
     pub(super) async fn read_blocks(&self, lba: u64, len: u64) -> Result<Vec<Bytes>, HeadError> {
-        let mut tries = 0;
-        loop {
-            let result = self.read_blocks_once(lba, len).await;
-            match result {
-                Err(HeadError::Fetch(FetchError::Gone(_))) if tries < 100 => {
-                    tries += 1;
-                    if tries > 3 {
-                        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-                    }
-                }
-                other => return other,
-            }
-        }
+        self.look_again(async || self.read_blocks_once(lba, len).await).await
     }
 
     async fn read_blocks_once(&self, lba: u64, len: u64) -> Result<Vec<Bytes>, HeadError> {
         let mut runs = Vec::new();
-        for extent in self.resolve(lba, len).await? {
+        for extent in self.resolve_once(lba, len).await? {
             let Target::Data(addr) = extent.target else {
                 runs.push((None, extent.len));
                 continue;

@@ -1,0 +1,198 @@
+//! A head in a simulated world, without faults but those that a test asks for.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::task::LocalSet;
+use tokio::time::{sleep, timeout};
+
+use super::head::HeadConfig;
+use super::root::Root;
+use super::target::HeadTarget;
+use crate::env::Env;
+use crate::export::BlockTarget;
+use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
+use crate::meta::{MetaStore, schema};
+use crate::segment::fetch::{Finding, Problem};
+use crate::shard::{Scheme, ShardError};
+use crate::sim::world::{Node, Running, World, WorldConfig};
+
+fn config() -> WorldConfig {
+    WorldConfig {
+        scheme: Scheme::replicated(2),
+        disks: 4,
+        disk_bytes: 24 << 20,
+        slot_bytes: 128 << 10,
+        volume_bytes: 1 << 20,
+        overcommitted: false,
+        latency: Duration::from_micros(50)..Duration::from_millis(2),
+        head: HeadConfig { overlay_extents_max: 32, ..HeadConfig::default() },
+    }
+}
+
+/// Runs `body` with a head that has just taken a fresh volume over.
+fn with_head(body: impl AsyncFnOnce(&World, &Running)) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime");
+    LocalSet::new().block_on(&runtime, async {
+        let world = World::create(config(), Env::from_seed(1)).await;
+        world.open_disks().await;
+        let node: Rc<Node> = world.node();
+        let running = world.take_over(&node).await.expect("nothing is wrong");
+        body(&world, &running).await;
+    });
+}
+
+/// Writes one block; gives up when the head does not take it for a minute.
+async fn write(running: &Running, lba: u64, byte: u8) {
+    let data = Bytes::from(vec![byte; BLOCK_SIZE]);
+    let target = HeadTarget(running.head.clone());
+    let written = timeout(Duration::from_mins(1), target.write(lba * BLOCK_BYTES, data)).await;
+    assert_eq!(written.ok(), Some(Ok(())), "block {lba} is not written");
+}
+
+async fn stored_root(world: &World) -> Root {
+    let stored = world.store.get(&schema::root_key(world.volume)).await.expect("no faults here");
+    Root::decode(&stored.expect("there is a root").value).expect("a valid root")
+}
+
+/// Sequence of the checkpoint that the root names.
+async fn named(world: &World) -> u64 {
+    stored_root(world).await.checkpoint.map_or(0, |c| c.place.sequence)
+}
+
+#[test]
+fn a_head_writes_and_makes_checkpoints_while_its_swap_is_in_doubt() {
+    with_head(async |world, running| {
+        let before = named(world).await;
+        running.node.faults.unknown_lost.set(1000);
+        // Every other block: each is an extent of its own, far more than the overlay holds.
+        for n in 0..300_u64 {
+            write(running, n * 2 % 256, 1).await;
+        }
+        let made = running.head.report().checkpoint_sequence;
+        assert!(made >= before + 4, "{made} checkpoints, {before} before");
+        assert_eq!(named(world).await, before, "no swap can have been made");
+        running.node.heal();
+        sleep(Duration::from_secs(5)).await;
+        let made = running.head.report().checkpoint_sequence;
+        assert_eq!(named(world).await, made, "the root names the newest checkpoint by itself");
+        running.head.checkpoint().await.expect("nothing is wrong");
+        running.head.check_leaks().await.expect("what was freed is deleted");
+    });
+}
+
+#[test]
+fn while_the_store_is_away_only_the_swap_is_tried_again() {
+    with_head(async |world, running| {
+        running.node.faults.unavailable.set(true);
+        write(running, 0, 1).await;
+        running.head.checkpoint_wanted.notify_one();
+        sleep(Duration::from_secs(1)).await;
+        let made = running.head.stats.checkpoints.get();
+        for _ in 0..60 {
+            running.head.checkpoint_wanted.notify_one();
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert_eq!(running.head.stats.checkpoints.get(), made, "tables are written in vain");
+        running.node.heal();
+        sleep(Duration::from_secs(5)).await;
+        assert!(running.head.stats.checkpoints.get() > made, "the one that waited is made");
+        assert_eq!(named(world).await, running.head.report().checkpoint_sequence);
+    });
+}
+
+#[test]
+fn a_head_that_stops_leaves_a_swap_in_doubt() {
+    with_head(async |_, running| {
+        running.node.faults.unknown_lost.set(1000);
+        let head = running.head.clone();
+        let swap = tokio::task::spawn_local(async move {
+            head.describe(serde_json::json!("new")).await.map_err(|error| error.to_string())
+        });
+        sleep(Duration::from_secs(10)).await;
+        assert!(!swap.is_finished(), "its outcome is not known");
+        running.head.abandon("deleted");
+        let ended = timeout(Duration::from_millis(1), swap).await.expect("it ends at once");
+        assert_eq!(ended.expect("no panic"), Err("the head stopped: deleted".into()));
+    });
+}
+
+#[test]
+fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
+    with_head(async |world, running| {
+        let before = stored_root(world).await;
+        // Swapped, but mirrored on a single disk of two that are needed.
+        world.devices.borrow()[1..].iter().for_each(crate::sim::device::SimDevice::hang);
+        let first = running.head.describe(serde_json::json!("first"));
+        assert!(timeout(Duration::from_secs(1), first).await.is_err(), "it cannot be in force");
+        assert_eq!(stored_root(world).await.sequence, before.sequence + 1);
+        world.devices.borrow().iter().for_each(crate::sim::device::SimDevice::heal);
+        running.head.describe(serde_json::json!("second")).await.expect("nothing is wrong");
+        let root = stored_root(world).await;
+        assert_eq!(root.sequence, before.sequence + 2);
+        assert_eq!(root.description, "second");
+        for index in 0..world.ids.len() {
+            let held = world.disk(index).expect("open").list(world.volume).expect("readable");
+            let mirror = held.mirror.expect("mirrored");
+            assert_eq!(Root::decode(&mirror.data).expect("a root"), root, "on disk {index}");
+        }
+    });
+}
+
+#[test]
+fn a_finding_counts_for_the_shard_it_names_only() {
+    with_head(async |_, running| {
+        let head = &running.head;
+        write(running, 0, 1).await;
+        head.checkpoint().await.expect("nothing is wrong");
+        let (segment, members) = {
+            let state = head.state.borrow();
+            let sealed = state.table.segments.values().find(|s| s.sealed && s.live > 0);
+            let segment = sealed.or_else(|| state.table.segments.values().find(|s| s.live > 0));
+            let segment = segment.expect("something was written");
+            (segment.id, segment.members.clone())
+        };
+        head.state.borrow_mut().table.segments.get_mut(&segment).expect("it is there").sealed =
+            true;
+        let missing = || head.state.borrow().table.segments[&segment].missing;
+        let finding = |disk, creation| Finding {
+            segment,
+            disk,
+            creation,
+            problem: Problem::Disk(ShardError::Gone),
+        };
+        let [first, second] = members[..] else { panic!("two copies") };
+        // The shard that was read has been replaced by another on the same disk, or elsewhere.
+        head.note_findings(&[finding(second.disk, second.creation ^ 1)]);
+        head.note_findings(&[finding(crate::id::DiskId::default(), second.creation)]);
+        assert_eq!(missing(), 0);
+        head.note_findings(&[finding(second.disk, second.creation)]);
+        assert_eq!(missing(), 0b10, "of {first:?} and {second:?}");
+    });
+}
+
+#[test]
+fn a_read_looks_again_when_its_shards_were_replaced() {
+    with_head(async |_, running| {
+        write(running, 7, 9).await;
+        let target = HeadTarget(running.head.clone());
+        running.node.link.reads_cut.set(true);
+        let read = target.read(7 * BLOCK_BYTES, BLOCK_SIZE);
+        let replace = async {
+            // Longer than the read waits for the first disk, shorter than for both.
+            sleep(Duration::from_millis(700)).await;
+            for segment in running.head.state.borrow_mut().table.segments.values_mut() {
+                segment.members.iter_mut().for_each(|member| member.creation ^= 1);
+            }
+            sleep(Duration::from_millis(400)).await;
+            running.node.heal();
+        };
+        let (read, ()) = tokio::join!(read, replace);
+        assert_eq!(read.expect("it is read in the end").concat(), vec![9; BLOCK_SIZE]);
+    });
+}
