@@ -74,8 +74,8 @@ pub(super) enum InspectError {
     Damaged(String),
 }
 
-fn nothing(message: impl ToString) -> InspectError {
-    InspectError::Nothing { message: message.to_string(), hint: None }
+fn nothing(message: String) -> InspectError {
+    InspectError::Nothing { message, hint: None }
 }
 
 /// Runs the verb.
@@ -90,7 +90,8 @@ async fn run_local(verb: &InspectVerb, out: &mut Output) -> Result<(), Failure> 
     | InspectVerb::Segment { path, .. }
     | InspectVerb::Record { path, .. }) = verb;
     let ring = Ring::new().map_err(|why| nothing(format!("io_uring is not available: {why}")))?;
-    let (device, in_use) = UringDevice::open_beside(path, &ring).map_err(nothing)?;
+    let (device, in_use) =
+        UringDevice::open_beside(path, &ring).map_err(|error| nothing(error.to_string()))?;
     let subject = Subject { path: path.display().to_string(), in_use };
     let damage = match verb {
         InspectVerb::Disk { slots, .. } => {

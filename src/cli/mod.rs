@@ -110,10 +110,11 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Client(ClientError::Api(e)) if e.code == ErrorCode::ConfirmationRequired => 2,
-            Self::Client(ClientError::Api(_) | ClientError::Protocol { .. }) | Self::Output(_) => 1,
+            Self::Client(ClientError::Api(_) | ClientError::Protocol { .. })
+            | Self::Output(_)
+            | Self::Inspect(InspectError::Nothing { .. }) => 1,
             Self::Client(ClientError::Endpoint { .. }) | Self::Usage { .. } => 2,
             Self::Client(ClientError::Connect { .. }) => 3,
-            Self::Inspect(InspectError::Nothing { .. }) => 1,
             Self::Unhealthy | Self::Inspect(InspectError::Damaged(_)) => 4,
         }
     }

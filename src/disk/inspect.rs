@@ -4,7 +4,7 @@
 //! It tells more than opening does (both copies of a page, shards that are open) and goes on where
 //! opening refuses: tables that contradict each other or a device that was cut are findings here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
@@ -127,9 +127,9 @@ fn find_contradictions(
             contradictions.push(format!("slots {other} and {slot} hold the same shard"));
         }
     }
-    let mut seen = BTreeMap::new();
+    let mut seen = BTreeSet::new();
     for fence in volumes {
-        if seen.insert(fence.volume, ()).is_some() {
+        if !seen.insert(fence.volume) {
             contradictions.push(format!("volume {} has two pages", fence.volume));
         }
     }

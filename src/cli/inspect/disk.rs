@@ -280,27 +280,27 @@ impl DiskReport {
             ("fences", format!("{} of {volumes_max}", self.volumes.len())),
             ("catalog", self.catalog.text()),
         ]);
-        let mut text = fields(&lines);
+        let mut parts = vec![fields(&lines)];
         for page in self.pages.iter().take(PAGES_SHOWN) {
             let what = if page.damaged { "damaged" } else { "copies differ" };
-            text += &format!(
+            parts.push(format!(
                 "{} table, page {}: {what} (copy 0: {}; copy 1: {})\n",
                 page.table, page.page, page.copies[0], page.copies[1]
-            );
+            ));
         }
         if let more @ 1.. = self.pages.len().saturating_sub(PAGES_SHOWN) {
-            text += &format!("and {more} more pages; -o json lists all\n");
+            parts.push(format!("and {more} more pages; -o json lists all\n"));
         }
         for contradiction in &self.contradictions {
-            text += &format!("contradiction: {contradiction}\n");
+            parts.push(format!("contradiction: {contradiction}\n"));
         }
         if !self.volumes.is_empty() {
-            text += &format!("\n{}", self.volume_table());
+            parts.push(format!("\n{}", self.volume_table()));
         }
         if let Some(shards) = &self.shards {
-            text += &format!("\n{}", shard_table(shards));
+            parts.push(format!("\n{}", shard_table(shards)));
         }
-        text
+        parts.concat()
     }
 
     fn volume_table(&self) -> String {

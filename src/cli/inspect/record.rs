@@ -151,14 +151,14 @@ impl RecordReport {
             ("acknowledged", format!("up to LSN {}", self.acked)),
             ("checkpoint", checkpoint),
         ]);
-        let mut text = fields(&lines);
+        let mut parts = vec![fields(&lines)];
         if !self.entries.is_empty() {
             let mut table = Table::new(&[">ENTRY", "KIND", "SAYS"]);
             for (index, entry) in self.entries.iter().enumerate() {
                 let kind = entry_kind(entry).to_owned();
                 table.row(vec![index.to_string(), kind, says(entry)]);
             }
-            text += &format!("\n{}", table.render());
+            parts.push(format!("\n{}", table.render()));
         }
         if !self.payload.is_empty() {
             let mut table = Table::new(&[">BLOCK", "HOLDS", "STORED", "COMPUTED", "STATE"]);
@@ -170,9 +170,9 @@ impl RecordReport {
                 let state = view.state.to_owned();
                 table.row(vec![view.block.to_string(), holds + zero, stored, computed, state]);
             }
-            text += &format!("\n{}", table.render());
+            parts.push(format!("\n{}", table.render()));
         }
-        text
+        parts.concat()
     }
 }
 

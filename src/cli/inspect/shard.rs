@@ -7,9 +7,9 @@ use serde::Serialize;
 
 use super::super::output::{Table, fields};
 use super::disk::{ShardView, VolumeName};
-use super::{Subject, as_text, hex, kind_text, scheme_text, state_text};
+use super::{Subject, hex, kind_text, scheme_text, state_text};
 use crate::disk::{Inspection, ShardReader};
-use crate::id::{BLOCK_SIZE, DiskId, Epoch, HeadId, Lsn};
+use crate::id::{BLOCK_SIZE, DiskId, HeadId, Lsn};
 use crate::limits::RECORD_HEADER_BLOCKS_MAX;
 use crate::segment::checksum::{Salt, ZERO_BLOCK_CRC, raw_crcs};
 use crate::segment::record::{CheckpointPlace, Entry, Header};
@@ -138,8 +138,7 @@ struct RecordLine {
     block: u32,
     blocks: u32,
     lsn: Option<Lsn>,
-    #[serde(serialize_with = "option_text")]
-    epoch: Option<Epoch>,
+    epoch: Option<String>,
     head: Option<HeadId>,
     acked: Option<Lsn>,
     checkpoint: Option<CheckpointPlace>,
@@ -148,13 +147,6 @@ struct RecordLine {
     /// Payload blocks that do not match the header's checksums.
     bad_blocks: Vec<u32>,
     fault: Option<String>,
-}
-
-fn option_text<S: serde::Serializer>(epoch: &Option<Epoch>, to: S) -> Result<S::Ok, S::Error> {
-    match epoch {
-        Some(epoch) => as_text(epoch, to),
-        None => to.serialize_none(),
-    }
 }
 
 /// Where the records end.
@@ -274,7 +266,7 @@ impl RecordLine {
             block: header.block,
             blocks: header.blocks(),
             lsn: Some(header.lsn),
-            epoch: Some(header.epoch),
+            epoch: Some(header.epoch.to_string()),
             head: Some(header.head),
             acked: Some(header.acked),
             checkpoint: (header.checkpoint.sequence > 0).then_some(header.checkpoint),
@@ -397,25 +389,23 @@ impl SegmentReport {
         ]);
         if let Some(counts) = &self.checksums {
             let ChecksumCounts { ok, bad, unreadable, unknown, faults } = counts;
-            let mut text =
+            let counts =
                 format!("{ok} ok, {bad} bad, {unreadable} unreadable, {unknown} without checksum");
-            for fault in faults {
-                text += &format!("; {fault}");
-            }
-            lines.push(("blocks", text));
+            let all: Vec<String> = std::iter::once(counts).chain(faults.clone()).collect();
+            lines.push(("blocks", all.join("; ")));
         }
         let End { block, whole_blocks, why } = &self.end;
         lines
             .push(("records", format!("{}, whole up to block {whole_blocks}", self.records.len())));
         lines.push(("end", format!("block {block}: {why}")));
-        let mut text = fields(&lines);
+        let mut parts = vec![fields(&lines)];
         if !self.records.is_empty() {
-            text += &format!("\n{}", record_table(&self.records));
+            parts.push(format!("\n{}", record_table(&self.records)));
         }
         if let Some(blocks) = &self.block_list {
-            text += &format!("\n{}", block_table(blocks));
+            parts.push(format!("\n{}", block_table(blocks)));
         }
-        text
+        parts.concat()
     }
 }
 
@@ -442,7 +432,7 @@ fn record_table(records: &[RecordLine]) -> String {
             record.block.to_string(),
             record.blocks.to_string(),
             lsn(record.lsn),
-            record.epoch.map_or_else(dash, |epoch| epoch.to_string()),
+            record.epoch.clone().unwrap_or_else(dash),
             lsn(record.acked),
             checkpoint,
             super::super::output::non_empty(entries.join(", "), "-"),
