@@ -110,6 +110,7 @@ fn disks_that_are_not_what_they_should_be_are_told_and_not_used() {
 fn every_list_is_json_and_every_mistake_is_told() {
     let dir = directory();
     let node = Node::start(dir.path(), &SMALL);
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "write -P 3 0 1M"]);
     let disk = node.disk_id(0);
     for args in [
         &["status"][..],
@@ -142,6 +143,8 @@ fn every_list_is_json_and_every_mistake_is_told() {
         (&["volume", "create", "default/x"], 2, "--size"),
         (&["volume", "show", "default/none"], 1, "sdsctl volume ls"),
         (&["volume", "rm", "default/vol0"], 2, "--yes"),
+        (&["pool", "rm", "default"], 1, "holds volumes"),
+        (&["disk", "rm", &disk], 2, "--yes"),
         (&["volume", "ls", "nopool"], 1, "sdsctl pool ls"),
         (&["pool", "create", "x"], 2, "--replicas"),
         (&["pool", "create", "x", "--ec", "9"], 2, "4+2"),

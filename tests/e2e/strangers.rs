@@ -183,7 +183,7 @@ fn a_thousand_connections_leave_room_for_the_disks() {
         clients.push(client);
     }
     assert!(clients.len() < 1100, "there is no limit");
-    let text = fails("nbdinfo", &[&node.uri]);
+    let text = fails("qemu-img", &["info", &node.uri]);
     assert!(text.contains("limit of"), "{text}");
     let disk = node.disk_id(3);
     node.ctl(&["disk", "offline", &disk]);
