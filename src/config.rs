@@ -26,6 +26,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use toml::de::DeTable;
 
 use crate::meta::record::check_name;
 use crate::units::ByteSize;
@@ -65,8 +66,10 @@ pub enum ConfigError {
         message: String,
     },
     /// A value that makes no sense.
-    #[error("{field}: {message}")]
+    #[error("{place}{field}: {message}")]
     Value {
+        /// `FILE:LINE: `, or nothing where there is no file.
+        place: String,
         /// The field, such as `nbd.tls.key`.
         field: String,
         /// What is wrong with it.
@@ -187,7 +190,47 @@ impl Default for LogConfig {
 }
 
 fn refuse<T>(field: impl Into<String>, message: impl Into<String>) -> Result<T, ConfigError> {
-    Err(ConfigError::Value { field: field.into(), message: message.into() })
+    let (field, message) = (field.into(), message.into());
+    Err(ConfigError::Value { place: String::new(), field, message })
+}
+
+/// Line of a byte of the text, from 1.
+fn line_at(text: &str, byte: usize) -> usize {
+    let before = text.get(..byte).unwrap_or(text);
+    before.bytes().filter(|byte| *byte == b'\n').count() + 1
+}
+
+/// Line on which `field`, such as `nbd.tls.key`, stands in the text, or the last of the tables
+/// around it that does; none if all of it is left to its default.
+fn line_of(text: &str, field: &str) -> Option<usize> {
+    let table = DeTable::parse(text).ok()?;
+    let (mut table, mut found) = (table.get_ref(), None);
+    for part in field.split('.') {
+        let Some((key, value)) = table.iter().find(|(key, _)| key.get_ref() == part) else { break };
+        found = Some(line_at(text, key.span().start));
+        let Some(inner) = value.get_ref().as_table() else { break };
+        table = inner;
+    }
+    found
+}
+
+/// The field whose value is at this byte of the text.
+fn field_at(text: &str, byte: usize) -> Option<String> {
+    let table = DeTable::parse(text).ok()?;
+    let (mut table, mut parts) = (table.get_ref(), Vec::new());
+    loop {
+        // The last that begins at or before the byte: a table's own span ends with its header.
+        let mut before: Vec<_> = table.iter().filter(|(key, _)| key.span().start <= byte).collect();
+        before.sort_by_key(|(key, _)| key.span().start);
+        let Some((key, value)) = before.pop() else { break };
+        if key.span().contains(&byte) {
+            break;
+        }
+        parts.push(key.get_ref().to_string());
+        let Some(inner) = value.get_ref().as_table() else { break };
+        table = inner;
+    }
+    (!parts.is_empty()).then(|| parts.join("."))
 }
 
 impl Config {
@@ -213,11 +256,23 @@ impl Config {
     /// [`ConfigError::Syntax`], [`ConfigError::Value`].
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(|error| {
-            let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or("");
-            let line = before.bytes().filter(|byte| *byte == b'\n').count() + 1;
-            ConfigError::Syntax { path: path.to_owned(), line, message: error.message().to_owned() }
+            let start = error.span().map_or(0, |span| span.start);
+            let message = match field_at(text, start) {
+                Some(field) => format!("{field}: {}", error.message()),
+                None => error.message().to_owned(),
+            };
+            ConfigError::Syntax { path: path.to_owned(), line: line_at(text, start), message }
         })?;
-        config.validate()?;
+        config.validate().map_err(|error| match error {
+            ConfigError::Value { field, message, .. } => {
+                let place = match line_of(text, &field) {
+                    Some(line) => format!("{}:{line}: ", path.display()),
+                    None => format!("{}: ", path.display()),
+                };
+                ConfigError::Value { place, field, message }
+            }
+            error => error,
+        })?;
         Ok(config)
     }
 
@@ -348,23 +403,30 @@ mod tests {
     fn errors_name_the_place() {
         let error = |text| parse(text).unwrap_err();
         expect![
-            "sdsd.toml:3: unknown field `adresses`, expected one of `addresses`, `socket`, `tls`"
+            "sdsd.toml:3: nbd: unknown field `adresses`, expected one of `addresses`, `socket`, `tls`"
         ]
         .assert_eq(&error("\n[nbd]\nadresses = []\n"));
-        expect!["sdsd.toml:2: '64Q' is not a size: its unit must be one of K, M, G, T, P, E, KiB …, KB …"]
+        expect!["sdsd.toml:2: cache.index: '64Q' is not a size: its unit must be one of K, M, G, T, P, E, KiB …, KB …"]
             .assert_eq(&error("[cache]\nindex = \"64Q\"\n"));
-        expect!["node: the name of a node consists of a-z, 0-9, '.', '_' and '-': 'a/b' contains a slash"]
+        expect!["sdsd.toml:1: node: the name of a node consists of a-z, 0-9, '.', '_' and '-': 'a/b' contains a slash"]
             .assert_eq(&error("node = \"a/b\""));
-        expect!["disks: /dev/sdb is listed twice"]
+        expect!["sdsd.toml:1: disks: /dev/sdb is listed twice"]
             .assert_eq(&error("disks = [\"/dev/sdb\", \"/dev/sdb\"]"));
-        expect!["nbd: neither addresses nor a socket: nothing could be attached"]
+        expect!["sdsd.toml:1: nbd: neither addresses nor a socket: nothing could be attached"]
             .assert_eq(&error("[nbd]\naddresses = []"));
-        expect!["nbd.addresses: 127.0.0.1:9770 is admin.address too"]
+        expect!["sdsd.toml:2: nbd.addresses: 127.0.0.1:9770 is admin.address too"]
             .assert_eq(&error("[nbd]\naddresses = [\"127.0.0.1:9770\"]"));
-        expect!["cache.index: 4KiB is less than 1MiB"].assert_eq(&error("[cache]\nindex = \"4K\""));
+        expect!["sdsd.toml:2: cache.index: 4KiB is less than 1MiB"]
+            .assert_eq(&error("[cache]\nindex = \"4K\""));
+        expect!["sdsd.toml: nbd.addresses: 127.0.0.1:10809 is admin.address too"]
+            .assert_eq(&error("[admin]\naddress = \"127.0.0.1:10809\""));
+        expect!["sdsd.toml:3: nbd.addresses: invalid socket address syntax"]
+            .assert_eq(&error("\n[nbd]\naddresses = [\"127.0.0.1:1\", \"here\"]"));
+        expect!["sdsd.toml:2: nbd.tls.key: the path is empty"]
+            .assert_eq(&error("[nbd]\ntls = { certificate = \"c\", key = \"\" }"));
         assert!(error("node = ").starts_with("sdsd.toml:1: "));
         assert!(error("\n\n[log]\nlevel = 3").starts_with("sdsd.toml:4: "));
-        assert!(error("[log]\nlevel = \"sds=loud\"").starts_with("log.level: "));
+        assert!(error("[log]\nlevel = \"sds=loud\"").starts_with("sdsd.toml:2: log.level: "));
     }
 
     #[test]

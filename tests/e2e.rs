@@ -11,7 +11,13 @@ mod clients;
 mod control;
 #[path = "e2e/crash.rs"]
 mod crash;
+#[path = "e2e/daemon.rs"]
+mod daemon;
 #[path = "e2e/faults.rs"]
 mod faults;
+#[path = "nbd_threaded/identity.rs"]
+mod identity;
+#[path = "e2e/strangers.rs"]
+mod strangers;
 #[path = "e2e/support.rs"]
 mod support;

@@ -1,10 +1,12 @@
 //! `sdsctl`: the command line, one file per family of verbs.
 //!
-//! Knows the admin API through [`crate::admin::client`] only. Answers go to standard output, as a
+//! Knows a node through the admin API ([`crate::admin::client`]) only; `inspect` alone looks at
+//! disks itself, and needs no node. Answers go to standard output, as a
 //! table or as exactly the API's JSON; everything else goes to standard error. Every outcome has
 //! its exit code ([`Failure::exit_code`]), so that scripts need not read texts.
 
 mod disk;
+mod inspect;
 mod output;
 mod parse;
 mod pool;
@@ -19,6 +21,7 @@ use clap_complete::Shell;
 
 use crate::admin::client::{Client, ClientError, DEFAULT_ENDPOINT};
 use crate::admin::error::{ApiError, ErrorBody, ErrorCode};
+use inspect::InspectError;
 use output::{Format, Output};
 
 const AFTER_HELP: &str = "\
@@ -27,7 +30,7 @@ Exit codes:
   1  the node refused the request, or failed
   2  wrong usage; also: data would be destroyed and --yes is missing
   3  cannot connect to the node
-  4  the node is not healthy (status --exit-code only)
+  4  the node is not healthy (status --exit-code only); what was inspected is damaged
 
 Examples:
   sdsctl status
@@ -35,6 +38,7 @@ Examples:
   sdsctl pool create fast --replicas 3
   sdsctl volume create default/vm1 --size 10G
   sdsctl -o json volume ls
+  sdsctl inspect disk sds-data/disk0.img --slots
   sdsctl --endpoint http://10.0.0.5:9770 status --watch";
 
 /// Manages an sds node: disks, pools and volumes
@@ -65,6 +69,9 @@ enum Verb {
     /// Volumes: virtual disks in a pool
     #[command(subcommand, visible_alias = "volumes")]
     Volume(volume::VolumeVerb),
+    /// Decodes what is on a disk, without a node
+    #[command(subcommand)]
+    Inspect(inspect::InspectVerb),
     /// Prints a completion script for a shell
     #[command(after_help = "Example, for bash:\n  sdsctl completion bash \
                             > ~/.local/share/bash-completion/completions/sdsctl")]
@@ -91,6 +98,9 @@ enum Failure {
     /// The node is not `ok`; it was printed already.
     #[error("the node is not healthy")]
     Unhealthy,
+    /// What lies on a disk.
+    #[error(transparent)]
+    Inspect(#[from] inspect::InspectError),
     /// Standard output cannot be written to.
     #[error("cannot print the answer: {0}")]
     Output(#[from] io::Error),
@@ -100,10 +110,12 @@ impl Failure {
     fn exit_code(&self) -> u8 {
         match self {
             Self::Client(ClientError::Api(e)) if e.code == ErrorCode::ConfirmationRequired => 2,
-            Self::Client(ClientError::Api(_) | ClientError::Protocol { .. }) | Self::Output(_) => 1,
+            Self::Client(ClientError::Api(_) | ClientError::Protocol { .. })
+            | Self::Output(_)
+            | Self::Inspect(InspectError::Nothing { .. }) => 1,
             Self::Client(ClientError::Endpoint { .. }) | Self::Usage { .. } => 2,
             Self::Client(ClientError::Connect { .. }) => 3,
-            Self::Unhealthy => 4,
+            Self::Unhealthy | Self::Inspect(InspectError::Damaged(_)) => 4,
         }
     }
 
@@ -114,6 +126,10 @@ impl Failure {
             }
             Self::Client(error) => error.to_api_error(),
             Self::Usage { message, hint } => ApiError::invalid(message).with_hint(hint),
+            Self::Inspect(InspectError::Nothing { message, hint: Some(hint) }) => {
+                ApiError::invalid(message).with_hint(hint)
+            }
+            Self::Inspect(error) => ApiError::invalid(error.to_string()),
             Self::Unhealthy | Self::Output(_) => ApiError::internal(self.to_string()),
         }
     }
@@ -157,14 +173,17 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         clap_complete::generate(shell, &mut Cli::command(), "sdsctl", &mut script);
         return Ok(io::stdout().lock().write_all(&script)?);
     }
-    let client = Client::new(&cli.endpoint)?;
     let mut out = Output::new(cli.output);
+    if let Verb::Inspect(verb) = &cli.verb {
+        return inspect::run(verb, &mut out);
+    }
+    let client = Client::new(&cli.endpoint)?;
     match &cli.verb {
         Verb::Status(args) => status::run(args, &client, &mut out),
         Verb::Disk(verb) => disk::run(verb, &client, &mut out),
         Verb::Pool(verb) => pool::run(verb, &client, &mut out),
         Verb::Volume(verb) => volume::run(verb, &client, &mut out),
-        Verb::Completion { .. } => Ok(()),
+        Verb::Inspect(_) | Verb::Completion { .. } => Ok(()),
     }
 }
 

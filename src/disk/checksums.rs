@@ -12,7 +12,7 @@ use crate::buffer::AlignedBuf;
 use crate::disk::Disk;
 use crate::disk::format::{CRCS_PER_PAGE, ChecksumPage, decode_page, encode_page};
 use crate::disk::stats::add;
-use crate::id::BLOCK_SIZE;
+use crate::id::{BLOCK_SIZE, DiskId};
 use crate::shard::{ShardError, ShardResult, ShardSpec};
 
 /// Checksum pages kept in memory, per disk: 1 MiB, for about 1 GiB of sealed data.
@@ -32,6 +32,26 @@ impl Tenant {
         let volume = spec.volume.to_bytes();
         Self { volume, segment: spec.segment.0, creation: spec.creation, blocks }
     }
+}
+
+/// The checksums in the page of this number, if they are the tenant's; or why they are not.
+pub(super) fn decode(
+    buf: &[u8],
+    disk: DiskId,
+    number: u64,
+    tenant: &Tenant,
+) -> Result<Vec<u32>, String> {
+    let page = decode_page::<ChecksumPage>(buf, disk, number).map_err(|fault| fault.to_string())?;
+    let found = Tenant {
+        volume: page.volume,
+        segment: page.segment.get(),
+        creation: page.creation.get(),
+        blocks: page.blocks.get(),
+    };
+    if found != *tenant {
+        return Err("it is of another shard".into());
+    }
+    Ok(page.crcs.iter().map(|crc| crc.get()).collect())
 }
 
 struct CachedPage {
@@ -119,19 +139,9 @@ impl Disk {
         let result = self.device.read(offset, AlignedBuf::new(BLOCK_SIZE)).await;
         running.finish(BLOCK_SIZE, result.is_ok());
         let buf = result.map_err(|error| self.data_error(&error))?;
-        let page = decode_page::<ChecksumPage>(&buf, self.id, number)
-            .map_err(|fault| self.damaged_checksums(number, &fault.to_string()))?;
-        let found = Tenant {
-            volume: page.volume,
-            segment: page.segment.get(),
-            creation: page.creation.get(),
-            blocks: page.blocks.get(),
-        };
-        if found != *tenant {
-            return Err(self.damaged_checksums(number, "it is of another shard"));
-        }
-        let crcs = page.crcs.iter().map(|crc| crc.get()).collect();
-        let page = Rc::new(CachedPage { tenant: found, crcs });
+        let crcs = decode(&buf, self.id, number, tenant)
+            .map_err(|reason| self.damaged_checksums(number, &reason))?;
+        let page = Rc::new(CachedPage { tenant: tenant.clone(), crcs });
         self.checksums.borrow_mut().0.put(number, page.clone());
         Ok(page)
     }

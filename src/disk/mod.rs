@@ -36,6 +36,7 @@ pub mod conformance;
 pub mod device;
 pub mod format;
 pub mod geometry;
+mod inspect;
 mod open;
 mod shards;
 mod stats;
@@ -45,9 +46,11 @@ mod volumes;
 mod writer;
 
 pub use geometry::{Geometry, GeometryError};
+pub use inspect::{
+    Inspection, PageFinding, ShardReader, SuperblockCopy, inspect, superblock_copies,
+};
 pub use open::{
-    DiskFormatError, DiskOpenError, FormatOptions, Inspection, SuperblockInfo, inspect,
-    probe_superblock,
+    DiskFormatError, DiskOpenError, FormatOptions, SuperblockInfo, newer_copy, probe_superblock,
 };
 pub use stats::{DiskStats, OperationStats, SlotCounts};
 

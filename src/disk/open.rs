@@ -18,12 +18,12 @@ use crate::disk::stats::add;
 use crate::disk::tables::Tables;
 use crate::disk::{Disk, DiskStats, catalog, checksums};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE, ClusterId, DiskId};
-use crate::shard::{Catalog, ShardInfo, ShardResult, VolumeFence};
+use crate::shard::Catalog;
 
 /// Bytes at the start of a device that must be zero for it to count as blank.
 const BLANK_BYTES: u64 = 1 << 20;
 /// Bytes of tables read or written at once.
-const CHUNK_BYTES: usize = 1 << 20;
+pub(super) const CHUNK_BYTES: usize = 1 << 20;
 
 /// Why a disk was not opened.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -109,18 +109,25 @@ pub async fn probe_superblock(device: &dyn BlockDevice) -> Result<SuperblockInfo
     Ok(SuperblockInfo { disk, cluster, geometry })
 }
 
-type CopyFault = Result<PageFault, DeviceError>;
+pub(super) type CopyFault = Result<PageFault, DeviceError>;
 
-async fn read_copy(device: &dyn BlockDevice, offset: u64) -> Result<Superblock, CopyFault> {
+pub(super) async fn read_copy(
+    device: &dyn BlockDevice,
+    offset: u64,
+) -> Result<Superblock, CopyFault> {
     let buf = device.read(offset, AlignedBuf::new(BLOCK_SIZE)).await.map_err(Err)?;
     Superblock::decode(&buf).map_err(Ok)
 }
 
 /// The valid superblock, and which copies are not up to date with it.
-async fn read_superblock(
+pub(super) async fn read_superblock(
     device: &dyn BlockDevice,
 ) -> Result<(Superblock, [bool; 2]), DiskOpenError> {
     if device.size() < SUPERBLOCK_OFFSETS[1] + BLOCK_BYTES {
+        if let Ok(first) = read_copy(device, SUPERBLOCK_OFFSETS[0]).await {
+            let (expected, actual) = (first.geometry.size_bytes, device.size());
+            return Err(DiskOpenError::TooShort { expected, actual });
+        }
         return Err(blank_or(device, DiskOpenError::Foreign).await?);
     }
     let [first, second] = SUPERBLOCK_OFFSETS;
@@ -228,9 +235,8 @@ impl Disk {
         let Superblock { disk: id, cluster, geometry, .. } = superblock;
         let stats = DiskStats::default();
         let mut tables = Tables::new(id, geometry);
-        let mending = Mending { stats: &stats, repair: true };
-        load_slots(&*device, &mut tables, mending).await?;
-        load_volumes(&*device, &mut tables, mending).await?;
+        load_slots(&*device, &mut tables, &stats).await?;
+        load_volumes(&*device, &mut tables, &stats).await?;
         let (sequence, catalog) = catalog::load(&*device, id, &geometry).await;
         if catalog.is_err() {
             add(&stats.damaged_pages, 1);
@@ -253,45 +259,6 @@ impl Disk {
         disk.check().map_err(DiskOpenError::Inconsistent)?;
         Ok(disk)
     }
-}
-
-/// What a disk holds, as [`inspect`] finds it.
-#[derive(Debug, Clone)]
-pub struct Inspection {
-    /// Identity and layout.
-    pub superblock: SuperblockInfo,
-    /// Slots that hold a shard. One that was open is told as closed.
-    pub slots: Vec<(u32, ShardInfo)>,
-    /// Fences and root mirrors.
-    pub volumes: Vec<VolumeFence>,
-    /// The catalog, or why it cannot be told.
-    pub catalog: ShardResult<Catalog>,
-    /// Table pages with no readable copy.
-    pub damaged_pages: u64,
-}
-
-/// Reads what a disk holds without changing anything, also beside a running process (whose latest
-/// changes may then be missing).
-pub async fn inspect(device: &dyn BlockDevice) -> Result<Inspection, DiskOpenError> {
-    let superblock = probe_superblock(device).await?;
-    let SuperblockInfo { disk, geometry, .. } = superblock;
-    let stats = DiskStats::default();
-    let mut tables = Tables::new(disk, geometry);
-    let mending = Mending { stats: &stats, repair: false };
-    load_slots(device, &mut tables, mending).await?;
-    load_volumes(device, &mut tables, mending).await?;
-    let (_, catalog) = catalog::load(device, disk, &geometry).await;
-    let shards = (0..geometry.slots).filter_map(|slot| Some((slot, tables.shard_info(slot)?)));
-    let slots = shards.collect();
-    let volumes = tables.fences();
-    Ok(Inspection { superblock, slots, volumes, catalog, damaged_pages: stats.damaged_pages.get() })
-}
-
-/// Where to count damage, and whether to mend what can be.
-#[derive(Clone, Copy)]
-struct Mending<'a> {
-    stats: &'a DiskStats,
-    repair: bool,
 }
 
 async fn check_blank(device: &dyn BlockDevice) -> Result<(), DiskFormatError> {
@@ -341,7 +308,7 @@ async fn write_empty<P: Page>(
 
 /// One copy of `count` pages. Where the device cannot read all at once, each page is read by
 /// itself, and one that cannot be read is none.
-async fn read_pages(
+pub(super) async fn read_pages(
     device: &dyn BlockDevice,
     offset: u64,
     count: usize,
@@ -365,12 +332,18 @@ async fn read_pages(
     Ok(pages)
 }
 
+/// Which of two copies of a page counts, by the sequences of those that are valid.
+pub fn newer_copy(sequences: [Option<u64>; 2]) -> Option<usize> {
+    let [first, second] = sequences;
+    first.max(second).map(|_| usize::from(second > first))
+}
+
 /// Reads both copies of a table, gives the newer valid copy of each page (or none) to `load` in
 /// order, and rewrites the other copy where it is not as new.
 async fn load_table<P: Page>(
     device: &dyn BlockDevice,
     disk: DiskId,
-    mending: Mending<'_>,
+    stats: &DiskStats,
     pages: u32,
     offset_of: impl Fn(u32, u32) -> u64,
     mut load: impl FnMut(u32, Option<&P>) -> Result<bool, DiskOpenError>,
@@ -388,19 +361,18 @@ async fn load_table<P: Page>(
                 let page = decode_page::<P>(copy.as_ref()?, disk, index.into()).ok()?;
                 Some(page.header().sequence.get())
             };
-            let (sequence_a, sequence_b) = (valid(a), valid(b));
-            let (best, other) = if sequence_a >= sequence_b { (a, 1) } else { (b, 0) };
-            let best = best.as_ref().filter(|_| sequence_a.max(sequence_b).is_some());
+            let sequences = [valid(a), valid(b)];
+            let (best, other) = if newer_copy(sequences) == Some(1) { (b, 0) } else { (a, 1) };
+            let best = best.as_ref().filter(|_| newer_copy(sequences).is_some());
             let page = best.and_then(|bytes| decode_page::<P>(bytes, disk, index.into()).ok());
             if !load(index, page)? {
-                add(&mending.stats.damaged_pages, 1);
-            } else if sequence_a != sequence_b
-                && mending.repair
+                add(&stats.damaged_pages, 1);
+            } else if sequences[0] != sequences[1]
                 && let Some(best) = best
             {
                 let page = AlignedBuf::copy_of(best).freeze();
                 device.write(offset_of(index, other), Rc::from([page]), true).await?;
-                add(&mending.stats.repaired_pages, 1);
+                add(&stats.repaired_pages, 1);
             }
         }
         first += u32::try_from(count).expect("a chunk has few pages");
@@ -411,46 +383,39 @@ async fn load_table<P: Page>(
 async fn load_slots(
     device: &dyn BlockDevice,
     tables: &mut Tables,
-    mending: Mending<'_>,
+    stats: &DiskStats,
 ) -> Result<(), DiskOpenError> {
     let (disk, geometry) = (tables.disk, tables.geometry);
     let offset = |page, copy| geometry.slot_page_offset(page, copy);
-    load_table(
-        device,
-        disk,
-        mending,
-        geometry.slot_pages(),
-        offset,
-        |_, page: Option<&SlotPage>| {
-            let left = geometry.slots as usize - tables.slots.len();
-            let count = left.min(ENTRIES_PER_PAGE);
-            let records: Option<Vec<_>> = page.and_then(|page| {
-                let entries = page.entries.iter().take(count);
-                entries.map(ShardRecord::decode).collect::<Result<_, _>>().ok()
-            });
-            tables.slot_sequences.push(page.map_or(0, |page| page.header.sequence.get()));
-            let Some(records) = records else {
-                tables.load_damaged_slots(count);
-                return Ok(false);
-            };
-            for record in records {
-                tables.load_slot(record).map_err(DiskOpenError::Inconsistent)?;
-            }
-            Ok(true)
-        },
-    )
+    load_table(device, disk, stats, geometry.slot_pages(), offset, |_, page: Option<&SlotPage>| {
+        let left = geometry.slots as usize - tables.slots.len();
+        let count = left.min(ENTRIES_PER_PAGE);
+        let records: Option<Vec<_>> = page.and_then(|page| {
+            let entries = page.entries.iter().take(count);
+            entries.map(ShardRecord::decode).collect::<Result<_, _>>().ok()
+        });
+        tables.slot_sequences.push(page.map_or(0, |page| page.header.sequence.get()));
+        let Some(records) = records else {
+            tables.load_damaged_slots(count);
+            return Ok(false);
+        };
+        for record in records {
+            tables.load_slot(record).map_err(DiskOpenError::Inconsistent)?;
+        }
+        Ok(true)
+    })
     .await
 }
 
 async fn load_volumes(
     device: &dyn BlockDevice,
     tables: &mut Tables,
-    mending: Mending<'_>,
+    stats: &DiskStats,
 ) -> Result<(), DiskOpenError> {
     let (disk, geometry) = (tables.disk, tables.geometry);
     let offset = |page, copy| geometry.volume_page_offset(page, copy);
     let pages = geometry.volumes_max;
-    load_table(device, disk, mending, pages, offset, |index, page: Option<&VolumePage>| {
+    load_table(device, disk, stats, pages, offset, |index, page: Option<&VolumePage>| {
         let record = page.ok_or(()).and_then(|page| VolumeRecord::decode(page).map_err(drop));
         let valid = record.is_ok();
         tables.volume_sequences.push(page.map_or(0, |page| page.header.sequence.get()));

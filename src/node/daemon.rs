@@ -19,7 +19,7 @@ use tokio::task::LocalSet;
 use super::dev::DevOptions;
 use super::opener::{DeviceOpener, OpenFailure, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
-use super::{Exports, Node, NodeOptions};
+use super::{Exports, Node, NodeOptions, descriptors};
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
@@ -146,6 +146,7 @@ async fn run_local(
     ready: &dyn Fn(&Addresses),
 ) -> Result<(), DaemonError> {
     let mut signals = Signals::listen()?;
+    let files_max = descriptors::raise_limit();
     let _lock = DirectoryLock::take(&config.data_dir)?;
     let tls = config.nbd.tls.as_ref().map(load_tls).transpose()?;
     let sockets = Sockets::bind(config).await?;
@@ -173,7 +174,8 @@ async fn run_local(
     let (backend, commands) = backend::channel(COMMANDS_WAITING_MAX, COMMAND_TIMEOUT);
     let admin = AdminThread::start(sockets.admin, backend)?;
     tokio::task::spawn_local(node.clone().serve(commands));
-    let exports = NbdService::start(&node, &config.nbd, tls, sockets.nbd, sockets.nbd_socket);
+    let listening = (sockets.nbd, sockets.nbd_socket);
+    let exports = NbdService::start(&node, &config.nbd, (tls, files_max), listening);
     node.set_exports(uris(&sockets.addresses), exports.tcp.metrics().clone());
     let prepared = match dev {
         Some(dev) => dev.finish(&node).await,
@@ -230,9 +232,8 @@ impl NbdService {
     fn start(
         node: &Rc<Node>,
         config: &NbdConfig,
-        tls: Option<tokio_rustls::TlsAcceptor>,
-        listeners: Vec<TcpListener>,
-        socket: Option<UnixSocket>,
+        (tls, files_max): (Option<tokio_rustls::TlsAcceptor>, u64),
+        (listeners, socket): (Vec<TcpListener>, Option<UnixSocket>),
     ) -> Self {
         let (stop, stopped) = watch::channel(false);
         let directory = Rc::new(Exports(node.clone()));
@@ -243,13 +244,14 @@ impl NbdService {
             Some(acceptor) => TlsMode::Allow(acceptor),
         };
         let plain = matches!(mode, TlsMode::Off);
-        let settings = nbd::NbdConfig { tls: mode, ..nbd::NbdConfig::default() };
+        // With TLS, the unix socket has a server of its own.
+        let servers = if plain || socket.is_none() { 1 } else { 2 };
+        let connections_max = descriptors::connections_max(files_max, servers);
+        let plain_settings = nbd::NbdConfig { connections_max, ..nbd::NbdConfig::default() };
+        let settings = nbd::NbdConfig { tls: mode, ..plain_settings.clone() };
         let tcp = Server::new(directory.clone(), settings, stopped.clone());
-        let unix = if plain {
-            tcp.clone()
-        } else {
-            Server::new(directory, nbd::NbdConfig::default(), stopped)
-        };
+        let unix =
+            if plain { tcp.clone() } else { Server::new(directory, plain_settings, stopped) };
         let mut tasks = Vec::new();
         for listener in listeners {
             let server = tcp.clone();
@@ -423,11 +425,13 @@ pub(super) fn absolute(paths: &[PathBuf]) -> Result<Vec<String>, DaemonError> {
 }
 
 fn load_tls(config: &TlsConfig) -> Result<tokio_rustls::TlsAcceptor, DaemonError> {
-    let read = |path: &PathBuf| {
-        std::fs::read(path).map_err(|why| error(format!("cannot read {}: {why}", path.display())))
+    let read = |field: &str, path: &PathBuf| {
+        let failed = |why| error(format!("nbd.tls.{field}: cannot read {}: {why}", path.display()));
+        std::fs::read(path).map_err(failed)
     };
-    let authority = config.client_ca.as_ref().map(read).transpose()?;
-    nbd::tls::acceptor(&read(&config.certificate)?, &read(&config.key)?, authority.as_deref())
+    let authority = config.client_ca.as_ref().map(|path| read("client_ca", path)).transpose()?;
+    let (certificate, key) = (read("certificate", &config.certificate)?, read("key", &config.key)?);
+    nbd::tls::acceptor(&certificate, &key, authority.as_deref())
         .map_err(|why| error(format!("nbd.tls: {why}")))
 }
 

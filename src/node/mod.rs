@@ -22,6 +22,7 @@
 mod catalog;
 mod commands;
 pub mod daemon;
+mod descriptors;
 pub mod dev;
 mod disks;
 mod exports;

@@ -10,7 +10,7 @@ use crate::admin::types::{
     AddDisk, CreatePool, Disk, DiskState as Shown, FailureDomain as Wanted, Pool, PoolScheme,
     Removed,
 };
-use crate::disk::DiskOpenError;
+use crate::disk::{DiskOpenError, Geometry};
 use crate::id::{BLOCK_BYTES, DiskId, PoolId};
 use crate::meta::record::{DiskState, FailureDomain, PoolRecord};
 use crate::meta::schema;
@@ -94,15 +94,28 @@ impl Node {
         if let Some(slot) = self.slots().iter().find(|slot| slot.path() == path) {
             return Err(ApiError::conflict(format!("{path} is disk {} already", slot.id)));
         }
+        if let Some(Err(why)) = request.size.map(Geometry::plan) {
+            return Err(ApiError::no_space(format!("{path} cannot be formatted: {why}")));
+        }
         let device = self.options.opener.open(&path, request.size).map_err(|error| {
             let text = error.to_string();
             match error {
+                OpenFailure::NotFound(_) if request.size.is_some() => ApiError::not_found(format!(
+                    "{path} cannot be made: its directory is not there"
+                )),
                 OpenFailure::NotFound(_) => ApiError::not_found(text)
                     .with_hint("to make a file, say how large it shall be: --size 10G"),
                 OpenFailure::InUse(_) => ApiError::conflict(text),
                 OpenFailure::Other(_) => ApiError::invalid(text),
             }
         })?;
+        if let Some(size) = request.size.filter(|size| *size != device.size()) {
+            return Err(ApiError::conflict(format!(
+                "{path} is there already and has {} bytes, not {size}",
+                device.size()
+            ))
+            .with_hint("leave --size out to use it as it is"));
+        }
         let confirm = |what: String| {
             ApiError::confirmation_required(format!("{path} {what}"))
                 .with_hint("repeat with --yes to format it; what is on it is lost")

@@ -17,7 +17,7 @@ use crate::limits::{SEGMENT_BLOCK_BITS, SEGMENT_ID_BITS};
 
 /// Place of a 4 KiB block: a segment and the block in it. Block `b` of data shard `i` of a
 /// segment whose shards hold `c` blocks has the address `i * c + b`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 pub struct BlockAddr {
     /// The segment.
     pub segment: SegmentId,

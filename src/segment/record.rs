@@ -105,7 +105,8 @@ pub struct CheckpointPlace {
 
 /// What a record says. `lba` counts logical blocks, `blocks` blocks of 4 KiB.
 #[allow(missing_docs, reason = "the fields are what the variant's sentence names")]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Entry {
     /// The next `blocks` payload blocks are the content of `lba ..`.
     Write { lba: u64, blocks: u32 },

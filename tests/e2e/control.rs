@@ -105,3 +105,70 @@ fn disks_that_are_not_what_they_should_be_are_told_and_not_used() {
     assert!(text.contains("formatted with"), "{text}");
     node.stop();
 }
+
+#[test]
+fn every_list_is_json_and_every_mistake_is_told() {
+    let dir = directory();
+    let node = Node::start(dir.path(), &SMALL);
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "write -P 3 0 1M"]);
+    let disk = node.disk_id(0);
+    for args in [
+        &["status"][..],
+        &["disk", "ls"],
+        &["disk", "show", &disk],
+        &["disk", "show", &disk[..8]],
+        &["pool", "ls"],
+        &["pool", "show", "default"],
+        &["volume", "ls"],
+        &["volume", "ls", "default"],
+        &["volume", "show", "default/vol0"],
+        &["inspect", "disk", node.disk(0).to_str().expect("UTF-8"), "--slots"],
+    ] {
+        let value = node.json(args);
+        let is_list = args.get(1) == Some(&"ls");
+        assert_eq!(value.is_array(), is_list, "{args:?}: {value}");
+        assert!(value.as_array().is_none_or(|list| !list.is_empty()), "{args:?}");
+    }
+    let unmade = dir.path().join("unmade.img").display().to_string();
+    let short = dir.path().join("short.img").display().to_string();
+    std::fs::write(&short, [0; 8192]).expect("a file");
+    let there = node.disk(0).display().to_string();
+    for (args, code, why) in [
+        (&["volum", "ls"][..], 2, "similar"),
+        (&["volume", "lst"], 2, "'ls'"),
+        (&["volume", "create", "x"], 2, "POOL/NAME"),
+        (&["volume", "create", "default/a/b", "--size", "1G"], 2, "not a name"),
+        (&["volume", "create", "default/x", "--size", "ten"], 2, "begin with a number"),
+        (&["volume", "create", "default/x", "--size", "1025T"], 2, "too large"),
+        (&["volume", "create", "default/x"], 2, "--size"),
+        (&["volume", "show", "default/none"], 1, "sdsctl volume ls"),
+        (&["volume", "rm", "default/vol0"], 2, "--yes"),
+        (&["pool", "rm", "default"], 1, "holds volumes"),
+        (&["disk", "rm", &disk], 2, "--yes"),
+        (&["volume", "ls", "nopool"], 1, "sdsctl pool ls"),
+        (&["pool", "create", "x"], 2, "--replicas"),
+        (&["pool", "create", "x", "--ec", "9"], 2, "4+2"),
+        (&["pool", "create", "a/b", "--replicas", "2"], 2, "not a name"),
+        (&["pool", "create", "x", "--replicas", "2", "--min-size", "3"], 2, "out of range"),
+        (&["pool", "create", "wide", "--ec", "16+4"], 1, "needs 20 disks, the node has 6"),
+        (&["disk", "show", "zzzz"], 1, "sdsctl disk ls"),
+        (&["disk", "add", &unmade], 1, "--size"),
+        (&["disk", "add", "/nowhere/disk", "--size", "64M"], 1, "directory is not there"),
+        (&["disk", "add", &unmade, "--size", "1M"], 1, "cannot be formatted"),
+        (&["disk", "add", &unmade, "--size", "10"], 1, "multiple of 4096"),
+        (&["disk", "add", &short, "--size", "64M"], 1, "8192 bytes, not 67108864"),
+        (&["disk", "add", &short], 1, "cannot be formatted"),
+        (&["disk", "add", &there], 1, "already"),
+        (&["disk", "add", "/dev/null"], 1, "neither a regular file nor a block device"),
+        (&["status", "-o", "xml"], 2, "table, json"),
+        (&["inspect", "disk", &short], 1, "blank"),
+        (&["inspect", "segment", &there, "default/none", "1"], 1, "inspect disk"),
+    ] {
+        let (found, out, err) = node.ctl_code(args);
+        assert_eq!(found, code, "{args:?}: {err}");
+        assert!(out.is_empty() && err.contains(why), "{args:?}: {out}{err}");
+    }
+    assert!(!std::path::Path::new(&unmade).exists(), "a refusal leaves no file behind");
+    assert_eq!(node.json(&["status"])["health"], "ok", "nothing of it did harm");
+    node.stop();
+}

@@ -196,3 +196,46 @@ fn recover(dir: &std::path::Path, args: &[&str]) -> (bool, String) {
     let text = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&text).into_owned())
 }
+
+#[test]
+fn a_store_and_a_disk_are_lost_together() {
+    let dir = directory();
+    let owners = (0..CLIENTS).map(Owner::new).collect();
+    let node = Node::start(dir.path(), &SMALL);
+    let gone = node.disk_id(3);
+    let mut owners = write_for(node, owners, Duration::from_secs(2), Node::kill);
+    std::fs::remove_file(dir.path().join("meta.redb")).expect("the store was there");
+    std::fs::remove_file(dir.path().join("disk3.img")).expect("the disk was there");
+
+    let (ok, text) = recover(dir.path(), &[]);
+    assert!(!ok && text.contains(&gone) && text.contains("--missing-disk"), "{text}");
+    assert!(!dir.path().join("meta.redb").exists(), "a refusal leaves no store behind");
+    let (ok, text) = recover(dir.path(), &["--missing-disk", "3f2a"]);
+    assert!(!ok && text.contains("--missing-disk"), "{text}");
+    let stranger = "11111111-2222-3333-4444-555555555555";
+    let (ok, text) = recover(dir.path(), &["--missing-disk", stranger]);
+    assert!(!ok && text.contains(&gone), "{text}");
+    let (ok, text) = recover(dir.path(), &["--missing-disk", &gone]);
+    assert!(ok && text.contains("default/vol0"), "{text}");
+
+    let node = Node::start(dir.path(), &[]);
+    node.wait_json("vol0 is served", &["volume", "ls"], |volumes| {
+        volumes.as_array().is_some_and(|all| all.iter().all(|volume| volume["state"] == "online"))
+    });
+    for owner in &mut owners {
+        owner.verify(&node.nbd);
+    }
+    let status = node.json(&["status"]);
+    assert_ne!(status["health"], "ok", "five disks do not carry 4+2: {status}");
+    let fresh = dir.path().join("fresh.img").display().to_string();
+    node.ctl(&["disk", "add", &fresh, "--size", "512M"]);
+    let listed = node.ctl(&["disk", "ls"]);
+    if listed.contains(&gone) {
+        node.ctl(&["disk", "rm", &gone, "--yes"]);
+    }
+    node.wait_json("redundant again", &["status"], |status| status["health"] == "ok");
+    for owner in &mut owners {
+        owner.verify(&node.nbd);
+    }
+    node.stop();
+}

@@ -1,5 +1,7 @@
-//! Disks that are taken away while a client verifies.
+//! Disks that are taken away, or begin to fail, while a client verifies.
 
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use super::support::{Node, directory, finish, run, spawn};
@@ -20,6 +22,21 @@ fn online(node: &Node, count: u64) {
     node.wait_json("disks online", &["status"], |status| status["disks"]["online"] == count);
 }
 
+/// Waits for fio, which must have found every block as it wrote it; its longest stall.
+fn verified(fio: Child) -> String {
+    let text = finish("fio", fio);
+    let from = text.find('{').expect("JSON");
+    let report: serde_json::Value = serde_json::Deserializer::from_str(&text[from..])
+        .into_iter()
+        .next()
+        .expect("one")
+        .expect("JSON");
+    assert_eq!(report["jobs"][0]["error"], 0, "{report:#}");
+    let stall =
+        |kind: &str| report["jobs"][0][kind]["clat_ns"]["max"].as_u64().unwrap_or(0) / 1_000_000;
+    format!("longest stall: write {} ms, read {} ms", stall("write"), stall("read"))
+}
+
 #[test]
 fn two_of_six_disks_are_lost_without_an_error() {
     let dir = directory();
@@ -38,17 +55,7 @@ fn two_of_six_disks_are_lost_without_an_error() {
     pause(4);
     overwrite(&node, 1);
     online(&node, 4);
-    let text = finish("fio", fio);
-    let from = text.find('{').expect("JSON");
-    let report: serde_json::Value = serde_json::Deserializer::from_str(&text[from..])
-        .into_iter()
-        .next()
-        .expect("one")
-        .expect("JSON");
-    let stall =
-        |kind: &str| report["jobs"][0][kind]["clat_ns"]["max"].as_u64().unwrap_or(0) / 1_000_000;
-    println!("longest stall: write {} ms, read {} ms", stall("write"), stall("read"));
-    assert_eq!(report["jobs"][0]["error"], 0, "{report:#}");
+    println!("{}", verified(fio));
     assert_ne!(node.json(&["status"])["health"], "ok");
     node.stop();
 }
@@ -101,5 +108,121 @@ fn a_disk_that_vanishes_and_returns_is_used_again() {
     node.wait_json("redundant again", &["status"], |status| status["health"] == "ok");
     let reads = ["-c", "read -P 5 0 8M", "-c", "read -P 6 8M 8M", "-c", "read -P 5 16M 16M"];
     run("qemu-io", &[&["-f", "raw", node.uri.as_str()][..], &reads].concat());
+    node.stop();
+}
+
+/// A disk that answers every request with EIO while a file is there.
+struct Frail {
+    /// Its path.
+    path: PathBuf,
+    switch: PathBuf,
+    mount: PathBuf,
+    /// The process that serves it; none where there is no FUSE.
+    server: Option<Child>,
+}
+
+impl Frail {
+    /// A disk of 256 MiB, by nbdkit's error filter under FUSE; where that cannot be mounted, a file.
+    fn new(dir: &Path) -> Self {
+        let (mount, switch) = (dir.join("frail"), dir.join("fail"));
+        std::fs::create_dir(&mount).expect("a directory");
+        let path = mount.join("disk");
+        let mut frail = Self { path, switch, mount, server: None };
+        let flag = format!("error-file={}", frail.switch.display());
+        let nbdkit = ["--command", "nbdkit", "-s", "--exit-with-parent", "memory", "256M"];
+        let errors = ["--filter=error", "error=EIO", "error-rate=100%", &flag];
+        let mut command = Command::new("nbdfuse");
+        command.arg(&frail.path).args(nbdkit).args(errors);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        let mut server = command.spawn().expect("nbdfuse starts: tools/setup installs it");
+        for _ in 0..100 {
+            if frail.path.exists() {
+                frail.server = Some(server);
+                return frail;
+            }
+            if server.try_wait().is_ok_and(|ended| ended.is_some()) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        server.kill().ok();
+        server.wait().expect("it ends");
+        let file = std::fs::File::create(&frail.path).expect("a file");
+        file.set_len(256 << 20).expect("its size");
+        frail
+    }
+
+    /// Makes every request fail from now on: with EIO, or, without FUSE, by cutting the file.
+    fn fail(&self) {
+        if self.server.is_some() {
+            std::fs::write(&self.switch, "").expect("a switch");
+        } else {
+            std::fs::File::options()
+                .write(true)
+                .open(&self.path)
+                .and_then(|file| file.set_len(0))
+                .expect("it is cut");
+        }
+    }
+
+    /// Lets requests succeed again; false where that is not possible.
+    fn heal(&self) -> bool {
+        self.server.is_some() && std::fs::remove_file(&self.switch).is_ok()
+    }
+}
+
+impl Drop for Frail {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.switch).ok();
+        let Some(server) = &mut self.server else { return };
+        Command::new("umount").arg("-l").arg(&self.mount).stderr(Stdio::null()).status().ok();
+        server.kill().ok();
+        server.wait().ok();
+    }
+}
+
+#[test]
+fn a_disk_that_answers_with_errors_is_left_and_taken_back() {
+    let dir = directory();
+    let frail = Frail::new(dir.path());
+    if frail.server.is_none() {
+        println!("no FUSE here: the disk is cut instead of answering with EIO");
+    }
+    let config = dir.path().join("sdsd.toml");
+    let text = format!(
+        "data_dir = \"{}\"\n[nbd]\naddresses = [\"127.0.0.1:0\"]\n[admin]\n\
+         address = \"127.0.0.1:0\"\n",
+        dir.path().join("data").display()
+    );
+    std::fs::write(&config, text).expect("a configuration");
+    let node = Node::start_configured(&config, "p/v");
+    node.ctl(&["disk", "add", frail.path.to_str().expect("UTF-8")]);
+    for index in 1..6 {
+        let path = node.disk(index).display().to_string();
+        node.ctl(&["disk", "add", &path, "--size", "512M"]);
+    }
+    node.ctl(&["pool", "create", "p", "--ec", "4+2"]);
+    node.ctl(&["volume", "create", "p/v", "--size", "128M"]);
+    let uri = format!("--uri={}", node.uri);
+    let job = ["--name=v", "--ioengine=nbd", &uri, "--size=96M", "--bsrange=4k-256k"];
+    let verify =
+        ["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=256", "--verify_state_save=0"];
+    let load = ["--rw=randrw", "--iodepth=8", "--time_based", "--runtime=16", "--rate_iops=300"];
+    let fio = spawn("fio", &[&job[..], &verify, &load, &["--output-format=json"]].concat());
+    pause(4);
+    frail.fail();
+    online(&node, 5);
+    let status = node.ctl(&["status"]);
+    let why = if frail.server.is_some() { "Input/output error" } else { "was cut" };
+    assert!(status.contains(why), "{status}");
+    pause(4);
+    let healed = frail.heal();
+    if healed {
+        online(&node, 6);
+    }
+    println!("{}", verified(fio));
+    if healed {
+        node.wait_json("redundant again", &["status"], |status| status["health"] == "ok");
+    }
     node.stop();
 }

@@ -17,7 +17,7 @@ pub(crate) fn directory() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("sds-e2e-").tempdir_in(base).expect("a directory for disks")
 }
 
-/// A running `sdsd dev`. Killed when dropped.
+/// A running `sdsd`. Killed when dropped.
 pub(crate) struct Node {
     child: Child,
     pub dir: PathBuf,
@@ -38,20 +38,37 @@ fn sdsd(dir: &Path, args: &[&str]) -> Command {
     command
 }
 
+/// Lines of a stream of the node, read to its end so that the node never writes into a closed pipe.
+fn lines_of(stream: impl Read + Send + 'static) -> mpsc::Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    std::thread::Builder::new()
+        .spawn(move || {
+            for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                sender.send(line).ok();
+            }
+        })
+        .expect("a thread");
+    lines
+}
+
 impl Node {
     /// Starts a node in `dir` and waits until it says where it is.
     pub(crate) fn start(dir: &Path, args: &[&str]) -> Self {
-        let mut child = sdsd(dir, args).stdout(Stdio::piped()).spawn().expect("sdsd starts");
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let (sender, lines) = mpsc::channel();
-        std::thread::Builder::new()
-            .spawn(move || {
-                // Read to the end, so that the node never writes into a closed pipe.
-                for line in stdout.lines().map_while(Result::ok) {
-                    sender.send(line).ok();
-                }
-            })
-            .expect("a thread");
+        Self::launch(dir, sdsd(dir, args))
+    }
+
+    /// Starts a node whose soft limit of open files is `files`.
+    pub(crate) fn start_with_limit(dir: &Path, files: u32, args: &[&str]) -> Self {
+        let inner = sdsd(dir, args);
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -Sn {files} && exec \"$0\" \"$@\"")]);
+        command.arg(inner.get_program()).args(inner.get_args());
+        Self::launch(dir, command)
+    }
+
+    fn launch(dir: &Path, mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("sdsd starts");
+        let lines = lines_of(child.stdout.take().expect("piped"));
         let mut find = |prefix: &str| loop {
             let line = lines.recv_timeout(START_PATIENCE).unwrap_or_else(|_| {
                 child.kill().ok();
@@ -66,6 +83,37 @@ impl Node {
         find("try:");
         let nbd = uri.trim_start_matches("nbd://").split('/').next().expect("a host").to_owned();
         Self { child, dir: dir.to_owned(), nbd, uri, admin }
+    }
+
+    /// Starts the node that a configuration describes, and waits until it logs that it is ready;
+    /// `volume` is what its URI is to name.
+    pub(crate) fn start_configured(config: &Path, volume: &str) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sdsd"));
+        let mut child = command
+            .arg("--config")
+            .arg(config)
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("sdsd starts");
+        let lines = lines_of(child.stderr.take().expect("piped"));
+        let mut said = String::new();
+        let (nbd, admin) = loop {
+            let line = lines.recv_timeout(START_PATIENCE).unwrap_or_else(|_| {
+                child.kill().ok();
+                panic!("sdsd is not ready: {said}");
+            });
+            let found = line.split_once("ready nbd=[").and_then(|(_, rest)| {
+                let (nbd, rest) = rest.split_once(']')?;
+                Some((nbd.to_owned(), rest.split_once("admin=")?.1.to_owned()))
+            });
+            if let Some(found) = found {
+                break found;
+            }
+            said += &(line + "\n");
+        };
+        let dir = config.parent().expect("a directory").to_owned();
+        let uri = format!("nbd://{nbd}/{volume}");
+        Self { child, dir, nbd, uri, admin }
     }
 
     /// What a node says that is not to start: it must fail.
@@ -83,6 +131,17 @@ impl Node {
             .output()
             .expect("sdsctl starts");
         (output.status.success(), text(&output))
+    }
+
+    /// Runs `sdsctl`; its exit code, and what it says on standard output and standard error.
+    pub(crate) fn ctl_code(&self, args: &[&str]) -> (i32, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_sdsctl"))
+            .args(["--endpoint", &self.admin])
+            .args(args)
+            .output()
+            .expect("sdsctl starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
     }
 
     /// Runs `sdsctl`, which must succeed.
@@ -167,6 +226,14 @@ pub(crate) fn spawn(tool: &str, args: &[&str]) -> Child {
         })
 }
 
+/// Runs a tool, which must fail; its output.
+pub(crate) fn fails(tool: &str, args: &[&str]) -> String {
+    let output = spawn(tool, args).wait_with_output().expect("it ends");
+    let text = text(&output);
+    assert!(!output.status.success(), "{tool} {args:?} succeeded: {text}");
+    text
+}
+
 /// Waits for a tool, which must succeed; its output.
 pub(crate) fn finish(tool: &str, child: Child) -> String {
     let output = child.wait_with_output().expect("it ends");
@@ -202,7 +269,7 @@ impl Noise {
 
 /// A plain NBD client: one request at a time.
 pub(crate) struct Client {
-    stream: TcpStream,
+    pub stream: TcpStream,
     handle: u64,
 }
 
@@ -244,6 +311,11 @@ impl Client {
     /// Writes; the error number of the reply, 0 for success.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> std::io::Result<u32> {
         self.request(1, offset, data.len(), data)
+    }
+
+    /// Reads something that is refused; the error number of the reply.
+    pub(crate) fn read_refused(&mut self, offset: u64, len: usize) -> std::io::Result<u32> {
+        self.request(0, offset, len, &[])
     }
 
     /// Reads; must succeed.

@@ -77,18 +77,30 @@ impl UringDevice {
         let file = attempt.open()?;
         attempt.lock(&file)?;
         attempt.set_size(&file)?;
-        let size = size_of(&file).map_err(|source| attempt.failed("tell the size of", source))?;
-        if size < BLOCK_BYTES {
-            return Err(OpenError::TooSmall { path: attempt.path.to_path_buf(), size });
-        }
-        let direct = attempt.make_direct(&file)?;
-        let inner = Inner {
-            ring: ring.clone(),
-            file: Rc::new(OwnedFd::from(file)),
-            size: Cell::new(whole_blocks(size)),
-            direct,
+        attempt.finish(file, ring)
+    }
+
+    /// Opens the device for reading beside whoever has it open, and keeps nobody out; also tells
+    /// whether somebody has it open for writing. Its content may change between two reads.
+    ///
+    /// # Errors
+    ///
+    /// See [`OpenError`], but never [`OpenError::InUse`].
+    pub fn open_beside(path: impl AsRef<Path>, ring: &Rc<Ring>) -> Result<(Self, bool), OpenError> {
+        let options = OpenOptions { create_size: None, read_only: true };
+        let attempt = Attempt { path: path.as_ref(), options };
+        attempt.check()?;
+        let file = attempt.open()?;
+        let in_use = match attempt.lock(&file) {
+            Ok(()) => {
+                // SAFETY: flock takes an open descriptor and no pointers.
+                unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
+                false
+            }
+            Err(OpenError::InUse(_)) => true,
+            Err(error) => return Err(error),
         };
-        Ok(Self { inner: Rc::new(inner) })
+        Ok((attempt.finish(file, ring)?, in_use))
     }
 }
 
@@ -98,6 +110,22 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
+    /// The device in an opened file.
+    fn finish(&self, file: File, ring: &Rc<Ring>) -> Result<UringDevice, OpenError> {
+        let size = size_of(&file).map_err(|source| self.failed("tell the size of", source))?;
+        if size < BLOCK_BYTES {
+            return Err(OpenError::TooSmall { path: self.path.to_path_buf(), size });
+        }
+        let direct = self.make_direct(&file)?;
+        let inner = Inner {
+            ring: ring.clone(),
+            file: Rc::new(OwnedFd::from(file)),
+            size: Cell::new(whole_blocks(size)),
+            direct,
+        };
+        Ok(UringDevice { inner: Rc::new(inner) })
+    }
+
     fn failed(&self, action: &'static str, source: io::Error) -> OpenError {
         match source.raw_os_error() {
             Some(libc::EWOULDBLOCK | libc::EBUSY) => OpenError::InUse(self.path.to_path_buf()),
