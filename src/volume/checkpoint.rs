@@ -13,8 +13,8 @@ use futures_util::future::join_all;
 use super::head::{Head, HeadError, add, table_entry};
 use super::index::{self, PageSink, Pages, Relocate, Tree};
 use super::overlay::{Extent, Overlay, Target};
-use super::root::CheckpointRef;
-use super::segtab::{ShardRef, Snapshot};
+use super::root::{CheckpointRef, Root};
+use super::segtab::{Segment, ShardRef, Snapshot};
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, Lsn, SegmentId};
 use crate::limits::RECORD_PAYLOAD_BLOCKS_MAX;
@@ -76,7 +76,7 @@ impl MetaWriter<'_> {
         if let Some(meta) = self.head.state.borrow().meta.clone() {
             return Ok(meta);
         }
-        let meta = match self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint).await {
+        let meta = match self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint, 1).await {
             Ok(meta) => meta,
             Err(OpenError::Fenced) => {
                 self.head.stop("fenced while opening a meta segment");
@@ -262,6 +262,7 @@ pub(super) async fn run(head: Rc<Head>) {
         match head.checkpoint().await {
             Ok(()) => pause = Duration::from_millis(20),
             Err(error) => {
+                head.note_failure(&error);
                 tracing::warn!(volume = %head.volume, %error, "checkpoint failed, will be tried again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(2));
@@ -278,6 +279,14 @@ impl Head {
     /// # Errors
     /// [`HeadError`]; nothing is lost, and it may be tried again.
     pub async fn checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
+        self.checkpoint_with(|_| ()).await
+    }
+
+    /// A checkpoint whose root changes otherwise too.
+    pub(super) async fn checkpoint_with(
+        self: &Rc<Self>,
+        change: impl FnOnce(&mut Root),
+    ) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
         self.choose_meta_victims().await;
         self.merge_overlay().await?;
@@ -285,7 +294,7 @@ impl Head {
         if bug(Bug::FreeBeforeSwap) {
             self.delete_freed(&freed).await;
         }
-        self.swap_checkpoint().await?;
+        self.swap_root(change).await?;
         self.delete_freed(&freed).await;
         self.gc_wanted.notify_one();
         Ok(())
@@ -387,13 +396,22 @@ impl Head {
             members: segment.members.clone(),
         };
         state.checkpoint = Some(checkpoint);
+        state.checkpoint_log = self.capture.borrow().log.0;
         add(&self.stats.checkpoints, 1);
         Ok(freed)
     }
 
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.
     pub(super) async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
-        let deletes = freed.iter().filter_map(|&(segment, shard)| {
+        // Until it is listed as sealed, a log segment keeps the copies it was written to.
+        let state = self.state.borrow();
+        let kept = |id: SegmentId| {
+            let log = |s: &Segment| s.kind == SegmentKind::Log;
+            !state.is_covered(id) && state.table.segments.get(&id).is_some_and(log)
+        };
+        let freed: Vec<_> = freed.iter().copied().filter(|(id, _)| !kept(*id)).collect();
+        drop(state);
+        let deletes = freed.into_iter().filter_map(|(segment, shard)| {
             let client = self.disks.client(shard.disk)?;
             Some(async move {
                 let delete = client.delete(self.authority, segment, shard.creation);

@@ -21,5 +21,6 @@ mod swap;
 pub mod takeover;
 pub mod target;
 mod walk;
+mod width;
 
 pub use report::HeadReport;

@@ -5,16 +5,17 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use tokio::time::Instant;
 
-use super::head::{Head, HeadError};
+use super::head::{Head, HeadError, State};
 use super::root::Root;
-use super::rules;
+use super::rules::{self, LogSet};
 use crate::id::DiskId;
 use crate::limits::SEGMENT_RANGE;
 use crate::meta::{Condition, MetaError, MetaStore, Txn, TxnOutcome, schema};
 use crate::planted::{Bug, bug};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, ShardError};
+use crate::shard::{Authority, MIRROR_BYTES_MAX, ShardError};
 
 /// Pause before a request to the store is tried again.
 const RETRY: Duration = Duration::from_millis(100);
@@ -116,52 +117,133 @@ impl Head {
         self: &Rc<Self>,
         change: impl FnOnce(&mut Root),
     ) -> Result<(), HeadError> {
-        let (new, revision) = {
-            let state = self.state.borrow();
-            let mut new = state.root.clone();
-            change(&mut new);
-            new.former =
-                rules::former_sets(&state.root.set, &state.root.former, state.root_in_force)
-                    .into_iter()
-                    .filter(|set| *set != new.set)
-                    .collect();
-            new.sequence += 1;
-            new.checkpoint.clone_from(&state.checkpoint);
-            if state.next_segment + SEGMENT_RANGE / 4 > new.range.1 {
-                new.range.1 += SEGMENT_RANGE;
-            }
-            (new, state.root_revision)
-        };
-        match swap(&*self.store, &new, revision).await? {
-            Swapped::Lost => {
-                self.stop("another head swapped the root");
-                return Err(HeadError::Stopped("another head swapped the root".into()));
-            }
-            Swapped::Ours(revision) => {
-                let mut state = self.state.borrow_mut();
-                state.root_revision = revision;
-                state.pending_root = Some(new.clone());
-            }
-        }
-        self.settle_root(new).await
+        let _swapping = self.root_lock.lock().await;
+        self.swap_once(change).await?;
+        self.settle_root().await
     }
 
-    /// Waits until a swapped root is in force, then uses it.
-    async fn settle_root(self: &Rc<Self>, new: Root) -> Result<(), HeadError> {
+    /// Swaps the root to the set that `set` tells once nobody else swaps it; nothing if it tells
+    /// none. Gives the set.
+    pub(super) async fn swap_root_if(
+        self: &Rc<Self>,
+        set: impl FnOnce() -> Option<LogSet>,
+    ) -> Result<Option<LogSet>, HeadError> {
+        let _swapping = self.root_lock.lock().await;
+        let Some(set) = set() else { return Ok(None) };
+        self.swap_once(|root| root.set = set.clone()).await?;
+        self.settle_root().await?;
+        Ok(Some(set))
+    }
+
+    /// The next root, and the revision that it replaces. A set that differs is wanted from here on:
+    /// together with what [`State::pairs`] says this is the capture.
+    fn next_root(&self, change: impl FnOnce(&mut Root)) -> Result<(Root, u64), HeadError> {
+        let mut state = self.state.borrow_mut();
+        let known_in_force = state.pending_root.is_none() && state.root_in_force;
+        let base = state.pending_root.as_ref().unwrap_or(&state.root);
+        let mut new = base.clone();
+        change(&mut new);
+        new.former = rules::former_sets(&base.set, &base.former, known_in_force)
+            .into_iter()
+            .filter(|set| *set != new.set)
+            .collect();
+        new.sequence += 1;
+        new.checkpoint.clone_from(&state.checkpoint);
+        if state.next_segment + SEGMENT_RANGE / 4 > new.range.1 {
+            new.range.1 += SEGMENT_RANGE;
+        }
+        if new.set != base.set {
+            let open = state.unsealed_sets();
+            if !rules::may_swap_set(&base.set, &new.set, &open) && !bug(Bug::WidthIgnoresOpenSegments)
+            {
+                return Err(HeadError::Set("a log segment would be missed"));
+            }
+            if new.encode().len() > MIRROR_BYTES_MAX {
+                return Err(HeadError::Set("the root would be too large"));
+            }
+            state.wanted = Some(new.set.clone());
+        }
+        Ok((new, state.root_revision))
+    }
+
+    /// Swaps the root once; what is swapped in is pending until it is in force.
+    async fn swap_once(&self, change: impl FnOnce(&mut Root)) -> Result<(), HeadError> {
+        let (new, revision) = self.next_root(change)?;
+        let swapped = swap(&*self.store, &new, revision).await;
+        let mut state = self.state.borrow_mut();
+        // Known not to have been made, or bound by the pending root from now on.
+        state.wanted = None;
+        match swapped? {
+            Swapped::Lost => {
+                drop(state);
+                self.stop("another head swapped the root");
+                Err(HeadError::Stopped("another head swapped the root".into()))
+            }
+            Swapped::Ours(revision) => {
+                state.root_revision = revision;
+                state.pending_log = state.checkpoint_log;
+                state.pending_root = Some(new);
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits until a swapped root is in force, then uses it. Where too many of its disks stay away
+    /// it is followed by a narrower one.
+    async fn settle_root(self: &Rc<Self>) -> Result<(), HeadError> {
+        let since = Instant::now();
         loop {
             if let Some(why) = self.stopped() {
                 return Err(HeadError::Stopped(why));
             }
+            let pending = self.state.borrow().pending_root.clone();
+            let Some(new) = pending else { return Ok(()) };
             let mirrored = mirror(&self.disks, self.authority, &new).await;
             if rules::in_force(&new.set, &new.former, &mirrored) {
-                break;
+                self.use_root(new);
+                return Ok(());
+            }
+            let narrower = (since.elapsed() >= self.config.shrink_after)
+                .then(|| self.narrower(&mirrored))
+                .flatten();
+            if let Some(set) = narrower {
+                tracing::warn!(volume = %self.volume, ?set, "a root that is not in force is followed by a narrower one");
+                match self.swap_once(|root| root.set = set).await {
+                    Err(error @ HeadError::Stopped(_)) => return Err(error),
+                    // The one that is pending may still come into force.
+                    Err(_) | Ok(()) => {}
+                }
             }
             tokio::time::sleep(RETRY).await;
         }
+    }
+
+    fn use_root(&self, new: Root) {
         let mut state = self.state.borrow_mut();
         state.root = new;
         state.root_in_force = true;
         state.pending_root = None;
-        Ok(())
+        let log = state.pending_log;
+        state.root_log = log;
+        state.open_sets.retain(|id, _| *id >= log);
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// What the newest root's set can shrink to if only these disks are reachable.
+    pub(super) fn narrower(&self, reachable: &BTreeSet<DiskId>) -> Option<LogSet> {
+        let state = self.state.borrow();
+        let known_in_force = state.pending_root.is_none() && state.root_in_force;
+        let base = state.pending_root.as_ref().unwrap_or(&state.root);
+        let former = rules::former_sets(&base.set, &base.former, known_in_force);
+        rules::shrunk(&base.set, &former, reachable, Some(&state.unsealed_sets()))
+    }
+}
+
+impl State {
+    /// Write sets of the log segments that the newest checkpoint does not list as sealed with all
+    /// that they hold.
+    pub(super) fn unsealed_sets(&self) -> Vec<BTreeSet<DiskId>> {
+        self.open_sets.range(self.checkpoint_log..).map(|(_, set)| set.clone()).collect()
     }
 }
