@@ -149,10 +149,25 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         if retired.contains(&index) {
             continue;
         }
+        if disk.is_none() && context.hurt.borrow().contains(&index) {
+            // A write to its tables was lost: the operator replaces the disk.
+            context.cover("a disk with damaged tables");
+            return Ok(());
+        }
         let disk = disk.as_ref().ok_or(format!("disk {index} cannot be opened"))?;
         disk.check().map_err(|e| format!("disk {index}: {e}"))?;
     }
-    if let Err(why) = head.check_leaks().await {
+    let mut leaks = head.check_leaks().await;
+    for _ in 0..10 {
+        if leaks.is_ok() {
+            break;
+        }
+        // Garbage collection may have been opening a segment just now.
+        sleep(Duration::from_millis(200)).await;
+        head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
+        leaks = head.check_leaks().await;
+    }
+    if let Err(why) = leaks {
         if damaged_tables(context) {
             context.cover("a disk with damaged tables");
             return Ok(());

@@ -14,6 +14,7 @@ use super::head::{Head, HeadError, add, table_entry};
 use super::index::{self, PageSink, Pages, Relocate, Tree};
 use super::overlay::{Extent, Overlay, Target};
 use super::root::{CheckpointRef, Root};
+use super::rules;
 use super::segtab::{Segment, ShardRef, Snapshot};
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, Lsn, SegmentId};
@@ -288,6 +289,7 @@ impl Head {
         change: impl FnOnce(&mut Root),
     ) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
+        self.leave_narrow_meta();
         self.choose_meta_victims().await;
         self.merge_overlay().await?;
         let freed = self.store_table().await?;
@@ -298,6 +300,24 @@ impl Head {
         self.delete_freed(&freed).await;
         self.gc_wanted.notify_one();
         Ok(())
+    }
+
+    /// Closes an open meta segment with fewer copies than could be had now.
+    fn leave_narrow_meta(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        let Some(meta) = state.meta.clone() else { return };
+        let healthy = self.healthy();
+        let sets = state.pairs().into_iter().chain(&state.planned);
+        let domains = sets.map(|set| rules::domains_touched(set, &healthy)).max().unwrap_or(0);
+        if meta.shards.len() >= meta.scheme.width().min(domains) {
+            return;
+        }
+        state.meta = None;
+        let entry = state.table.segments.get_mut(&meta.id).expect("an open one is listed");
+        entry.sealed = true;
+        let blocks = entry.blocks;
+        drop(state);
+        self.seal_in_background(meta, blocks);
     }
 
     /// Merges the overlay into a new index and switches to it.

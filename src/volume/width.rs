@@ -99,7 +99,7 @@ impl Head {
         self.state.borrow().starved_at.is_some_and(|at| at.elapsed() < STARVED_FOR)
     }
 
-    fn healthy(&self) -> BTreeSet<DiskId> {
+    pub(super) fn healthy(&self) -> BTreeSet<DiskId> {
         self.disks.ids().into_iter().filter(|disk| self.disks.is_healthy(*disk)).collect()
     }
 
