@@ -25,6 +25,7 @@ pub enum Bug {
     MoveIgnoresNewer,
     ParityOfOldStripe,
     FenceTooFew,
+    WidthIgnoresOpenSegments,
 }
 
 impl Bug {
@@ -48,6 +49,7 @@ impl Bug {
         Self::MoveIgnoresNewer,
         Self::ParityOfOldStripe,
         Self::FenceTooFew,
+        Self::WidthIgnoresOpenSegments,
     ];
 }
 

@@ -90,6 +90,10 @@ impl Source {
         count: u32,
     ) -> Result<Bytes, Problem> {
         let disk = self.members[shard];
+        if disk.is_nil() {
+            // It was never created.
+            return Err(Problem::Disk(ShardError::Gone));
+        }
         if self.without >> shard & 1 == 1 {
             return Err(Problem::Disk(ShardError::Offline("left out".into())));
         }

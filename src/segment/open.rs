@@ -42,7 +42,7 @@ pub struct OpenSegment {
     pub scheme: Scheme,
     /// Creation of its shards.
     pub creation: u64,
-    /// Its shards by index.
+    /// Its shards by index; fewer than the scheme's width where too few domains were left.
     pub shards: Vec<Shard>,
     /// Blocks that each shard holds at most.
     pub shard_blocks: u32,
@@ -81,11 +81,17 @@ pub struct OpenRequest<'a> {
     pub class: SlotClass,
     /// The disks it may lie on.
     pub allowed: &'a dyn Fn(DiskId) -> bool,
+    /// Of these, the ones that are taken before any other.
+    pub first: &'a dyn Fn(DiskId) -> bool,
+    /// Shards that are enough where no more domains are left; usually the scheme's width. The
+    /// others are missing from the start.
+    pub least: usize,
 }
 
 impl OpenSegment {
     /// Creates the shards of a new segment on disks of distinct domains. A disk that refuses is
-    /// replaced by another as long as there are any; the segment's number is used either way.
+    /// replaced by another as long as there are any; the segment's number is used either way. Full
+    /// disks never make a segment narrower.
     ///
     /// # Errors
     /// [`OpenError`]. `orphan` hears of every shard of an attempt that failed: it may exist.
@@ -102,16 +108,23 @@ impl OpenSegment {
         let mut full = false;
         loop {
             let allowed = |disk| (request.allowed)(disk) && !refused.contains(&disk);
-            let targets = disks.choose(env, need, &[], allowed);
+            let mut targets =
+                disks.choose(env, need, &[], |disk| allowed(disk) && (request.first)(disk));
             if targets.len() < need {
-                if full {
-                    return Err(OpenError::NoSpace);
-                }
+                let taken: Vec<u32> = targets.iter().filter_map(|t| disks.domain(t.disk)).collect();
+                targets.extend(disks.choose(env, need - targets.len(), &taken, allowed));
+            }
+            if targets.len() < need && full {
+                return Err(OpenError::NoSpace);
+            }
+            if targets.len() < request.least.max(1) {
+                let need = request.least;
                 return Err(OpenError::TooFewDomains { have: targets.len(), need });
             }
             let creation = env.random_u64();
-            let results =
-                join_all((0..need).map(|i| create_one(&request, id, creation, &targets, i))).await;
+            let creates =
+                (0..targets.len()).map(|i| create_one(&request, id, creation, &targets, i));
+            let results = join_all(creates).await;
             let mut failed = false;
             for (target, result) in targets.iter().zip(&results) {
                 match result {
@@ -209,7 +222,9 @@ async fn create_one(
         kind: request.kind,
         scheme: request.scheme,
         index: u8::try_from(index).expect("at most 20 shards"),
-        members: targets.iter().map(|t| t.disk).collect(),
+        members: (0..request.scheme.width())
+            .map(|i| targets.get(i).map(|t| t.disk).unwrap_or_default())
+            .collect(),
     };
     let create = targets[index].client.create(request.authority, spec, request.class);
     tokio::time::timeout(CONTROL_PATIENCE, create).await.unwrap_or(Err(ShardError::Unreachable))

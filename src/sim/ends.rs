@@ -118,8 +118,12 @@ async fn write(context: &Context, target: &HeadTarget, at: u64) -> Result<(), Ta
 async fn settle(context: &Context, running: &Running) -> Result<(), String> {
     let head = &running.head;
     let mut reduced = head.reduced();
+    let narrow = || {
+        let (healthy, width, full) = head.log_width();
+        width < full || healthy < usize::from(width)
+    };
     for _ in 0..200 {
-        if reduced.0 == 0 {
+        if reduced.0 == 0 && !narrow() {
             break;
         }
         sleep(Duration::from_millis(250)).await;
@@ -137,11 +141,33 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
     }
     head.check().await?;
+    if narrow() {
+        return Err(format!("healthy domains, width and its goal: {:?}", head.log_width()));
+    }
+    let retired = context.world.retired.borrow().clone();
     for (index, disk) in context.world.disks.borrow().iter().enumerate() {
+        if retired.contains(&index) {
+            continue;
+        }
+        if disk.is_none() && context.hurt.borrow().contains(&index) {
+            // A write to its tables was lost: the operator replaces the disk.
+            context.cover("a disk with damaged tables");
+            return Ok(());
+        }
         let disk = disk.as_ref().ok_or(format!("disk {index} cannot be opened"))?;
         disk.check().map_err(|e| format!("disk {index}: {e}"))?;
     }
-    if let Err(why) = head.check_leaks().await {
+    let mut leaks = head.check_leaks().await;
+    for _ in 0..10 {
+        if leaks.is_ok() {
+            break;
+        }
+        // Garbage collection may have been opening a segment just now.
+        sleep(Duration::from_millis(200)).await;
+        head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
+        leaks = head.check_leaks().await;
+    }
+    if let Err(why) = leaks {
         if damaged_tables(context) {
             context.cover("a disk with damaged tables");
             return Ok(());

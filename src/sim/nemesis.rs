@@ -20,13 +20,90 @@ pub(super) async fn run(context: Rc<Context>) {
         if context.stop.get() {
             return;
         }
-        match env.random_below(32) {
+        check_sets(&context);
+        match env.random_below(34) {
             0..=3 => store(&context),
             4..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
             13 => go_beyond(&context).await,
+            14 => go_for_long(&context),
+            15 => retire(&context).await,
             _ => strike(&context),
         }
+    }
+}
+
+/// The log sets of all heads that serve keep their rule at any time.
+fn check_sets(context: &Context) {
+    let heads = context.heads.borrow().clone();
+    for running in heads.iter().filter(|running| running.head.is_serving()) {
+        if let Err(why) = running.head.check_log_set() {
+            context.fail(why);
+        }
+    }
+    let Some(running) = heads.last() else { return };
+    let (healthy, width, full) = running.head.log_width();
+    if width < full {
+        context.cover(&format!("the log is {width} of {full} wide"));
+    }
+    if healthy < usize::from(width) {
+        context.cover("fewer healthy domains than the log is wide");
+    }
+}
+
+/// A disk is away for long: the log shrinks, or another disk takes its place.
+fn go_for_long(context: &Context) {
+    let Some(index) = victims(context) else { return };
+    context.cover_noted("disk away for long");
+    vanish(context, index);
+    context.faulty.borrow_mut().insert(index);
+    context.long.borrow_mut().insert(index);
+    if context.env.chance(1, 2) {
+        tell_lost(context, index);
+    }
+}
+
+fn tell_lost(context: &Context, index: usize) {
+    let id = context.world.ids[index];
+    context.heads.borrow().iter().for_each(|running| running.head.disk_lost(id));
+}
+
+/// A disk goes for good where others can take its place: once nothing is left that needs it, it
+/// counts no more.
+async fn retire(context: &Context) {
+    let retired = context.world.retired.borrow().len();
+    let enough = context.world.config.disks > context.world.config.scheme.width() + retired;
+    let well = context.faulty.borrow().is_empty() && context.hurt.borrow().is_empty();
+    let newest = context.heads.borrow().last().cloned();
+    let Some(running) = newest.filter(|running| enough && well && running.head.is_serving()) else {
+        return;
+    };
+    let Some(index) = victims(context) else { return };
+    context.cover_noted("disk is to go for good");
+    vanish(context, index);
+    context.faulty.borrow_mut().insert(index);
+    context.long.borrow_mut().insert(index);
+    let id = context.world.ids[index];
+    for _ in 0..100 {
+        tell_lost(context, index);
+        let newest = context.heads.borrow().last().cloned();
+        let same = newest.is_some_and(|newest| Rc::ptr_eq(&newest, &running));
+        if context.stop.get() || !same || !running.head.is_serving() {
+            return;
+        }
+        if !running.head.uses_disk(id) && running.head.reduced().0 == 0 {
+            // The root that lists it no more must be the one that a take-over begins with.
+            if running.head.checkpoint().await.is_err() || running.head.uses_disk(id) {
+                return;
+            }
+            context.world.retired.borrow_mut().insert(index);
+            context.faulty.borrow_mut().remove(&index);
+            context.long.borrow_mut().remove(&index);
+            running.head.disk_removed(id);
+            context.cover_noted("disk is gone for good");
+            return;
+        }
+        sleep(Duration::from_millis(100)).await;
     }
 }
 
@@ -69,8 +146,10 @@ fn victims(context: &Context) -> Option<usize> {
     let parity = usize::from(context.world.config.scheme.parity);
     let mut struck = context.faulty.borrow().clone();
     struck.extend(context.hurt.borrow().iter().copied());
+    let retired = context.world.retired.borrow();
     if struck.len() < parity {
-        return Some(pick(context, context.world.config.disks));
+        let index = pick(context, context.world.config.disks);
+        return (!retired.contains(&index)).then_some(index);
     }
     let again: Vec<usize> = struck.into_iter().collect();
     (!again.is_empty()).then(|| again[pick(context, again.len())])
@@ -199,6 +278,9 @@ async fn go_beyond(context: &Context) {
     let away = usize::from(parity) + 1 + pick(context, count - usize::from(parity));
     let first = pick(context, count);
     for index in (first..first + away).map(|index| index % count) {
+        if context.world.retired.borrow().contains(&index) {
+            continue;
+        }
         if context.env.chance(1, 2) {
             context.world.devices.borrow()[index].hang();
         } else {
@@ -213,7 +295,11 @@ async fn go_beyond(context: &Context) {
 
 /// All faults of the disks end; disks that failed are opened again and their content repaired.
 pub(super) async fn heal(context: &Context) {
-    let faulty: Vec<usize> = context.faulty.borrow().iter().copied().collect();
+    if context.env.chance(1, 6) {
+        context.long.borrow_mut().clear();
+    }
+    let faulty: Vec<usize> =
+        (&*context.faulty.borrow() - &*context.long.borrow()).into_iter().collect();
     for &index in &faulty {
         let device = context.world.devices.borrow()[index].clone();
         device.heal();

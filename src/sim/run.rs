@@ -23,6 +23,9 @@ use crate::shard::Scheme;
 use crate::volume::head::HeadConfig;
 use crate::volume::target::HeadTarget;
 
+/// Longer than any run.
+const NEVER: Duration = Duration::from_hours(10);
+
 /// How often each fault struck in each state, for the coverage report.
 pub type Coverage = BTreeMap<String, u64>;
 
@@ -51,6 +54,8 @@ pub(super) struct Context {
     pub(super) faulty: RefCell<BTreeSet<usize>>,
     /// Disks whose content was hurt in this run.
     pub(super) hurt: RefCell<BTreeSet<usize>>,
+    /// Disks that are away for longer: not healed with the others.
+    pub(super) long: RefCell<BTreeSet<usize>>,
     /// No fault hurts content in this run.
     pub(super) gentle: bool,
     pub(super) stop: Cell<bool>,
@@ -94,8 +99,8 @@ impl Context {
     }
 }
 
-/// The world of a seed.
-fn world_config(env: &Env, fill: bool) -> WorldConfig {
+/// The world of a seed. Where it is `narrow`, the log goes on with fewer copies than the pool has.
+fn world_config(env: &Env, fill: bool, narrow: bool) -> WorldConfig {
     let schemes = [
         Scheme::replicated(2),
         Scheme::replicated(3),
@@ -115,8 +120,16 @@ fn world_config(env: &Env, fill: bool) -> WorldConfig {
         io_timeout: Duration::from_mins(1),
         large_write_blocks: 2 + pick(16),
         pending_bytes_max: 256 << 10,
+        shrink_after: if narrow {
+            Duration::from_millis(50 + env.random_below(500))
+        } else {
+            NEVER
+        },
+        replace_after: Duration::from_millis(100 + env.random_below(3000)),
+        log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
     };
-    let disks = scheme.width().max(usize::from(scheme.parity) + 1) + pick(3);
+    let disks =
+        scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });
     let overcommitted = env.chance(1, 8) && fill;
     let slot_bytes = if overcommitted { 64 << 10 } else { slot_bytes };
     let disk_bytes = slot_bytes * (48 + env.random_below(40)) + (2 << 20);
@@ -128,6 +141,8 @@ fn world_config(env: &Env, fill: bool) -> WorldConfig {
         slot_bytes,
         volume_bytes: if overcommitted { disks as u64 * disk_bytes } else { small },
         overcommitted,
+        log_disks: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
+        min_size: if narrow && env.chance(1, 3) { 2 } else { 1 },
         latency: Duration::from_micros(50)..Duration::from_millis(1 + env.random_below(4)),
         head,
     }
@@ -150,8 +165,10 @@ pub fn run_with(seed: u64, fill: bool) -> Report {
 
 async fn run_seed(seed: u64, fill: bool) -> Report {
     let env = Env::from_seed(seed);
-    let config = world_config(&env, fill);
-    let gentle = env.chance(1, 3);
+    // What only one disk has must not be hurt.
+    let narrow = env.chance(1, 4);
+    let config = world_config(&env, fill, narrow);
+    let gentle = narrow || env.chance(1, 3);
     let setup = LocalSet::new();
     let world = setup.run_until(World::create(config, env.clone())).await;
     let context = Rc::new(Context {
@@ -163,6 +180,7 @@ async fn run_seed(seed: u64, fill: bool) -> Report {
         digest: RefCell::default(),
         faulty: RefCell::default(),
         hurt: RefCell::default(),
+        long: RefCell::default(),
         gentle,
         stop: Cell::new(false),
         nodes: RefCell::default(),
@@ -303,6 +321,7 @@ pub(super) fn heal_all(context: &Context) {
     }
     context.nodes.borrow().iter().for_each(|node| node.heal());
     context.faulty.borrow_mut().clear();
+    context.long.borrow_mut().clear();
 }
 
 async fn client_loop(context: Rc<Context>, running: Rc<Running>, number: usize) {

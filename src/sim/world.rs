@@ -2,6 +2,7 @@
 //! the oracle knows of it.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use crate::shard::Scheme;
 use crate::shard::disks::Disks;
 use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
-use crate::volume::rules::{LogSet, Member};
+use crate::volume::rules::{LogSet, Member, log_domains};
 use crate::volume::takeover::take_over;
 
 /// What a simulated world is made of.
@@ -39,6 +40,10 @@ pub struct WorldConfig {
     pub volume_bytes: u64,
     /// The volume is larger than the disks.
     pub overcommitted: bool,
+    /// Disks of the first log set, at most.
+    pub log_disks: usize,
+    /// Copies below which writes wait.
+    pub min_size: u8,
     /// Time that an operation of a disk takes.
     pub latency: Range<Duration>,
     /// Tuning of the head.
@@ -63,6 +68,8 @@ pub struct World {
     pub volume: VolumeId,
     /// What its sectors may contain.
     pub oracle: RefCell<Oracle>,
+    /// Disks that are gone for good.
+    pub retired: RefCell<BTreeSet<usize>>,
 }
 
 /// What one node reaches: disks and store, each over a way of its own.
@@ -120,7 +127,7 @@ impl World {
         let volume = VolumeId::from_bytes(env.random_bytes());
         let mut members: Vec<Member> =
             (0u32..).zip(&ids).map(|(domain, &disk)| Member { disk, domain }).collect();
-        members.truncate(2 * usize::from(config.scheme.parity) + 4);
+        members.truncate(config.log_disks.min(log_domains(config.scheme.parity)));
         let set = LogSet::new(members, config.scheme.parity + 1).expect("a valid log set");
         let root = Root::fresh(volume, set, serde_json::Value::Null);
         let put = Txn::new().put(schema::root_key(volume), root.encode());
@@ -135,6 +142,7 @@ impl World {
             disks: RefCell::new(vec![None; disks]),
             volume,
             oracle: RefCell::default(),
+            retired: RefCell::default(),
         }
     }
 
@@ -176,12 +184,13 @@ impl World {
             disks: node.registry.clone(),
             store: Rc::new(self.store.client(node.faults.clone())),
             config: self.config.head.clone(),
-            pool: PoolPolicy { scheme: self.config.scheme, min_size: 1 },
+            pool: PoolPolicy { scheme: self.config.scheme, min_size: self.config.min_size },
         };
         let head = take_over(context, self.volume, self.config.volume_bytes, &|_| ())
             .await
             .map_err(|error| error.to_string())?;
         self.oracle.borrow_mut().recovered();
+        self.retired.borrow().iter().for_each(|index| head.disk_removed(self.ids[*index]));
         Ok(Rc::new(Running { node: node.clone(), head }))
     }
 
@@ -192,6 +201,9 @@ impl World {
 
     /// Opens one disk; none if it cannot be opened now.
     pub async fn open_disk(&self, index: usize) -> Option<Rc<Disk>> {
+        if self.retired.borrow().contains(&index) {
+            return None;
+        }
         let device: Rc<dyn BlockDevice> = Rc::new(self.devices.borrow()[index].clone());
         match Disk::open(device).await {
             Ok(disk) => Some(disk),

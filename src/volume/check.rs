@@ -6,9 +6,41 @@ use std::rc::Rc;
 use super::head::Head;
 use super::index::count_all;
 use super::overlay::Target;
+use super::rules;
 use crate::id::{DiskId, SegmentId};
+use crate::shard::SegmentKind;
 
 impl Head {
+    /// Checks that who fences the log set meets every log segment that the root in force does not
+    /// list as sealed, and that the set is not wider than the pool asks for. May be called at any
+    /// time.
+    ///
+    /// # Errors
+    /// The invariant that does not hold, in words.
+    pub fn check_log_set(&self) -> Result<(), String> {
+        let state = self.state.borrow();
+        let set = &state.root.set;
+        for (id, write_set) in &state.open_sets {
+            if !rules::write_set_ok(set, write_set) {
+                return Err(format!(
+                    "log segment {id} on {write_set:?} would be missed by {set:?}"
+                ));
+            }
+        }
+        let uncovered = |id: &SegmentId| !state.is_covered(*id);
+        let logs = state.table.segments.values().filter(|s| s.kind == SegmentKind::Log);
+        let mut unknown = logs.map(|s| s.id).filter(|id| uncovered(id));
+        if let Some(id) = unknown.find(|id| !state.open_sets.contains_key(id))
+            && state.root_log != SegmentId::default()
+        {
+            return Err(format!("log segment {id} does not bind the log set"));
+        }
+        if set.width() > self.pool.scheme.parity + 1 {
+            return Err(format!("the log is {} wide", set.width()));
+        }
+        Ok(())
+    }
+
     /// Checks the table, and the counters against a full walk of the index. Nothing may be written
     /// meanwhile.
     ///
@@ -17,6 +49,7 @@ impl Head {
     pub async fn check(self: &Rc<Self>) -> Result<(), String> {
         let _lock = self.checkpoint_lock.lock().await;
         self.state.borrow().table.check()?;
+        self.check_log_set()?;
         let tree = self.state.borrow().tree;
         let counted = count_all(&**self, tree).await.map_err(|e| format!("index: {e}"))?;
         let state = self.state.borrow();

@@ -13,8 +13,9 @@ use futures_util::future::join_all;
 use super::head::{Head, HeadError, add, table_entry};
 use super::index::{self, PageSink, Pages, Relocate, Tree};
 use super::overlay::{Extent, Overlay, Target};
-use super::root::CheckpointRef;
-use super::segtab::{ShardRef, Snapshot};
+use super::root::{CheckpointRef, Root};
+use super::rules;
+use super::segtab::{Segment, ShardRef, Snapshot};
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, Lsn, SegmentId};
 use crate::limits::RECORD_PAYLOAD_BLOCKS_MAX;
@@ -76,7 +77,7 @@ impl MetaWriter<'_> {
         if let Some(meta) = self.head.state.borrow().meta.clone() {
             return Ok(meta);
         }
-        let meta = match self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint).await {
+        let meta = match self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint, 1).await {
             Ok(meta) => meta,
             Err(OpenError::Fenced) => {
                 self.head.stop("fenced while opening a meta segment");
@@ -265,6 +266,7 @@ pub(super) async fn run(head: Rc<Head>) {
         match head.store_checkpoint().await {
             Ok(()) => pause = Duration::from_millis(20),
             Err(error) => {
+                head.note_failure(&error);
                 tracing::warn!(volume = %head.volume, %error, "checkpoint failed, will be tried again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(2));
@@ -285,15 +287,43 @@ impl Head {
         self.publish().await
     }
 
+    /// A checkpoint whose root changes otherwise too.
+    pub(super) async fn checkpoint_with(
+        self: &Rc<Self>,
+        change: impl FnOnce(&mut Root) + 'static,
+    ) -> Result<(), HeadError> {
+        self.store_checkpoint().await?;
+        self.publish_with(Some(change)).await
+    }
+
     /// Makes a durable checkpoint of everything acknowledged so far. Record headers name it from
     /// now on; the root does when the store allows ([`Head::publish`]).
     pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
+        self.leave_narrow_meta();
         self.choose_meta_victims().await;
         self.merge_overlay().await?;
         self.store_table().await?;
         self.swaps.wanted.notify_one();
         Ok(())
+    }
+
+    /// Closes an open meta segment with fewer copies than could be had now.
+    fn leave_narrow_meta(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        let Some(meta) = state.meta.clone() else { return };
+        let healthy = self.healthy();
+        let sets = state.pairs().into_iter().chain(&state.planned);
+        let domains = sets.map(|set| rules::domains_touched(set, &healthy)).max().unwrap_or(0);
+        if meta.shards.len() >= meta.scheme.width().min(domains) {
+            return;
+        }
+        state.meta = None;
+        let entry = state.table.segments.get_mut(&meta.id).expect("an open one is listed");
+        entry.sealed = true;
+        let blocks = entry.blocks;
+        drop(state);
+        self.seal_in_background(meta, blocks);
     }
 
     /// Merges the overlay into a new index and switches to it.
@@ -391,13 +421,22 @@ impl Head {
         };
         state.checkpoint = Some(checkpoint);
         state.listed = freed;
+        state.checkpoint_log = self.capture.borrow().log.0;
         add(&self.stats.checkpoints, 1);
         Ok(())
     }
 
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.
     pub(super) async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
-        let deletes = freed.iter().filter_map(|&(segment, shard)| {
+        // Until it is listed as sealed, a log segment keeps the copies it was written to.
+        let state = self.state.borrow();
+        let kept = |id: SegmentId| {
+            let log = |s: &Segment| s.kind == SegmentKind::Log;
+            !state.is_covered(id) && state.table.segments.get(&id).is_some_and(log)
+        };
+        let freed: Vec<_> = freed.iter().copied().filter(|(id, _)| !kept(*id)).collect();
+        drop(state);
+        let deletes = freed.into_iter().filter_map(|(segment, shard)| {
             let client = self.disks.client(shard.disk)?;
             Some(async move {
                 let delete = client.delete(self.authority, segment, shard.creation);

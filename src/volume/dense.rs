@@ -182,6 +182,8 @@ impl Head {
             scheme: self.pool.scheme,
             class,
             allowed: &|disk| allowed.contains(&disk),
+            first: &|_| true,
+            least: self.pool.scheme.width(),
         };
         let segment = match self.open_segment(request).await {
             Ok(segment) => segment,

@@ -11,12 +11,13 @@
 //!   fenced.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use lru::LruCache;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
@@ -24,7 +25,7 @@ use tokio::time::Instant;
 use super::index::{Malformed, Pages, Tree};
 use super::overlay::{Extent, Overlay, Target};
 use super::root::Root;
-use super::rules;
+use super::rules::{self, LogSet};
 use super::segtab::{Segment, SegmentTable, ShardRef};
 use crate::env::Env;
 use crate::export::TargetError;
@@ -35,7 +36,11 @@ use crate::segment::fetch::{FetchError, Finding, Source};
 use crate::segment::open::OpenSegment;
 use crate::segment::record::{CheckpointPlace, Entry};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, Scheme, SlotClass};
+use crate::shard::{Authority, Scheme, ShardError, SlotClass};
+
+/// Largest parity of a pool.
+#[allow(clippy::cast_possible_truncation, reason = "a small constant")]
+const PARITY_MAX: u8 = crate::limits::PARITY_SHARDS_MAX as u8;
 
 /// What a head is tuned with.
 #[derive(Debug, Clone)]
@@ -56,6 +61,12 @@ pub struct HeadConfig {
     pub large_write_blocks: usize,
     /// Bytes of writes that wait for the log at most.
     pub pending_bytes_max: usize,
+    /// How long too few domains of the log set may be reachable before its width shrinks.
+    pub shrink_after: Duration,
+    /// How long a disk of the log set may be away before another takes its place.
+    pub replace_after: Duration,
+    /// Domains of the log set at most, where that is fewer than [`rules::log_domains`].
+    pub log_domains_max: usize,
 }
 
 impl Default for HeadConfig {
@@ -69,6 +80,9 @@ impl Default for HeadConfig {
             io_timeout: Duration::from_secs(30),
             large_write_blocks: 32,
             pending_bytes_max: 16 << 20,
+            shrink_after: Duration::from_millis(500),
+            replace_after: Duration::from_secs(10),
+            log_domains_max: rules::log_domains(PARITY_MAX),
         }
     }
 }
@@ -195,6 +209,25 @@ pub(super) struct State {
     pub(super) root_in_force: bool,
     /// Swapped, but not in force yet.
     pub(super) pending_root: Option<Root>,
+    /// The set of a swap that is under way: binds from capture until the outcome is known.
+    pub(super) wanted: Option<LogSet>,
+    /// A set that the next checkpoint is to bring: new segments suit it if they can.
+    pub(super) planned: Option<LogSet>,
+    /// Write sets of the log segments that the root in force does not list as sealed.
+    pub(super) open_sets: BTreeMap<SegmentId, BTreeSet<DiskId>>,
+    /// Where replay begins from the newest durable checkpoint, and from the root's: log segments
+    /// with lower numbers are listed as sealed there, with all that they hold.
+    pub(super) checkpoint_log: SegmentId,
+    pub(super) root_log: SegmentId,
+    /// The same for the root that is pending.
+    pub(super) pending_log: SegmentId,
+    /// The log goes on in another segment as soon as nothing is in flight.
+    pub(super) roll_log: bool,
+    /// Disks that are away, since when; and those of which the node says that they are lost.
+    pub(super) away: BTreeMap<DiskId, Instant>,
+    pub(super) lost: BTreeSet<DiskId>,
+    /// When something last failed because too few domains were there.
+    pub(super) starved_at: Option<Instant>,
     /// The newest index holds everything up to here.
     pub(super) merged_lsn: Lsn,
     /// The newest durable checkpoint, whether the root names it yet or not.
@@ -234,6 +267,8 @@ pub struct Head {
     pub(super) repair_wanted: Notify,
     /// Wakes the task that collects garbage.
     pub(super) gc_wanted: Notify,
+    /// Wakes the tasks that tend the log set.
+    pub(super) width_wanted: Notify,
     /// Held by whoever makes a checkpoint.
     pub(super) checkpoint_lock: tokio::sync::Mutex<()>,
     /// Swaps of the root.
@@ -267,6 +302,9 @@ pub enum HeadError {
     /// The metadata store failed.
     #[error(transparent)]
     Meta(#[from] MetaError),
+    /// The log set cannot be changed so now.
+    #[error("the log set cannot be changed: {0}")]
+    Set(&'static str),
     /// The head has stopped.
     #[error("the head stopped: {0}")]
     Stopped(String),
@@ -356,6 +394,23 @@ impl State {
         }
     }
 
+    /// The pairs that new write sets and lease probes must satisfy.
+    pub(super) fn pairs(&self) -> Vec<&LogSet> {
+        let wanted = self.wanted.as_ref();
+        match &self.pending_root {
+            Some(root) => rules::pairs_in_use(&root.set, &root.former, false, wanted),
+            None => {
+                let Root { set, former, .. } = &self.root;
+                rules::pairs_in_use(set, former, self.root_in_force, wanted)
+            }
+        }
+    }
+
+    /// Whether the root in force lists a log segment as sealed, with all that it holds.
+    pub(super) fn is_covered(&self, id: SegmentId) -> bool {
+        id < self.root_log
+    }
+
     /// The place of the newest checkpoint, for record headers.
     pub(super) fn checkpoint_place(&self) -> CheckpointPlace {
         self.checkpoint.as_ref().map(|c| c.place).unwrap_or_default()
@@ -364,20 +419,20 @@ impl State {
 
 /// The entries of a new segment in the table.
 pub(super) fn table_entry(segment: &OpenSegment) -> Segment {
+    let width = segment.scheme.width();
+    let creation = segment.creation;
+    let nobody = ShardRef { disk: DiskId::default(), creation };
+    let shards = segment.shards.iter().map(|s| ShardRef { disk: s.disk, creation });
     Segment {
         id: segment.id,
         kind: segment.kind,
         scheme: segment.scheme,
         epoch: segment.authority.epoch,
-        members: segment
-            .shards
-            .iter()
-            .map(|s| ShardRef { disk: s.disk, creation: segment.creation })
-            .collect(),
+        members: shards.chain(std::iter::repeat(nobody)).take(width).collect(),
         shard_blocks: segment.shard_blocks,
         sealed: false,
         blocks: 0,
-        missing: 0,
+        missing: ((1 << width) - 1) & !((1 << segment.shards.len()) - 1),
         live: 0,
         recent: 0,
         pins: 0,
@@ -418,6 +473,7 @@ impl Head {
             checkpoint_wanted: Notify::new(),
             repair_wanted: Notify::new(),
             gc_wanted: Notify::new(),
+            width_wanted: Notify::new(),
             checkpoint_lock: tokio::sync::Mutex::new(()),
             swaps: super::swap::Swaps::default(),
             capture: RefCell::default(),
@@ -455,6 +511,7 @@ impl Head {
         self.swaps.wanted.notify_one();
         self.repair_wanted.notify_one();
         self.gc_wanted.notify_one();
+        self.width_wanted.notify_waiters();
     }
 
     /// Whether the head takes requests.
@@ -517,7 +574,6 @@ impl Head {
     /// Takes up what reads found: a shard with a bad block is rebuilt.
     pub(super) fn note_findings(&self, findings: &[Finding]) {
         use crate::segment::fetch::Problem;
-        use crate::shard::ShardError;
         let mut state = self.state.borrow_mut();
         for finding in findings {
             let grave = match &finding.problem {
@@ -558,9 +614,7 @@ impl Head {
             .filter(|(_, sent)| now < **sent + self.config.lease)
             .map(|(disk, _)| *disk)
             .collect();
-        let root = &state.root;
-        let pairs = rules::pairs_in_use(&root.set, &root.former, state.root_in_force, None);
-        rules::lease_ok_in_all(&pairs, &answered)
+        rules::lease_ok_in_all(&state.pairs(), &answered)
     }
 
     /// Notes that a disk answered "not fenced" to something sent at `sent`.
@@ -578,31 +632,37 @@ impl Head {
             }
             self.probe_all().await;
             if !self.lease_valid() {
+                self.note_starved();
                 tokio::time::sleep(self.config.lease / 4).await;
             }
         }
         Ok(())
     }
 
+    /// Asks all disks of the sets in use, until enough have answered.
     async fn probe_all(&self) {
-        use crate::shard::ShardError;
-        let members: Vec<DiskId> =
-            self.state.borrow().root.set.members().iter().map(|m| m.disk).collect();
-        let probes = members.into_iter().filter_map(|disk| {
-            let client = self.disks.client(disk)?;
-            Some(async move {
-                let sent = Instant::now();
-                let probe = client.probe(self.authority);
-                match tokio::time::timeout(self.config.lease, probe).await {
-                    Ok(Ok(())) => self.lease_evidence(disk, sent),
-                    Ok(Err(ShardError::Fenced(epoch))) => {
-                        self.stop(&format!("fenced by epoch {epoch}"));
-                    }
-                    _ => {}
-                }
-            })
-        });
-        futures_util::future::join_all(probes).await;
+        let members: BTreeSet<DiskId> = {
+            let state = self.state.borrow();
+            state.pairs().iter().flat_map(|set| set.members()).map(|m| m.disk).collect()
+        };
+        let mut probes: FuturesUnordered<_> =
+            members.into_iter().map(|disk| self.probe_one(disk)).collect();
+        while probes.next().await.is_some() {
+            if self.lease_valid() {
+                return;
+            }
+        }
+    }
+
+    async fn probe_one(&self, disk: DiskId) {
+        let Some(client) = self.disks.client(disk) else { return };
+        let sent = Instant::now();
+        match tokio::time::timeout(self.config.lease, client.probe(self.authority)).await {
+            Ok(Ok(())) => self.lease_evidence(disk, sent),
+            Ok(Err(ShardError::Fenced(epoch))) => self.stop(&format!("fenced by epoch {epoch}")),
+            Ok(Err(error)) => self.disks.report(disk, &error),
+            Err(_) => self.disks.report(disk, &ShardError::Unreachable),
+        }
     }
 
     /// Size of the volume, bytes.

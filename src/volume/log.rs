@@ -7,7 +7,6 @@
 //! appended to a new one, with the same LSN and content; the first record there names what was
 //! closed (design 5, "Failure of a shard while writing").
 
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -20,10 +19,10 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
 use super::head::{Flight, Head, Op, add, table_entry};
-use super::rules;
+use super::rules::{self, LogSet};
 use super::segtab::ShardRef;
 use crate::export::TargetError;
-use crate::id::{DiskId, Lsn, SegmentId};
+use crate::id::{Lsn, SegmentId};
 use crate::limits::{RECORD_ENTRIES_MAX, RECORD_PAYLOAD_BLOCKS_MAX};
 use crate::planted::{Bug, bug};
 use crate::segment::checksum::Salt;
@@ -93,6 +92,7 @@ impl Writer {
     async fn step(&mut self) {
         self.drain();
         self.complete();
+        self.roll_if_asked();
         if self.failed != 0 {
             self.fail_over().await;
             return;
@@ -171,7 +171,7 @@ impl Writer {
         {
             let mut state = head.state.borrow_mut();
             let Some(log) = state.log.clone() else { return };
-            let all = (1u32 << log.scheme.width()) - 1;
+            let all = (1u32 << log.shards.len()) - 1;
             loop {
                 let ready = |flight: &Flight| {
                     let enough = if bug(Bug::AckBeforeAll) { flight.done != 0 } else { false };
@@ -221,13 +221,24 @@ impl Writer {
         let state = self.head.state.borrow();
         let (Some(flight), Some(log)) = (state.flights.front(), &state.log) else { return };
         if flight.first_done.is_some_and(|at| at.elapsed() >= self.head.config.straggler) {
-            let all = (1u32 << log.scheme.width()) - 1;
+            let all = (1u32 << log.shards.len()) - 1;
             self.failed |= all & !flight.done;
             for (index, shard) in log.shards.iter().enumerate() {
                 if self.failed >> index & 1 == 1 {
                     self.head.disks.report(shard.disk, &ShardError::Unreachable);
                 }
             }
+        }
+    }
+
+    /// Closes the open segment, whole as it is, where the log set is to change.
+    fn roll_if_asked(&mut self) {
+        let asked = {
+            let state = self.head.state.borrow();
+            state.roll_log && state.flights.is_empty()
+        };
+        if asked && self.failed == 0 {
+            self.close(0);
         }
     }
 
@@ -245,6 +256,9 @@ impl Writer {
         let needed = self.blocks_needed();
         let log = self.head.state.borrow().log.clone();
         let Some(log) = log else { return self.open_next().await };
+        if self.head.state.borrow().roll_log {
+            return false;
+        }
         if log.next.get() + needed > log.shard_blocks {
             if !self.head.state.borrow().flights.is_empty() {
                 return false;
@@ -415,6 +429,7 @@ impl Writer {
     fn close(&mut self, bad: u32) {
         let head = self.head.clone();
         let mut state = head.state.borrow_mut();
+        state.roll_log = false;
         let Some(log) = state.log.take() else { return };
         let blocks = state.flights.front().map_or(log.next.get(), |flight| flight.block);
         state.log_floor = state.next_segment;
@@ -450,6 +465,8 @@ impl Writer {
                 tracing::debug!(volume = %head.volume, segment = %log.id, "log segment opened");
                 let mut state = head.state.borrow_mut();
                 state.table.segments.insert(log.id, table_entry(&log));
+                let write_set = log.shards.iter().map(|shard| shard.disk).collect();
+                state.open_sets.insert(log.id, write_set);
                 state.log = Some(Rc::new(log));
                 state.stalled_since = None;
                 true
@@ -481,6 +498,7 @@ impl Writer {
     async fn wait_for_disks(&self, why: &str) {
         let head = &self.head;
         let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
+        head.note_starved();
         if since.elapsed() >= head.config.io_timeout {
             let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
             for op in failed {
@@ -542,46 +560,75 @@ impl super::head::State {
 }
 
 impl Head {
-    /// Opens a log segment on disks of the log set, `m + 1` of them.
+    /// Opens a log segment on disks of the log set: `m + 1` of them, or as many domains as there
+    /// are where the width shrank, but no fewer than clients may be served with.
     pub(super) async fn open_log_segment(
         &self,
         class: SlotClass,
     ) -> Result<OpenSegment, OpenError> {
-        self.open_in_set(SegmentKind::Log, class).await
+        self.open_in_set(SegmentKind::Log, class, self.pool.min_size).await
     }
 
-    /// Opens a log or meta segment within the log set.
+    /// Opens a log or meta segment that satisfies all pairs in use, and the planned set if it can.
     pub(super) async fn open_in_set(
         &self,
         kind: SegmentKind,
         class: SlotClass,
+        least: u8,
     ) -> Result<OpenSegment, OpenError> {
-        let set = self.state.borrow().root.set.clone();
-        let allowed: BTreeSet<DiskId> = set.members().iter().map(|m| m.disk).collect();
+        loop {
+            let opened = self.open_in_pairs(kind, class, least).await;
+            let too_few = matches!(opened, Err(OpenError::TooFewDomains { .. }));
+            if !(too_few && self.state.borrow_mut().planned.take().is_some()) {
+                return opened;
+            }
+        }
+    }
+
+    async fn open_in_pairs(
+        &self,
+        kind: SegmentKind,
+        class: SlotClass,
+        least: u8,
+    ) -> Result<OpenSegment, OpenError> {
+        let pairs: Vec<LogSet> = {
+            let state = self.state.borrow();
+            state.pairs().into_iter().chain(&state.planned).cloned().collect()
+        };
+        let width = pairs.iter().map(LogSet::width).max().unwrap_or(1).max(least);
+        let contains = |set: &LogSet, disk| set.domain_of(disk).is_some();
         let request = OpenRequest {
             authority: self.authority,
             kind,
             scheme: self.pool.log_scheme(),
             class,
-            allowed: &|disk| allowed.contains(&disk),
+            allowed: &|disk| pairs.iter().any(|set| contains(set, disk)),
+            first: &|disk| {
+                let alone = pairs.len() == 1 || self.disks.is_healthy(disk);
+                alone && pairs.iter().all(|set| contains(set, disk))
+            },
+            least: width.into(),
         };
         let segment = self.open_segment(request).await?;
         let write_set = segment.shards.iter().map(|s| s.disk).collect();
+        // What binds may have changed meanwhile.
         let state = self.state.borrow();
-        let root = &state.root;
-        let pairs = rules::pairs_in_use(&root.set, &root.former, state.root_in_force, None);
-        if !rules::write_set_ok_in_all(&pairs, &write_set) {
-            let unused = table_entry(&segment).members;
-            let id = segment.id;
+        let mut binding = state.pairs();
+        binding.extend(&state.planned);
+        if !rules::write_set_ok_in_all(&binding, &write_set) {
+            let unused = segment.shards.iter();
+            let unused: Vec<_> = unused
+                .map(|s| (segment.id, ShardRef { disk: s.disk, creation: segment.creation }))
+                .collect();
             let this = self.this.clone();
             tokio::task::spawn_local(async move {
                 if let Some(head) = this.upgrade() {
-                    head.discard(unused.into_iter().map(|shard| (id, shard)).collect());
+                    head.discard(unused);
                 }
             });
             return Err(OpenError::TooFewDomains {
-                have: rules::domains_touched(&root.set, &write_set),
-                need: usize::from(root.set.width()),
+                have: rules::domains_touched(&state.root.set, &write_set),
+                need: width.into(),
             });
         }
         Ok(segment)
@@ -643,11 +690,14 @@ impl Head {
         let head = Rc::downgrade(self);
         tokio::task::spawn_local(async move {
             let bad = segment.seal(blocks).await;
-            let Some(head) = head.upgrade().filter(|_| bad != 0) else { return };
-            if let Some(entry) = head.state.borrow_mut().table.segments.get_mut(&segment.id) {
+            let Some(head) = head.upgrade() else { return };
+            let mut state = head.state.borrow_mut();
+            if let Some(entry) = state.table.segments.get_mut(&segment.id)
+                && (entry.missing | bad) != 0
+            {
                 entry.missing |= bad;
+                head.repair_wanted.notify_one();
             }
-            head.repair_wanted.notify_one();
         });
     }
 

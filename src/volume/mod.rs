@@ -23,5 +23,6 @@ pub mod target;
 #[cfg(test)]
 mod tests;
 mod walk;
+mod width;
 
 pub use report::HeadReport;

@@ -140,7 +140,7 @@ impl Head {
     }
 
     /// Where the shard may go: a domain that no other shard of the segment lies in, on a disk that
-    /// holds no remains of the segment; for log and meta segments within the log set.
+    /// holds no remains of the segment.
     fn repair_target(&self, segment: &Segment, shard: usize) -> Option<Target> {
         let state = self.state.borrow();
         let mut taken = Vec::new();
@@ -160,11 +160,15 @@ impl Head {
             .map(|(_, s)| s.disk)
             .chain(segment.members.iter().map(|m| m.disk))
             .collect();
-        let in_set = |disk| state.root.set.members().iter().any(|m| m.disk == disk);
+        // Until it is listed as sealed, a log segment stays within the log set.
+        let free = segment.kind != SegmentKind::Log || state.is_covered(segment.id);
+        let pairs = state.pairs();
         let allowed = |disk: DiskId| {
+            let in_set = || pairs.iter().all(|set| set.domain_of(disk).is_some());
             !remains.contains(&disk)
                 && self.disks.is_healthy(disk)
-                && (segment.kind == SegmentKind::Data || in_set(disk))
+                && !state.lost.contains(&disk)
+                && (free || in_set())
         };
         self.disks.choose(&self.env, 1, &taken, allowed).pop()
     }
@@ -436,6 +440,8 @@ impl Head {
 
     /// Hears that a disk came back: what it holds intact counts again; the rest is repaired.
     pub async fn disk_returned(self: &Rc<Self>, disk: DiskId) {
+        self.state.borrow_mut().lost.remove(&disk);
+        self.width_wanted.notify_waiters();
         self.leave_and_wait(disk).await;
         let Some(client) = self.disks.client(disk) else { return };
         let mirror = self.state.borrow().root.mirror();
@@ -474,7 +480,10 @@ impl Head {
                         }
                     }
                 }
-                None if info.spec.segment.0 < own && info.epoch < self.authority.epoch => {
+                None if info.spec.segment.0 < own
+                    && info.epoch < self.authority.epoch
+                    && info.epoch.incarnation() == self.authority.epoch.incarnation() =>
+                {
                     state.table.freed.insert((info.spec.segment, there));
                 }
                 None => {}
@@ -497,7 +506,9 @@ impl Head {
     /// the disk is away, because segments are sealed meanwhile.
     pub fn disk_lost(self: &Rc<Self>, disk: DiskId) {
         self.leave(disk);
+        self.width_wanted.notify_waiters();
         let mut state = self.state.borrow_mut();
+        state.lost.insert(disk);
         for segment in state.table.segments.values_mut() {
             for (index, member) in segment.members.iter().enumerate() {
                 if member.disk == disk && segment.sealed {
@@ -510,7 +521,7 @@ impl Head {
     }
 
     /// Whether anything still needs a segment: the index, a checkpoint, or the replay from it.
-    fn is_needed(&self, state: &State, id: SegmentId) -> bool {
+    pub(super) fn is_needed(&self, state: &State, id: SegmentId) -> bool {
         let holds_table = [&state.checkpoint, &state.root.checkpoint]
             .iter()
             .any(|c| c.as_ref().is_some_and(|c| c.place.segment == id));

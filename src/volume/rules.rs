@@ -253,6 +253,74 @@ pub fn lease_ok_in_all(pairs: &[&LogSet], answered: &BTreeSet<DiskId>) -> bool {
     pairs.iter().all(|set| lease_ok(set, answered))
 }
 
+/// Failure domains that a log set is filled up to: enough that failures elsewhere do not matter,
+/// few enough that a take-over asks a handful of disks.
+pub const fn log_domains(parity: u8) -> usize {
+    2 * parity as usize + 4
+}
+
+/// What remains of `old` when only the disks `kept` are reachable, without a new checkpoint: the
+/// others are dropped and the width is lowered as far as it must be. None if that gains nothing,
+/// or if no root with such a set could come into force.
+///
+/// `former`: the former sets that the new root will carry ([`former_sets`]). `unsealed`: as in
+/// [`may_swap_set`], or none if they are not known, as in a take-over that has fenced enough but
+/// not read yet: then the width falls by one for each domain that loses a disk, which every write
+/// set of at least `w` domains of `D` bears.
+pub fn shrunk(
+    old: &LogSet,
+    former: &[LogSet],
+    kept: &BTreeSet<DiskId>,
+    unsealed: Option<&[BTreeSet<DiskId>]>,
+) -> Option<LogSet> {
+    let members: Vec<Member> =
+        old.members.iter().filter(|member| kept.contains(&member.disk)).copied().collect();
+    let disks: BTreeSet<DiskId> = members.iter().map(|member| member.disk).collect();
+    let most = match unsealed {
+        None => usize::from(old.width).saturating_sub(domains_missing(old, kept).len()),
+        Some(sets) => {
+            let touched = sets.iter().map(|set| domains_touched(old, &(set & &disks)));
+            touched.min().unwrap_or(usize::MAX)
+        }
+    };
+    let most = most.min(domains_touched(old, &disks)).min(usize::from(old.width));
+    (1..=most)
+        .rev()
+        .filter_map(|width| LogSet::new(members.clone(), u8::try_from(width).ok()?).ok())
+        .find(|new| in_force(new, former, kept))
+        .filter(|new| new != old)
+}
+
+/// The set that a checkpoint may put in the place of `old`: without the disks `lost`, filled up to
+/// `most` domains from `spare` (healthy disks of the pool in order of preference), as wide as its
+/// healthy domains allow up to `wide`, and never narrower than before. None if nothing changes, or
+/// if too few healthy domains of `old` remain for a write set under both.
+pub fn renewed(
+    old: &LogSet,
+    lost: &BTreeSet<DiskId>,
+    healthy: &BTreeSet<DiskId>,
+    spare: &[Member],
+    (wide, most): (u8, usize),
+) -> Option<LogSet> {
+    let mut members: Vec<Member> =
+        old.members.iter().filter(|member| !lost.contains(&member.disk)).copied().collect();
+    let usable: BTreeSet<DiskId> = healthy - lost;
+    if domains_touched(old, &usable) < usize::from(old.width) {
+        return None;
+    }
+    let mut taken: BTreeSet<u32> = members.iter().map(|member| member.domain).collect();
+    for member in spare.iter().filter(|member| old.domain_of(member.disk).is_none()) {
+        let room = taken.len() < most && members.len() < LOG_SET_DISKS_MAX;
+        if room && taken.insert(member.domain) {
+            members.push(*member);
+        }
+    }
+    let all = LogSet::new(members.clone(), 1).ok()?;
+    let reachable = domains_touched(&all, &usable).min(usize::from(wide));
+    let width = u8::try_from(reachable).ok()?.max(old.width);
+    LogSet::new(members, width).ok().filter(|new| new != old)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -363,6 +431,48 @@ mod tests {
         assert_eq!(former_sets(&moved, &former, true), [moved]);
     }
 
+    #[test]
+    fn shrinking_drops_what_is_gone_and_no_more_width_than_it_must() {
+        let set = log_set(&[0, 1, 2], 3);
+        let former = std::slice::from_ref(&set);
+        let of = |members: &[u8], width| {
+            let member = |&n: &u8| Member { disk: disk(n), domain: u32::from(n) };
+            LogSet::new(members.iter().map(member).collect(), width).expect("valid")
+        };
+        assert_eq!(shrunk(&set, former, &disks(&[0, 2]), None), Some(of(&[0, 2], 2)));
+        assert_eq!(shrunk(&set, former, &disks(&[1]), None), Some(of(&[1], 1)));
+        assert_eq!(shrunk(&set, former, &disks(&[]), None), None);
+        assert_eq!(shrunk(&set, former, &disks(&[0, 1, 2]), None), None, "nothing is gained");
+        // Of a large set too many are gone for who does not know the open segments ...
+        let large = log_set(&[0, 1, 2, 3, 4, 5], 2);
+        let former = std::slice::from_ref(&large);
+        assert_eq!(shrunk(&large, former, &disks(&[0]), None), None);
+        // ... but not for who does.
+        let open = [disks(&[0, 4])];
+        assert_eq!(shrunk(&large, former, &disks(&[0]), Some(&open)), Some(of(&[0], 1)));
+        assert_eq!(shrunk(&large, former, &disks(&[1]), Some(&open)), None, "it would be missed");
+        // A root that was never in force is left by way of a narrower one, and must be found.
+        let former = [of(&[2, 3], 2), of(&[0, 1], 2)];
+        assert_eq!(shrunk(&former[1], &former, &disks(&[0, 1]), None), None);
+        assert_eq!(shrunk(&former[1], &former, &disks(&[0, 1, 2]), None), Some(of(&[0, 1], 1)));
+    }
+
+    #[test]
+    fn a_checkpoint_replaces_the_dead_and_widens() {
+        let old = log_set(&[0, 1, 2], 2);
+        let member = |n: u8| Member { disk: disk(n), domain: u32::from(n) };
+        let all = disks(&[0, 1, 3, 4]);
+        let spare = [member(3), member(4)];
+        let new = renewed(&old, &disks(&[2]), &all, &spare, (2, 3)).expect("a change");
+        assert_eq!(new.members(), [member(0), member(1), member(3)]);
+        let new = renewed(&old, &disks(&[2]), &all, &spare, (3, 4)).expect("a change");
+        assert_eq!((new.width(), new.members().len()), (3, 4));
+        // Who is away for a moment stays, and nobody is added twice.
+        assert_eq!(renewed(&old, &disks(&[]), &all, &spare, (2, 3)), None);
+        // Nobody is left behind whom a write set under both pairs needs.
+        assert_eq!(renewed(&old, &disks(&[1, 2]), &all, &spare, (2, 3)), None);
+    }
+
     /// Random sets over disks 0 to 6 in up to 5 domains. Not every disk belongs to the set.
     fn any_set() -> impl Strategy<Value = LogSet> {
         let members = prop::collection::btree_map(0_u8..7, 0_u32..5, 1..=7);
@@ -428,6 +538,50 @@ mod tests {
                 if write_set_ok_in_all(&pairs, &other) || lease_ok_in_all(&pairs, &other) {
                     prop_assert!(!fenced || !other.is_disjoint(&answered));
                 }
+            }
+        }
+
+        #[test]
+        fn a_shrunk_set_may_be_swapped_in(
+            old in any_set(),
+            kept in any_disks(),
+            open in prop::collection::vec(any_disks(), 0..4),
+        ) {
+            // Whoever wrote them kept the rules.
+            let open: Vec<_> = open.into_iter().filter(|set| write_set_ok(&old, set)).collect();
+            let former = std::slice::from_ref(&old);
+            for known in [None, Some(&open[..])] {
+                if let Some(new) = shrunk(&old, former, &kept, known) {
+                    prop_assert!(may_swap_set(&old, &new, &open));
+                    prop_assert!(new.width() <= old.width());
+                    prop_assert!(new.members().iter().all(|member| kept.contains(&member.disk)));
+                    prop_assert!(in_force(&new, former, &kept));
+                    // Those who are left suffice by themselves.
+                    prop_assert!(write_set_ok(&new, &kept) && lease_ok(&new, &kept));
+                }
+            }
+        }
+
+        #[test]
+        fn a_renewed_set_leaves_a_write_set_under_both(
+            old in any_set(),
+            lost in any_disks(),
+            healthy in any_disks(),
+            wide in 1_u8..4,
+        ) {
+            let spare: Vec<Member> = healthy
+                .iter()
+                .filter(|disk| old.domain_of(**disk).is_none())
+                .zip(10..)
+                .map(|(&disk, domain)| Member { disk, domain })
+                .collect();
+            let wide = wide.max(old.width());
+            if let Some(new) = renewed(&old, &lost, &healthy, &spare, (wide, 5)) {
+                let usable = &healthy - &lost;
+                prop_assert!(new.width() >= old.width() && new.width() <= wide);
+                prop_assert!(write_set_ok_in_all(&[&old, &new], &usable));
+                prop_assert!(in_force(&new, std::slice::from_ref(&old), &usable));
+                prop_assert!(may_swap_set(&old, &new, &[]));
             }
         }
 

@@ -38,7 +38,8 @@ pub struct Segment {
     pub scheme: Scheme,
     /// Epoch of the head that opened it.
     pub epoch: Epoch,
-    /// Its shards, by index; `scheme.width()` of them.
+    /// Its shards, by index; `scheme.width()` of them. The nil disk is that of a shard that was
+    /// never created, because too few domains were left.
     pub members: Vec<ShardRef>,
     /// Blocks that each shard may hold.
     pub shard_blocks: u32,
@@ -380,7 +381,7 @@ impl SegmentTable {
     pub fn free(&mut self, id: SegmentId) {
         if let Some(segment) = self.segments.remove(&id) {
             // A missing shard may turn up again with its disk: it is freed as well.
-            for shard in segment.members {
+            for shard in segment.members.into_iter().filter(|shard| !shard.disk.is_nil()) {
                 self.freed.insert((id, shard));
             }
         }
@@ -395,11 +396,19 @@ impl SegmentTable {
             if s.id != *id || s.members.len() != s.scheme.width() || s.blocks > s.shard_blocks {
                 return Err(format!("segment {id} is malformed: {s:?}"));
             }
-            let mut disks: Vec<DiskId> = s.members.iter().map(|m| m.disk).collect();
+            let mut disks: Vec<DiskId> =
+                s.members.iter().map(|m| m.disk).filter(|disk| !disk.is_nil()).collect();
+            let count = disks.len();
             disks.sort_unstable();
             disks.dedup();
-            if disks.len() != s.members.len() {
+            if disks.len() != count {
                 return Err(format!("segment {id} has two shards on one disk: {s:?}"));
+            }
+            let nowhere = |(index, member): (usize, &ShardRef)| {
+                member.disk.is_nil() && s.missing >> index & 1 == 0
+            };
+            if s.members.iter().enumerate().any(nowhere) {
+                return Err(format!("segment {id} lacks a shard that it does not miss: {s:?}"));
             }
             for member in &s.members {
                 if self.freed.contains(&(*id, *member)) {

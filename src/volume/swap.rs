@@ -6,22 +6,24 @@
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
-use super::head::{Head, HeadError};
+use super::head::{Head, HeadError, State};
 use super::root::Root;
-use super::rules;
+use super::rules::{self, LogSet};
 use super::segtab::ShardRef;
 use crate::id::{DiskId, SegmentId};
 use crate::limits::SEGMENT_RANGE;
 use crate::meta::{Condition, MetaError, MetaStore, Txn, TxnOutcome, schema};
 use crate::planted::{Bug, bug};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, ShardError};
+use crate::shard::{Authority, MIRROR_BYTES_MAX, ShardError};
 
 /// Pause before a request to the store is tried again.
 const RETRY: Duration = Duration::from_millis(100);
@@ -151,11 +153,24 @@ impl Head {
     /// [`HeadError::Meta`] while the store is away; [`HeadError::Stopped`] when the volume was
     /// lost.
     pub(super) async fn publish(self: &Rc<Self>) -> Result<(), HeadError> {
+        self.publish_with(None::<fn(&mut Root)>).await
+    }
+
+    /// The same with a change of the root besides, which is swapped in in any case.
+    ///
+    /// # Errors
+    /// As [`Head::publish`], and [`HeadError::Set`] where the change may not be made.
+    pub(super) async fn publish_with(
+        self: &Rc<Self>,
+        change: Option<impl FnOnce(&mut Root) + 'static>,
+    ) -> Result<(), HeadError> {
         if bug(Bug::FreeBeforeSwap) {
             let listed = self.state.borrow().listed.clone();
             self.delete_freed(&listed).await;
         }
-        let mut listed = self.swap_in_task(None::<fn(&mut Root)>).await?;
+        let head = self.clone();
+        let swapped = self.in_task(async move { head.swap_steps(change).await });
+        let mut listed = swapped.await?;
         listed.retain(|shard| self.state.borrow().table.freed.contains(shard));
         self.delete_freed(&listed).await;
         self.gc_wanted.notify_one();
@@ -189,22 +204,43 @@ impl Head {
         self: &Rc<Self>,
         change: impl FnOnce(&mut Root) + 'static,
     ) -> Result<(), HeadError> {
-        self.swap_in_task(Some(change)).await.map(|_| ())
+        let head = self.clone();
+        self.in_task(async move { head.swap_steps(Some(change)).await.map(|_| ()) }).await
+    }
+
+    /// Swaps the root to the set that `set` tells once nobody else swaps it; nothing if it tells
+    /// none. Gives the set.
+    ///
+    /// # Errors
+    /// As [`Head::swap_root`], and [`HeadError::Set`] where that set may not be had.
+    pub(super) async fn swap_root_if(
+        self: &Rc<Self>,
+        set: impl FnOnce(&Self) -> Option<LogSet> + 'static,
+    ) -> Result<Option<LogSet>, HeadError> {
+        let head = self.clone();
+        let swapped = async move {
+            let _lock = head.swaps.lock.lock().await;
+            let Some(set) = set(&head) else { return Ok(None) };
+            head.swap_once(|root| root.set = set.clone()).await?;
+            head.settle_root().await?;
+            Ok(Some(set))
+        };
+        self.in_task(swapped).await
     }
 
     /// A swap goes on to its end when its caller is gone: given up half-way, its sequence would be
     /// used for another root, and the one be taken for the other. Only a head that stops for good
     /// leaves it.
-    async fn swap_in_task(
+    async fn in_task<T: 'static>(
         self: &Rc<Self>,
-        change: Option<impl FnOnce(&mut Root) + 'static>,
-    ) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
+        swap: impl Future<Output = Result<T, HeadError>> + 'static,
+    ) -> Result<T, HeadError> {
         let head = self.clone();
         let task = tokio::task::spawn_local(async move {
             tokio::select! {
                 biased;
                 why = head.until_stopped() => Err(HeadError::Stopped(why)),
-                result = head.swap_steps(change) => result,
+                result = swap => result,
             }
         });
         match task.await {
@@ -232,55 +268,148 @@ impl Head {
         change: Option<impl FnOnce(&mut Root)>,
     ) -> Result<Vec<(SegmentId, ShardRef)>, HeadError> {
         let _lock = self.swaps.lock.lock().await;
-        let (new, revision, listed) = {
+        let listed = {
             let state = self.state.borrow();
-            let short = state.next_segment + SEGMENT_RANGE / 4 > state.root.range.1;
-            if change.is_none() && !short && state.checkpoint == state.root.checkpoint {
+            if change.is_none()
+                && state.pending_root.is_none()
+                && !state.is_short_of_numbers()
+                && state.checkpoint == state.root.checkpoint
+            {
                 return Ok(state.listed.clone());
             }
-            let mut new = state.root.clone();
-            if let Some(change) = change {
-                change(&mut new);
-            }
-            new.former =
-                rules::former_sets(&state.root.set, &state.root.former, state.root_in_force)
-                    .into_iter()
-                    .filter(|set| *set != new.set)
-                    .collect();
-            new.sequence += 1;
-            new.checkpoint.clone_from(&state.checkpoint);
-            if short {
-                new.range.1 += SEGMENT_RANGE;
-            }
-            (new, state.root_revision, state.listed.clone())
+            // Of the checkpoint that the next root names: nothing comes between here and its
+            // capture.
+            state.listed.clone()
         };
-        match swap(&*self.store, &new, revision).await? {
-            Swapped::Lost => {
-                self.stop("another head swapped the root");
-                return Err(HeadError::Stopped("another head swapped the root".into()));
+        let change = |root: &mut Root| {
+            if let Some(change) = change {
+                change(root);
             }
-            Swapped::Ours(revision) => {
-                let mut state = self.state.borrow_mut();
-                state.root_revision = revision;
-                state.pending_root = Some(new.clone());
-            }
-        }
-        self.settle_root(new).await;
+        };
+        self.swap_once(change).await?;
+        self.settle_root().await?;
         Ok(listed)
     }
 
-    /// Waits until a swapped root is in force, then uses it.
-    async fn settle_root(&self, new: Root) {
+    /// The next root, the revision that it replaces, and where replay begins from its checkpoint. A set that differs is wanted from here on:
+    /// together with what [`State::pairs`] says this is the capture.
+    fn next_root(
+        &self,
+        change: impl FnOnce(&mut Root),
+    ) -> Result<(Root, u64, SegmentId), HeadError> {
+        let mut state = self.state.borrow_mut();
+        let known_in_force = state.pending_root.is_none() && state.root_in_force;
+        let base = state.pending_root.as_ref().unwrap_or(&state.root);
+        let mut new = base.clone();
+        change(&mut new);
+        new.former = rules::former_sets(&base.set, &base.former, known_in_force)
+            .into_iter()
+            .filter(|set| *set != new.set)
+            .collect();
+        new.sequence += 1;
+        new.checkpoint.clone_from(&state.checkpoint);
+        if state.is_short_of_numbers() {
+            new.range.1 += SEGMENT_RANGE;
+        }
+        if new.set != base.set {
+            let open = state.unsealed_sets();
+            if !rules::may_swap_set(&base.set, &new.set, &open)
+                && !bug(Bug::WidthIgnoresOpenSegments)
+            {
+                return Err(HeadError::Set("a log segment would be missed"));
+            }
+            if new.encode().len() > MIRROR_BYTES_MAX {
+                return Err(HeadError::Set("the root would be too large"));
+            }
+            state.wanted = Some(new.set.clone());
+        }
+        Ok((new, state.root_revision, state.checkpoint_log))
+    }
+
+    /// Swaps the root once; what is swapped in is pending until it is in force.
+    async fn swap_once(&self, change: impl FnOnce(&mut Root)) -> Result<(), HeadError> {
+        let (new, revision, log) = self.next_root(change)?;
+        let swapped = swap(&*self.store, &new, revision).await;
+        let mut state = self.state.borrow_mut();
+        // Known not to have been made, or bound by the pending root from now on.
+        state.wanted = None;
+        match swapped? {
+            Swapped::Lost => {
+                drop(state);
+                self.stop("another head swapped the root");
+                Err(HeadError::Stopped("another head swapped the root".into()))
+            }
+            Swapped::Ours(revision) => {
+                state.root_revision = revision;
+                state.pending_log = log;
+                state.pending_root = Some(new);
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits until a swapped root is in force, then uses it. Where too many of its disks stay away
+    /// it is followed by a narrower one.
+    async fn settle_root(self: &Rc<Self>) -> Result<(), HeadError> {
+        let since = Instant::now();
         loop {
+            if let Some(why) = self.stopped() {
+                return Err(HeadError::Stopped(why));
+            }
+            let pending = self.state.borrow().pending_root.clone();
+            let Some(new) = pending else { return Ok(()) };
             let mirrored = mirror(&self.disks, self.authority, &new).await;
             if rules::in_force(&new.set, &new.former, &mirrored) {
-                break;
+                self.use_root(new);
+                return Ok(());
+            }
+            let narrower = (since.elapsed() >= self.config.shrink_after)
+                .then(|| self.narrower(&mirrored))
+                .flatten();
+            if let Some(set) = narrower {
+                tracing::warn!(volume = %self.volume, ?set, "a root that is not in force is followed by a narrower one");
+                match self.swap_once(|root| root.set = set).await {
+                    Err(error @ HeadError::Stopped(_)) => return Err(error),
+                    // The one that is pending may still come into force.
+                    Err(_) | Ok(()) => {}
+                }
             }
             tokio::time::sleep(RETRY).await;
         }
+    }
+
+    fn use_root(&self, new: Root) {
         let mut state = self.state.borrow_mut();
         state.root = new;
         state.root_in_force = true;
         state.pending_root = None;
+        let log = state.pending_log;
+        state.root_log = log;
+        state.open_sets.retain(|id, _| *id >= log);
+        drop(state);
+        self.wake.notify_one();
+    }
+
+    /// What the newest root's set can shrink to if only these disks are reachable.
+    pub(super) fn narrower(&self, reachable: &BTreeSet<DiskId>) -> Option<LogSet> {
+        let state = self.state.borrow();
+        let known_in_force = state.pending_root.is_none() && state.root_in_force;
+        let base = state.pending_root.as_ref().unwrap_or(&state.root);
+        let former = rules::former_sets(&base.set, &base.former, known_in_force);
+        rules::shrunk(&base.set, &former, reachable, Some(&state.unsealed_sets()))
+    }
+}
+
+impl State {
+    /// Write sets of the log segments that the newest checkpoint does not list as sealed with all
+    /// that they hold.
+    pub(super) fn unsealed_sets(&self) -> Vec<BTreeSet<DiskId>> {
+        self.open_sets.range(self.checkpoint_log..).map(|(_, set)| set.clone()).collect()
+    }
+
+    /// Whether the next root grants more segment numbers.
+    fn is_short_of_numbers(&self) -> bool {
+        let range = self.pending_root.as_ref().unwrap_or(&self.root).range;
+        self.next_segment + SEGMENT_RANGE / 4 > range.1
     }
 }

@@ -18,7 +18,7 @@ use super::overlay::Overlay;
 use super::root::{CheckpointRef, Root};
 use super::rules;
 use super::segtab::{ShardRef, Snapshot};
-use super::swap::{Swapped, swap};
+use super::swap::{Swapped, mirror, swap};
 use super::walk::{self, Replay};
 use crate::id::{BLOCK_BYTES, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
 use crate::limits::SEGMENT_RANGE;
@@ -26,7 +26,7 @@ use crate::meta::{MetaError, schema};
 use crate::planted::{Bug, bug};
 use crate::segment::record::{Entry, Header};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, SegmentKind, ShardError, ShardInfo};
+use crate::shard::{Authority, MIRROR_BYTES_MAX, SegmentKind, ShardError, ShardInfo};
 
 /// How long one disk may take to answer a fence before the take-over goes on to ask again.
 const FENCE_PATIENCE: Duration = Duration::from_secs(2);
@@ -86,8 +86,11 @@ pub async fn take_over(
 ) -> Result<Rc<Head>, TakeOverError> {
     let (root, revision, released) = claim(&context, volume).await?;
     let authority = Authority { volume, epoch: root.epoch, head: root.head };
-    let (listing, fenced, fenced_at) = fence_all(&context, authority, &root, waiting).await;
-    let head = recover(context, authority, (root, revision), size, (listing, fenced)).await?;
+    let claimed = Claimed { root, revision };
+    let (claimed, listing, fenced, fenced_at) =
+        fence_all(&context, authority, claimed, waiting).await?;
+    let root = (claimed.root, claimed.revision);
+    let head = recover(context, authority, root, size, (listing, fenced)).await?;
     head.checkpoint_until_done().await?;
     if !released && !bug(Bug::ServeBeforeLease) {
         tokio::time::sleep_until(fenced_at + head.config.lease.mul_f64(1.25)).await;
@@ -129,18 +132,29 @@ async fn claim(
     }
 }
 
+/// A root that this head swapped in.
+struct Claimed {
+    root: Root,
+    revision: u64,
+}
+
 /// Step 2: fences the disks of the log set until enough of them have answered and the root is in
-/// force, and asks all others that are up.
+/// force, and asks all others that are up. Where enough are fenced but too few are left for the
+/// root to be in force, a narrower one follows it.
 async fn fence_all(
     context: &HeadContext,
     authority: Authority,
-    root: &Root,
+    mut claimed: Claimed,
     waiting: &dyn Fn(&str),
-) -> (Listing, BTreeSet<DiskId>, Instant) {
+) -> Result<(Claimed, Listing, BTreeSet<DiskId>, Instant), TakeOverError> {
     let mut listing = Listing::new();
     let mut answered: BTreeSet<DiskId> = BTreeSet::new();
+    // Those that have the newest root.
+    let mut mirrored: BTreeSet<DiskId> = BTreeSet::new();
+    let started = Instant::now();
     let mut tries = 0;
     loop {
+        let root = &claimed.root;
         let mut wanted: BTreeSet<DiskId> = context.disks.ids().into_iter().collect();
         let in_set = root.set.members().iter().map(|m| m.disk);
         wanted.extend(in_set.filter(|disk| context.disks.client(*disk).is_some()));
@@ -149,23 +163,57 @@ async fn fence_all(
             fences.into_iter().map(|disk| fence_one(&context.disks, authority, root, disk));
         for (disk, shards) in join_all(requests).await.into_iter().flatten() {
             answered.insert(disk);
+            mirrored.insert(disk);
             for info in shards {
                 listing.entry(info.spec.segment).or_default().insert(disk, info);
             }
         }
         let enough = rules::fenced_enough(&root.set, &answered) || bug(Bug::SkipFence);
         let too_few = bug(Bug::FenceTooFew) && !answered.is_empty();
-        if too_few || (enough && rules::in_force(&root.set, &root.former, &answered)) {
-            return (listing, answered, Instant::now());
+        if too_few || (enough && rules::in_force(&root.set, &root.former, &mirrored)) {
+            return Ok((claimed, listing, answered, Instant::now()));
         }
         tries += 1;
         if tries % 10 == 1 {
             let missing = rules::domains_missing(&root.set, &answered);
             waiting(&format!("waiting for failure domains {missing:?} to answer"));
         }
+        if enough && started.elapsed() >= context.config.shrink_after {
+            claimed = shrink_claimed(context, claimed, &answered).await?;
+            mirrored = mirror(&context.disks, authority, &claimed.root).await;
+        }
         let changed = context.disks.changed.notified();
         // Whichever comes first: a disk that returned, or time to ask again.
         drop(tokio::time::timeout(Duration::from_millis(100), changed).await);
+    }
+}
+
+/// Swaps in a narrower root where one could come into force on the disks that have answered. The
+/// open segments are not known yet: each lost domain costs one of the width.
+async fn shrink_claimed(
+    context: &HeadContext,
+    claimed: Claimed,
+    answered: &BTreeSet<DiskId>,
+) -> Result<Claimed, TakeOverError> {
+    let Claimed { root, revision } = &claimed;
+    let former = rules::former_sets(&root.set, &root.former, false);
+    let reachable = answered.iter().copied().filter(|disk| context.disks.client(*disk).is_some());
+    let Some(set) = rules::shrunk(&root.set, &former, &reachable.collect(), None) else {
+        return Ok(claimed);
+    };
+    let former = former.into_iter().filter(|old| *old != set).collect();
+    let new = Root { set, former, sequence: root.sequence + 1, ..root.clone() };
+    if new.encode().len() > MIRROR_BYTES_MAX {
+        return Ok(claimed);
+    }
+    match swap(&*context.store, &new, *revision).await {
+        Ok(Swapped::Ours(revision)) => {
+            tracing::warn!(volume = %new.volume, width = new.set.width(), "too few failure domains: the log shrinks");
+            Ok(Claimed { root: new, revision })
+        }
+        Ok(Swapped::Lost) => Err(TakeOverError::Lost),
+        // Nothing is in doubt: it is tried again.
+        Err(_) => Ok(claimed),
     }
 }
 
@@ -242,6 +290,16 @@ async fn recover(
         root_revision: revision,
         root_in_force: true,
         pending_root: None,
+        wanted: None,
+        planned: None,
+        open_sets: BTreeMap::new(),
+        checkpoint_log: snapshot.log.unwrap_or_default().0,
+        root_log: SegmentId::default(),
+        pending_log: SegmentId::default(),
+        roll_log: false,
+        away: BTreeMap::new(),
+        lost: BTreeSet::new(),
+        starved_at: None,
         merged_lsn: snapshot.lsn,
         checkpoint: checkpoint.clone(),
         listed: Vec::new(),
@@ -463,16 +521,13 @@ impl Head {
     }
 
     /// Lists as freed what disks offer from earlier number ranges and the table lacks. It is
-    /// deleted once the checkpoint that says so is the root's.
+    /// deleted once the checkpoint that says so is the root's. What heads of an earlier store left
+    /// is never deleted: the checkpoint that was recovered may not have been the newest.
     pub(super) fn adopt_orphans(&self, listing: &Listing) {
         let mut state = self.state.borrow_mut();
         let own = state.root.range.0;
-        let base = state.root.checkpoint.as_ref().map_or(self.authority.epoch, |c| c.epoch);
-        if base.incarnation() != self.authority.epoch.incarnation() {
-            // The store was rebuilt: what nothing refers to is left where it is, and reported.
-            tracing::warn!(volume = %self.volume, "shards that the checkpoint lacks are kept");
-            return;
-        }
+        let incarnation = self.authority.epoch.incarnation();
+        let mut quarantined = 0;
         for (&segment, held) in listing {
             for (&disk, info) in held {
                 let shard = ShardRef { disk, creation: info.spec.creation };
@@ -481,15 +536,22 @@ impl Head {
                     .segments
                     .get(&segment)
                     .is_some_and(|entry| entry.members.contains(&shard));
-                if !known && segment.0 < own {
+                if !known && info.epoch.incarnation() != incarnation {
+                    quarantined += 1;
+                } else if !known && segment.0 < own {
                     state.table.freed.insert((segment, shard));
                 }
             }
+        }
+        if quarantined > 0 {
+            // The store was rebuilt: what nothing refers to is left where it is, and reported.
+            tracing::warn!(volume = %self.volume, quarantined, "shards that the checkpoint lacks are kept");
         }
     }
 
     /// Makes the first checkpoint of the epoch, however often it takes.
     async fn checkpoint_until_done(self: &Rc<Self>) -> Result<(), TakeOverError> {
+        let since = Instant::now();
         let mut pause = Duration::from_millis(20);
         let mut stored = false;
         loop {
@@ -501,6 +563,9 @@ impl Head {
                 Err(error) => {
                     tracing::warn!(volume = %self.volume, %error, "first checkpoint failed");
                     self.trace_space();
+                    if since.elapsed() >= self.config.shrink_after {
+                        self.shrink().await;
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
@@ -529,6 +594,8 @@ impl Head {
         tokio::task::spawn_local(super::swap::run(self.clone()));
         tokio::task::spawn_local(super::repair::run(self.clone()));
         tokio::task::spawn_local(super::gc::run(self.clone()));
+        tokio::task::spawn_local(super::width::run_shrink(self.clone()));
+        tokio::task::spawn_local(super::width::run_renew(self.clone()));
         self.repair_wanted.notify_one();
     }
 

@@ -275,6 +275,10 @@ impl Head {
             recent: 0,
             pins: 0,
         });
+        // What a checkpoint of this head does not cover yet binds its log set.
+        let write_set = state.table.segments[&id].members.iter().map(|m| m.disk);
+        let write_set = write_set.filter(|disk| !disk.is_nil()).collect();
+        state.open_sets.insert(id, write_set);
     }
 
     /// Applies one record of the log.
