@@ -8,7 +8,6 @@ use super::index::count_all;
 use super::overlay::Target;
 use super::rules;
 use crate::id::{DiskId, SegmentId};
-use crate::planted::{Bug, bug};
 use crate::shard::SegmentKind;
 
 impl Head {
@@ -19,10 +18,6 @@ impl Head {
     /// # Errors
     /// The invariant that does not hold, in words.
     pub fn check_log_set(&self) -> Result<(), String> {
-        if bug(Bug::WidthIgnoresOpenSegments) {
-            // What clients see must tell, too.
-            return Ok(());
-        }
         let state = self.state.borrow();
         let set = &state.root.set;
         for (id, write_set) in &state.open_sets {
