@@ -363,17 +363,27 @@ impl Node {
         }
     }
 
+    /// Tells every head that a disk will never be asked again.
+    pub(super) fn tell_removed(&self, disk: DiskId) {
+        for head in self.heads() {
+            head.disk_removed(disk);
+        }
+    }
+
     /// Looks after every disk once.
     pub(super) async fn watch_disks(self: &Rc<Self>) {
         join_all(self.slots().iter().map(|slot| self.watch_disk(slot))).await;
         for disk in self.removed.borrow().iter() {
-            self.tell_lost(*disk);
+            self.tell_removed(*disk);
         }
         self.registry.refresh().await;
     }
 
     async fn watch_disk(self: &Rc<Self>, slot: &Rc<DiskSlot>) {
         if slot.is_online() {
+            if slot.state.get() == Shown::Draining {
+                self.tell_lost(slot.id);
+            }
             if let Some(reason) = self.ill(slot).await
                 && slot.is_online()
             {

@@ -1,10 +1,15 @@
 //! Pools, and the orders of an operator about disks.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
 
 use super::Node;
+use super::disks::DiskSlot;
 use super::opener::OpenFailure;
-use super::volumes::api_error;
+use super::volumes::{VolumeSlot, api_error};
 use crate::admin::error::ApiError;
 use crate::admin::types::{
     AddDisk, CreatePool, Disk, DiskState as Shown, FailureDomain as Wanted, Pool, PoolScheme,
@@ -13,10 +18,12 @@ use crate::admin::types::{
 use crate::disk::{DiskOpenError, Geometry};
 use crate::id::{BLOCK_BYTES, DiskId, PoolId};
 use crate::meta::record::{DiskState, FailureDomain, PoolRecord};
-use crate::meta::schema;
 use crate::shard::Scheme;
-use crate::volume::root::Root;
-use crate::volume::rules;
+
+/// How long an order to remove a disk waits until the disk is empty: less than a command may take.
+const EMPTY_PATIENCE: Duration = Duration::from_secs(20);
+/// Pause between two looks whether it is.
+const EMPTY_POLL: Duration = Duration::from_millis(200);
 
 /// The scheme as segments have it.
 pub(super) fn scheme_of(scheme: PoolScheme) -> Scheme {
@@ -155,7 +162,7 @@ impl Node {
         self.find_disk(id).map(|slot| Self::view_disk(&slot))
     }
 
-    fn find_disk(&self, id: DiskId) -> Result<Rc<super::disks::DiskSlot>, ApiError> {
+    fn find_disk(&self, id: DiskId) -> Result<Rc<DiskSlot>, ApiError> {
         self.disks.borrow().get(&id).cloned().ok_or_else(|| {
             ApiError::not_found(format!("no such disk: {id}"))
                 .with_hint("`sdsctl disk ls` lists them")
@@ -195,6 +202,14 @@ impl Node {
         let _lock = self.changes.lock().await;
         let slot = self.find_disk(id)?;
         self.set_disk_state(id, DiskState::Online).await?;
+        if slot.state.get() == Shown::Draining {
+            slot.state.set(Shown::Online);
+            slot.reason.borrow_mut().take();
+            self.registry.set_draining(id, false);
+            for head in self.heads() {
+                head.disk_returned(id).await;
+            }
+        }
         if !slot.is_online() {
             self.reopen(&slot).await.map_err(|(state, why)| {
                 let text = format!("{} stays {state}: {why}", slot.path());
@@ -211,13 +226,12 @@ impl Node {
         Ok(Self::view_disk(&slot))
     }
 
-    /// Takes a disk out of the node for good; what was on it is rebuilt on the others.
+    /// Takes a disk out of the node for good, once what was on it is rebuilt on the others.
     pub(super) async fn remove_disk(
         self: &Rc<Self>,
         id: DiskId,
         force: bool,
     ) -> Result<Removed, ApiError> {
-        let _lock = self.changes.lock().await;
         let slot = self.find_disk(id)?;
         let holds = slot.disk().is_none_or(|disk| disk.volume_counts().0 > 0);
         if holds && !force {
@@ -226,6 +240,12 @@ impl Node {
                 slot.path()
             )));
         }
+        {
+            let _lock = self.changes.lock().await;
+            self.check_removable(id).await?;
+        }
+        self.empty_disk(&slot).await?;
+        let _lock = self.changes.lock().await;
         self.check_removable(id).await?;
         self.set_disk_state(id, DiskState::Removed).await?;
         self.removed.borrow_mut().insert(id);
@@ -233,12 +253,49 @@ impl Node {
             self.take_down(&slot, Shown::Offline, "removed by an operator");
         }
         self.disks.borrow_mut().remove(&id);
-        self.tell_lost(id);
+        self.tell_removed(id);
         self.mirror_catalog().await;
         Ok(Removed { kind: "disk".into(), name: id.to_string() })
     }
 
-    /// Refuses to remove a disk without which a volume would lose data or could not be taken over.
+    /// Has every volume leave a disk, and waits for it. Until the disk is put online again it stays
+    /// so if that takes too long.
+    async fn empty_disk(self: &Rc<Self>, slot: &Rc<DiskSlot>) -> Result<(), ApiError> {
+        let users = || {
+            let volumes = self.volumes.borrow();
+            let uses = |volume: &&Rc<VolumeSlot>| {
+                volume.serving().is_none_or(|head| head.uses_disk(slot.id))
+            };
+            volumes.values().filter(uses).map(|volume| volume.name()).collect::<Vec<_>>()
+        };
+        if slot.is_online() && !users().is_empty() {
+            slot.state.set(Shown::Draining);
+            *slot.reason.borrow_mut() = Some("an operator removes it".into());
+            self.registry.set_draining(slot.id, true);
+        }
+        let empty = async {
+            while !users().is_empty() {
+                self.tell_lost(slot.id);
+                sleep(EMPTY_POLL).await;
+            }
+        };
+        if timeout(EMPTY_PATIENCE, empty).await.is_ok() {
+            return Ok(());
+        }
+        Err(ApiError::conflict(format!(
+            "disk {} still has data of {}, which is being rebuilt on the other disks",
+            slot.id,
+            users().join(", ")
+        ))
+        .with_hint(format!(
+            "repeat the command later; if no other disk can take the data, add one first; \
+             `sdsctl disk online {}` keeps the disk",
+            slot.id
+        )))
+    }
+
+    /// Refuses to remove a disk while a volume is not served, or would lose data with it: its head
+    /// alone knows what needs the disk.
     async fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
         let slots: Vec<_> = self.volumes.borrow().values().cloned().collect();
         for slot in slots {
@@ -246,22 +303,10 @@ impl Node {
             let head = slot.serving().ok_or_else(|| {
                 ApiError::conflict(format!("volume {name} is not served: {}", slot.why_not()))
             })?;
-            if matches!(head.reduced(), (1.., Some(0))) {
+            if head.uses_disk(id) && !head.bears_loss_of(&BTreeSet::from([id])) {
                 return Err(ApiError::conflict(format!(
                     "volume {name} has segments without redundancy; wait until they are rebuilt"
                 )));
-            }
-            let stored = self.schema.store().get(&schema::root_key(slot.id)).await;
-            let stored = stored.map_err(|error| ApiError::unavailable(error.to_string()))?;
-            let Some(root) = stored.and_then(|found| Root::decode(&found.value).ok()) else {
-                continue;
-            };
-            let online = self.registry.ids().into_iter().filter(|disk| *disk != id).collect();
-            if root.set.domain_of(id).is_some() && !rules::fenced_enough(&root.set, &online) {
-                return Err(ApiError::conflict(format!(
-                    "the log of volume {name} needs disk {id}: too many of its disks are gone"
-                ))
-                .with_hint("bring the others back first"));
             }
         }
         Ok(())

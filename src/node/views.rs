@@ -142,14 +142,24 @@ impl Node {
         let record = slot.record.borrow();
         let head = slot.serving();
         let report = head.as_ref().map(|head| head.report());
+        let width = head.as_ref().map(|head| head.log_width());
+        let narrow = width.filter(|(_, width, full)| width < full);
         let redundancy = match head.as_ref().map(|head| head.reduced()) {
             Some((segments @ 1.., tolerates)) => Redundancy::Reduced {
                 segments: segments as u64,
                 tolerates: u8::try_from(tolerates.unwrap_or(0)).unwrap_or(u8::MAX),
             },
-            _ => Redundancy::Full,
+            _ => match narrow {
+                Some((_, width, _)) => {
+                    Redundancy::Reduced { segments: 0, tolerates: width.saturating_sub(1) }
+                }
+                None => Redundancy::Full,
+            },
         };
         let mut failures: Vec<String> = slot.why.borrow().iter().cloned().collect();
+        failures.extend(narrow.map(|(_, width, full)| {
+            format!("too few failure domains: new writes may have {width} instead of {full} copies")
+        }));
         let state = match &report {
             None if slot.failed.get() => VolumeState::Failed,
             None => VolumeState::Opening,

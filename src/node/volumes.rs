@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::exports::{TargetStats, volume_label};
 use super::{Node, NodeError};
 use crate::admin::error::ApiError;
-use crate::admin::types::{CreateVolume, Removed, ResizeVolume, Volume, VolumeName};
+use crate::admin::types::{CreateVolume, DiskState, Removed, ResizeVolume, Volume, VolumeName};
 use crate::id::{DiskId, VolumeId};
 use crate::meta::record::{PoolRecord, VolumeRecord, VolumeState};
 use crate::meta::schema::SchemaError;
@@ -231,7 +231,7 @@ impl Node {
     /// Tells a new head which disks went and came while it took over.
     async fn tell_missed(&self, head: &Rc<Head>, since: Instant) {
         for slot in self.slots() {
-            if !slot.is_online() {
+            if !slot.is_online() || slot.state.get() == DiskState::Draining {
                 head.disk_lost(slot.id);
             } else if slot.up_since.get() >= since {
                 head.disk_returned(slot.id).await;

@@ -22,6 +22,8 @@ struct Entry {
     client: Rc<dyn ShardClient>,
     domain: u32,
     suspect_until: Option<Instant>,
+    /// It is being emptied.
+    draining: bool,
     info: DiskInfo,
 }
 
@@ -47,7 +49,7 @@ pub struct Target {
 impl Disks {
     /// Adds a disk in a failure domain, or replaces its client.
     pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
-        let entry = Entry { client, domain, suspect_until: None, info };
+        let entry = Entry { client, domain, suspect_until: None, draining: false, info };
         self.disks.borrow_mut().insert(entry.info.id, entry);
         self.changed.notify_waiters();
     }
@@ -58,12 +60,20 @@ impl Disks {
         self.changed.notify_waiters();
     }
 
+    /// Has a disk avoided for new segments because it is being emptied, or no longer.
+    pub fn set_draining(&self, disk: DiskId, draining: bool) {
+        if let Some(entry) = self.disks.borrow_mut().get_mut(&disk) {
+            entry.draining = draining;
+        }
+        self.changed.notify_waiters();
+    }
+
     /// The client of a disk; none if it is down.
     pub fn client(&self, disk: DiskId) -> Option<Rc<dyn ShardClient>> {
         self.disks.borrow().get(&disk).map(|entry| entry.client.clone())
     }
 
-    /// Whether the disk is up and failed nothing lately.
+    /// Whether the disk is up, failed nothing lately and is to stay.
     pub fn is_healthy(&self, disk: DiskId) -> bool {
         self.disks.borrow().get(&disk).is_some_and(Entry::healthy)
     }
@@ -172,6 +182,6 @@ impl Disks {
 
 impl Entry {
     fn healthy(&self) -> bool {
-        self.suspect_until.is_none_or(|until| until <= Instant::now())
+        !self.draining && self.suspect_until.is_none_or(|until| until <= Instant::now())
     }
 }

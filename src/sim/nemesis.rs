@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-use super::rivals::restart_disks;
+use super::rivals::{challenge, restart_disks};
 use super::run::Context;
 use crate::disk::Geometry;
 
@@ -20,7 +20,10 @@ pub(super) async fn run(context: Rc<Context>) {
         if context.stop.get() {
             return;
         }
-        check_sets(&context);
+        if check_sets(&context) && env.chance(1, 2) {
+            turn_round(&context).await;
+            continue;
+        }
         match env.random_below(34) {
             0..=3 => store(&context),
             4..=11 => heal(&context).await,
@@ -33,22 +36,51 @@ pub(super) async fn run(context: Rc<Context>) {
     }
 }
 
-/// The log sets of all heads that serve keep their rule at any time.
-fn check_sets(context: &Context) {
+/// The log sets of all heads that serve keep their rule at any time. Tells whether the log is wide
+/// again after it was narrow.
+fn check_sets(context: &Context) -> bool {
     let heads = context.heads.borrow().clone();
     for running in heads.iter().filter(|running| running.head.is_serving()) {
         if let Err(why) = running.head.check_log_set() {
             context.fail(why);
         }
     }
-    let Some(running) = heads.last() else { return };
+    let Some(running) = heads.last() else { return false };
     let (healthy, width, full) = running.head.log_width();
     if width < full {
+        *context.narrow_disks.borrow_mut() = running.head.log_disks();
         context.cover(&format!("the log is {width} of {full} wide"));
     }
     if healthy < usize::from(width) {
         context.cover("fewer healthy domains than the log is wide");
     }
+    width == full && !context.narrow_disks.borrow().is_empty()
+}
+
+/// The disks that the log had while it was narrow go away just after it became wide again, and
+/// another head takes the volume.
+async fn turn_round(context: &Rc<Context>) {
+    let narrow = std::mem::take(&mut *context.narrow_disks.borrow_mut());
+    let ids = &context.world.ids;
+    let indices: Vec<usize> =
+        (0..ids.len()).filter(|&index| narrow.contains(&ids[index])).collect();
+    let mut struck = context.faulty.borrow().clone();
+    struck.extend(context.hurt.borrow().iter().copied());
+    struck.extend(&indices);
+    let newest = context.heads.borrow().last().cloned();
+    let Some(old) = newest else { return };
+    if struck.len() > usize::from(context.world.config.scheme.parity) {
+        return;
+    }
+    sleep(Duration::from_millis(context.env.random_below(100))).await;
+    context.cover_noted("the disks of a narrow log go when it is wide again");
+    // Cut off first, it cannot go on elsewhere and leave a trace of what is missing.
+    old.node.link.control_cut.set(context.env.chance(2, 3));
+    for index in indices {
+        vanish(context, index);
+        context.faulty.borrow_mut().insert(index);
+    }
+    challenge(context, &old).await;
 }
 
 /// A disk is away for long: the log shrinks, or another disk takes its place.

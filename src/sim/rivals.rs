@@ -60,7 +60,8 @@ fn cut_off(context: &Context, old: &Running) {
     }
 }
 
-async fn challenge(context: &Rc<Context>, old: &Rc<Running>) {
+/// Another head takes the volume of `old`.
+pub(super) async fn challenge(context: &Rc<Context>, old: &Rc<Running>) {
     let env = &context.env;
     let lease = u64::try_from(context.world.config.head.lease.as_millis()).expect("short");
     // Clients of the old head that only read do not make it notice.

@@ -19,6 +19,7 @@ use super::oracle::{Outcome, SECTOR};
 use super::world::{Node, Running, World, WorldConfig};
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
+use crate::id::DiskId;
 use crate::shard::Scheme;
 use crate::volume::head::HeadConfig;
 use crate::volume::target::HeadTarget;
@@ -56,6 +57,8 @@ pub(super) struct Context {
     pub(super) hurt: RefCell<BTreeSet<usize>>,
     /// Disks that are away for longer: not healed with the others.
     pub(super) long: RefCell<BTreeSet<usize>>,
+    /// The disks of the log set while it was narrow, until something is done about it.
+    pub(super) narrow_disks: RefCell<Vec<DiskId>>,
     /// No fault hurts content in this run.
     pub(super) gentle: bool,
     pub(super) stop: Cell<bool>,
@@ -181,6 +184,7 @@ async fn run_seed(seed: u64, fill: bool) -> Report {
         faulty: RefCell::default(),
         hurt: RefCell::default(),
         long: RefCell::default(),
+        narrow_disks: RefCell::default(),
         gentle,
         stop: Cell::new(false),
         nodes: RefCell::default(),

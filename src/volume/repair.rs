@@ -104,7 +104,11 @@ impl Head {
                 _ => return Ok(false),
             }
         };
-        self.reseal(id, shard).await;
+        // What is to leave a disk does not count again because it is whole there.
+        let leaves = self.state.borrow().lost.contains(&segment.members[shard].disk);
+        if !leaves {
+            self.reseal(id, shard).await;
+        }
         let whole = |s: &Segment| s.missing >> shard & 1 == 0;
         if self.state.borrow().table.segments.get(&id).is_none_or(whole) {
             return Ok(true);
@@ -509,6 +513,12 @@ impl Head {
         self.width_wanted.notify_waiters();
         let mut state = self.state.borrow_mut();
         state.lost.insert(disk);
+        let there = |log: &Rc<OpenSegment>| log.shards.iter().any(|shard| shard.disk == disk);
+        if state.log.as_ref().is_some_and(there) {
+            // It may be up and only be meant to go.
+            state.roll_log = true;
+            self.wake.notify_one();
+        }
         for segment in state.table.segments.values_mut() {
             for (index, member) in segment.members.iter().enumerate() {
                 if member.disk == disk && segment.sealed {

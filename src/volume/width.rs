@@ -21,6 +21,7 @@ use super::head::{Head, HeadError};
 use super::rules::{self, LogSet, Member};
 use super::segtab::ShardRef;
 use crate::id::DiskId;
+use crate::planted::{Bug, bug};
 use crate::segment::open::OpenError;
 
 /// Pause between two looks while something is not as it should be.
@@ -178,12 +179,11 @@ impl Head {
 
     /// Brings a set into force by a checkpoint.
     async fn renew(self: &Rc<Self>, set: LogSet) -> Result<(), HeadError> {
-        let old = {
-            let mut state = self.state.borrow_mut();
-            state.planned = Some(set.clone());
-            state.root.set.clone()
-        };
-        self.leave_log_for(&set).await;
+        let old = self.state.borrow().root.set.clone();
+        if !bug(Bug::WidthIgnoresOpenSegments) {
+            self.state.borrow_mut().planned = Some(set.clone());
+            self.leave_log_for(&set).await;
+        }
         let wanted = set.clone();
         let result = self.checkpoint_with(move |root| {
             // Whoever shrank it meanwhile had a reason.
