@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -17,6 +18,8 @@ use crate::id::DiskId;
 
 /// How long a disk that failed a request is avoided for new segments.
 pub const SUSPECT_FOR: Duration = Duration::from_secs(5);
+/// How long a disk may take to tell its fill.
+const INFO_PATIENCE: Duration = Duration::from_secs(1);
 
 struct Entry {
     client: Rc<dyn ShardClient>,
@@ -98,11 +101,18 @@ impl Disks {
         }
     }
 
-    /// Asks every disk for its fill, for the next choices.
+    /// Asks every disk for its fill, for the next choices. A disk that does not tell in time
+    /// keeps the fill it told last.
     pub async fn refresh(&self) {
-        for disk in self.ids() {
-            let Some(client) = self.client(disk) else { continue };
-            if let Ok(info) = client.info().await
+        let asked = self.ids().into_iter().filter_map(|disk| {
+            let client = self.client(disk)?;
+            Some(async move {
+                let info = tokio::time::timeout(INFO_PATIENCE, client.info()).await;
+                (disk, info)
+            })
+        });
+        for (disk, info) in join_all(asked).await {
+            if let Ok(Ok(info)) = info
                 && let Some(entry) = self.disks.borrow_mut().get_mut(&disk)
             {
                 entry.info = info;

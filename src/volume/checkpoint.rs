@@ -370,6 +370,7 @@ impl Head {
                 .collect();
             for id in dead {
                 state.table.free(id);
+                self.torn.borrow_mut().remove(&id);
             }
             let sequence = state.checkpoint.as_ref().map_or(0, |c| c.place.sequence) + 1;
             (sequence, state.merged_lsn)

@@ -71,7 +71,8 @@ impl Head {
                 .segments
                 .values()
                 .filter(|s| s.kind == SegmentKind::Meta && s.sealed && s.live > 0)
-                .filter(|s| !pinned.contains(&Some(s.id)) && s.live < s.blocks / 4)
+                .filter(|s| !pinned.contains(&Some(s.id)))
+                .filter(|s| s.live < s.blocks / 4 || self.is_torn(s))
                 .collect();
             sealed.sort_by_key(|s| s.live);
             let mut budget = PAGES_MOVED_MAX;
@@ -103,6 +104,13 @@ impl Head {
         }
     }
 
+    /// Whether no set of shards holds the segment whole, or a shard can be rebuilt nowhere: what is
+    /// live in it can still be moved.
+    fn is_torn(&self, segment: &Segment) -> bool {
+        segment.present() < usize::from(segment.scheme.data)
+            || (segment.missing != 0 && self.torn.borrow().contains(&segment.id))
+    }
+
     /// The header of a record, from whichever shard yields it: headers are not part of the stripes.
     async fn victim_header(&self, segment: &Segment, at: u32) -> Result<Header, HeadError> {
         let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
@@ -129,8 +137,7 @@ impl Head {
         let wasteful = used > 2 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
         let uncompacted = coded && logs > 64;
-        // What no set of shards holds whole cannot be rebuilt shard by shard, only moved.
-        let torn = |s: &Segment| s.present() < usize::from(s.scheme.data);
+        let torn = |s: &Segment| self.is_torn(s);
         if !(tight || wasteful || uncompacted || sealed.iter().any(|s| torn(s))) {
             return Vec::new();
         }

@@ -11,7 +11,7 @@
 //!   fenced.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::time::Duration;
@@ -203,7 +203,9 @@ pub(super) struct State {
     pub(super) lease: BTreeMap<DiskId, Instant>,
     pub(super) chains: BTreeMap<u64, Chain>,
     pub(super) stopped: Option<String>,
-    /// Takes no more requests; the last checkpoint is being made.
+    /// Takes no more requests; what was taken is still being written.
+    pub(super) draining: bool,
+    /// Nothing waits any more; the last checkpoint is being made.
     pub(super) releasing: bool,
     /// Since when writes wait for disks.
     pub(super) stalled_since: Option<Instant>,
@@ -238,6 +240,8 @@ pub struct Head {
     pub(super) capture: RefCell<super::checkpoint::Capture>,
     /// Pages that the next checkpoint rewrites, to empty their segments.
     pub(super) relocate: RefCell<super::index::Relocate>,
+    /// Segments to be moved, because a shard of them can be rebuilt nowhere.
+    pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     pub(super) dense: super::dense::Dense,
     /// Counters.
     pub stats: HeadStats,
@@ -374,6 +378,7 @@ pub(super) fn table_entry(segment: &OpenSegment) -> Segment {
         sealed: false,
         blocks: 0,
         missing: 0,
+        damaged: 0,
         live: 0,
         recent: 0,
         pins: 0,
@@ -417,6 +422,7 @@ impl Head {
             checkpoint_lock: tokio::sync::Mutex::new(()),
             capture: RefCell::default(),
             relocate: RefCell::default(),
+            torn: RefCell::default(),
             dense: super::dense::Dense::default(),
             stats: HeadStats::default(),
         })
@@ -455,6 +461,11 @@ impl Head {
     pub fn is_serving(&self) -> bool {
         let state = self.state.borrow();
         state.stopped.is_none() && !state.releasing
+    }
+
+    /// Whether requests of clients are taken up: not while the head is released.
+    pub(super) fn takes_requests(&self) -> bool {
+        self.is_serving() && !self.state.borrow().draining
     }
 
     /// Why the head stopped; none while it serves.
@@ -514,6 +525,9 @@ impl Head {
                 && segment.sealed
             {
                 segment.missing |= 1 << finding.shard;
+                if finding.problem.is_of_content() {
+                    segment.damaged |= 1 << finding.shard;
+                }
                 self.repair_wanted.notify_one();
             }
         }

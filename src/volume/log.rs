@@ -654,7 +654,7 @@ impl Head {
     /// Hands an operation to the log. Its future resolves when the record is durable.
     pub(super) fn enqueue(&self, op: Op) {
         let mut state = self.state.borrow_mut();
-        if state.stopped.is_some() || state.releasing {
+        if state.stopped.is_some() || state.draining || state.releasing {
             drop(state);
             op.finish(Err(TargetError::Stopped));
             return;

@@ -104,7 +104,9 @@ impl Head {
                 _ => return Ok(false),
             }
         };
-        self.reseal(id, shard).await;
+        if !segment.is_damaged(shard) {
+            self.reseal(id, shard).await;
+        }
         let whole = |s: &Segment| s.missing >> shard & 1 == 0;
         if self.state.borrow().table.segments.get(&id).is_none_or(whole) {
             return Ok(true);
@@ -128,7 +130,7 @@ impl Head {
             return built.map(|()| false);
         };
         let old = std::mem::replace(&mut entry.members[shard], new);
-        entry.missing &= !(1 << shard);
+        entry.note_whole(shard);
         state.table.freed.remove(&(id, new));
         if !old.disk.is_nil() {
             state.table.freed.insert((id, old));
@@ -196,7 +198,10 @@ impl Head {
         let remains = held.shards.iter().find(|info| info.spec.segment == segment.id);
         if let Some(info) = remains {
             // Whatever only this shard holds would be lost with it.
-            self.others_suffice(segment, shard).await?;
+            if let Err(error) = self.others_suffice(segment, shard).await {
+                self.move_elsewhere(segment.id);
+                return Err(error);
+            }
             let shard_there = ShardRef { disk: old.disk, creation: info.spec.creation };
             {
                 let mut state = self.state.borrow_mut();
@@ -208,6 +213,7 @@ impl Head {
                     return Ok(false);
                 }
                 entry.members[shard] = fresh;
+                entry.damaged &= !(1 << shard);
                 state.table.freed.insert((segment.id, shard_there));
             }
             self.checkpoint().await?;
@@ -234,10 +240,17 @@ impl Head {
         if let Some(entry) = state.table.segments.get_mut(&segment.id)
             && entry.members[shard] == old
         {
-            entry.missing &= !(1 << shard);
+            entry.note_whole(shard);
             add(&self.stats.rebuilt_shards, 1);
         }
         Ok(true)
+    }
+
+    /// Has garbage collection move what is live in a segment that lacks a shard for which there is
+    /// no other place, while some blocks lie on nothing but what is left of that shard.
+    fn move_elsewhere(&self, id: SegmentId) {
+        self.torn.borrow_mut().insert(id);
+        self.gc_wanted.notify_one();
     }
 
     /// Reads everything that a shard is to hold from the others.
@@ -429,8 +442,9 @@ impl Head {
         if let Some(entry) = state.table.segments.get_mut(&id)
             && entry.members.get(index) == segment.members.get(index)
             && entry.blocks == blocks
+            && !entry.is_damaged(index)
         {
-            entry.missing &= !(1 << index);
+            entry.note_whole(index);
         }
     }
 
@@ -463,10 +477,11 @@ impl Head {
             match known {
                 Some((segment, index)) => {
                     let whole = segment.sealed
+                        && !segment.is_damaged(index)
                         && info.state == crate::shard::ShardState::Sealed
                         && info.blocks == segment.blocks;
                     if whole {
-                        segment.missing &= !(1 << index);
+                        segment.note_whole(index);
                     } else if segment.sealed {
                         segment.missing |= 1 << index;
                         if info.state == crate::shard::ShardState::Closed {

@@ -123,7 +123,7 @@ impl Head {
         if len == 0 || end > self.size_bytes() {
             return Err(TargetError::OutOfRange);
         }
-        if self.is_serving() { Ok(()) } else { Err(TargetError::Stopped) }
+        if self.takes_requests() { Ok(()) } else { Err(TargetError::Stopped) }
     }
 
     async fn read_bytes(&self, offset: u64, len: usize) -> Result<Vec<Bytes>, TargetError> {
