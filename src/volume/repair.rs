@@ -348,7 +348,8 @@ impl Head {
         Ok(frame(salt, &header, &payload))
     }
 
-    /// The header of the record at block `at`, from any shard but the one to be rebuilt.
+    /// The header of the record at block `at`: from the shard to be rebuilt only where no other
+    /// holds it whole.
     pub(super) async fn any_header(
         &self,
         source: &Source,
@@ -358,8 +359,8 @@ impl Head {
     ) -> Result<Header, HeadError> {
         let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).expect("small");
         let mut error = FetchError::Gone(segment.id);
-        let mut order: Vec<usize> = (0..segment.members.len()).filter(|&i| i != not).collect();
-        order.sort_by_key(|i| segment.missing >> i & 1);
+        let mut order: Vec<usize> = (0..segment.members.len()).collect();
+        order.sort_by_key(|&i| (i == not, segment.missing >> i & 1));
         for other in order {
             for count in [most.min(segment.blocks - at), 1] {
                 match source.read_one(&self.disks, other, at, count).await {
