@@ -102,7 +102,7 @@ impl OpenSegment {
         let mut full = false;
         loop {
             let allowed = |disk| (request.allowed)(disk) && !refused.contains(&disk);
-            let targets = disks.choose(env, need, &[], allowed);
+            let targets = disks.choose(env, request.class, need, &[], allowed);
             if targets.len() < need {
                 if full {
                     return Err(OpenError::NoSpace);
@@ -115,10 +115,13 @@ impl OpenSegment {
             let mut failed = false;
             for (target, result) in targets.iter().zip(&results) {
                 match result {
-                    Ok(()) => {}
+                    Ok(()) => disks.took(target.disk),
                     Err(ShardError::Fenced(_)) => return Err(OpenError::Fenced),
                     Err(error) => {
-                        full |= *error == ShardError::NoSpace;
+                        if *error == ShardError::NoSpace {
+                            full = true;
+                            disks.refused(target.disk, request.class);
+                        }
                         disks.report(target.disk, error);
                         refused.push(target.disk);
                         failed = true;

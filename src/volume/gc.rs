@@ -21,6 +21,7 @@ use crate::id::{BLOCK_SIZE, SegmentId};
 use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
 use crate::segment::fetch::FetchError;
+use crate::segment::open::OpenError;
 use crate::segment::record::{Entry, Header};
 use crate::shard::{SegmentKind, SlotClass};
 
@@ -32,21 +33,34 @@ const PAGES_MOVED_MAX: u32 = 512;
 const MOVE_BLOCKS: usize = 256;
 /// Runs moved by one append: with those of an opened segment they fit one record.
 const MOVE_RUNS: usize = RECORD_ENTRIES_MAX / 3;
-/// A segment with a larger share live, in percent, is not worth moving.
-const LIVE_PERCENT_MAX: u64 = 90;
+/// A segment is worth moving if what is live in it takes at most this share of what it frees,
+/// percent.
+const TAKES_PERCENT_MAX: u64 = 90;
+/// Blocks of a shard that may be left unused at the end of a data segment.
+const ROOM_LEFT: u32 = 3;
 
 /// Cleans whenever a checkpoint asks for it, until the head stops.
 pub(super) async fn run(head: Rc<Head>) {
     loop {
         head.gc_wanted.notified().await;
+        // Held until the checkpoint has freed what was emptied.
+        let _pass = head.disks.gc_pass().await;
         if !head.is_serving() {
             return;
         }
-        match head.collect_garbage().await {
-            Ok(0) => {}
-            Ok(_) => head.checkpoint_wanted.notify_one(),
+        let collected = head.collect_garbage().await;
+        head.close_spares();
+        match collected {
+            Ok(0) => head.round_ended(),
+            Ok(_) => {
+                if let Err(error) = head.checkpoint().await {
+                    tracing::debug!(volume = %head.volume, %error, "nothing freed yet");
+                    head.checkpoint_wanted.notify_one();
+                }
+            }
             Err(error) => {
                 tracing::debug!(volume = %head.volume, %error, "garbage collection paused");
+                head.round_ended();
             }
         }
     }
@@ -64,6 +78,7 @@ impl Head {
     pub(super) async fn choose_meta_victims(&self) {
         let victims: Vec<Segment> = {
             let state = self.state.borrow();
+            let tight = self.is_tight(&state);
             let pinned = [&state.checkpoint, &state.root.checkpoint]
                 .map(|c| c.as_ref().map(|c| c.place.segment));
             let mut sealed: Vec<&Segment> = state
@@ -72,10 +87,16 @@ impl Head {
                 .values()
                 .filter(|s| s.kind == SegmentKind::Meta && s.sealed && s.live > 0)
                 .filter(|s| !pinned.contains(&Some(s.id)))
-                .filter(|s| s.live < s.blocks / 4 || self.is_torn(s))
+                .filter(|s| {
+                    // A slot is taken whole, however little of it was written.
+                    let sparse = if tight { s.shard_blocks / 4 * 3 } else { s.blocks / 4 };
+                    s.live < sparse || self.is_torn(s)
+                })
                 .collect();
             sealed.sort_by_key(|s| s.live);
-            let mut budget = PAGES_MOVED_MAX;
+            let pages = self.disks.checkpoint_pages();
+            let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+            let mut budget = if tight { PAGES_MOVED_MAX.min(pages) } else { PAGES_MOVED_MAX };
             sealed
                 .into_iter()
                 .take_while(|s| {
@@ -133,7 +154,7 @@ impl Head {
         let used: u64 = sealed.iter().map(|s| s.capacity_blocks()).sum();
         let live: u64 = sealed.iter().map(|s| u64::from(s.live)).sum();
         // With room to spare, only clear waste is worth the work.
-        let tight = free * 3 < slots;
+        let tight = free * 3 < slots || self.is_tight(&state);
         let wasteful = used > 2 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
         let uncompacted = coded && logs > 64;
@@ -144,13 +165,11 @@ impl Head {
         let newest = state.next_segment;
         let mut scored: Vec<(u64, &Segment)> = sealed
             .into_iter()
-            .filter(|s| {
-                let percent = u64::from(s.live) * 100 / s.capacity_blocks().max(1);
-                percent <= LIVE_PERCENT_MAX || (coded && s.kind == SegmentKind::Log) || torn(s)
-            })
+            .filter(|s| self.is_worth_moving(s) || torn(s))
             .map(|s| {
-                // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS.
-                let capacity = s.capacity_blocks().max(1);
+                // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS. A slot is taken
+                // whole, however little of it was written.
+                let capacity = u64::from(s.shard_blocks) * u64::from(s.scheme.data);
                 let live = u64::from(s.live).min(capacity);
                 let age = newest - s.id.0 + 1;
                 let score =
@@ -163,9 +182,53 @@ impl Head {
         scored.into_iter().take(VICTIMS_MAX).map(|(_, s)| s.clone()).collect()
     }
 
+    /// Blocks of each shard that what is live in a segment takes elsewhere, at most: the stripes,
+    /// and two blocks for each append, one of its header and one of filling.
+    fn moved_blocks(&self, segment: &Segment) -> u32 {
+        let appends = segment.live / u32::try_from(MOVE_RUNS).expect("a small constant") + 1;
+        segment.live / u32::from(self.pool.scheme.data) + 2 * appends
+    }
+
+    /// Whether moving what is live frees clearly more than it takes, in blocks of all shards.
+    fn is_worth_moving(&self, segment: &Segment) -> bool {
+        let width = |shards: usize| u64::try_from(shards).expect("at most 20");
+        let frees = u64::from(segment.shard_blocks) * width(segment.scheme.width());
+        let takes = u64::from(self.moved_blocks(segment)) * width(self.pool.scheme.width());
+        takes * 100 <= frees * TAKES_PERCENT_MAX
+    }
+
+    /// Opens the data segments that the victims will fill, before anything is moved; leaves out
+    /// those for which there is no room.
+    async fn obtain(self: &Rc<Self>, mut victims: Vec<Segment>) -> Result<Vec<Segment>, HeadError> {
+        let costs: Vec<u32> = victims.iter().map(|victim| self.moved_blocks(victim)).collect();
+        let total: u32 = costs.iter().sum();
+        let usable = |room: u32| room.saturating_sub(ROOM_LEFT);
+        let count = |open: u32, each: u32| {
+            let lacking = total.saturating_sub(usable(open));
+            lacking.div_ceil(usable(each).max(1)) as usize
+        };
+        let rooms = self.obtain_dense(count).await?;
+        let mut room: u32 = rooms.into_iter().map(usable).sum();
+        let fit = costs.iter().take_while(|&&cost| {
+            let fits = cost <= room;
+            room = room.saturating_sub(cost);
+            fits
+        });
+        let fit = fit.count();
+        if fit == 0 && !victims.is_empty() {
+            return Err(HeadError::Open(OpenError::NoSpace));
+        }
+        victims.truncate(fit);
+        Ok(victims)
+    }
+
     /// Moves what is live out of the victims. Tells how many segments were emptied.
     async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
         let victims = self.victims();
+        if victims.is_empty() {
+            return Ok(0);
+        }
+        let victims = self.obtain(victims).await?;
         let mut emptied = 0;
         let mut result = Ok(());
         for segment in victims {
@@ -240,11 +303,20 @@ impl Head {
         live.sort_by_key(|l| l.lba);
         let mut rest = &live[..];
         while !rest.is_empty() {
-            let count = batch(rest);
+            let count = batch(rest, self.batch_blocks());
             self.move_batch(&rest[..count], generation).await?;
             rest = &rest[count..];
         }
         Ok(())
+    }
+
+    /// Blocks of one append: as many as fit what is left of the segment that is being filled, or
+    /// another.
+    fn batch_blocks(&self) -> usize {
+        let left = self.gc_room();
+        let room = if left > ROOM_LEFT { left } else { self.disks.slot_blocks_min() };
+        let blocks = room.saturating_sub(2).max(1) * u32::from(self.pool.scheme.data);
+        MOVE_BLOCKS.min(blocks as usize)
     }
 
     async fn move_batch(self: &Rc<Self>, live: &[Live], generation: u64) -> Result<(), HeadError> {
@@ -278,7 +350,7 @@ impl Head {
             entries,
             payload: vec![],
             crcs: vec![],
-            class: SlotClass::Gc,
+            class: SlotClass::Trim,
             generation,
             done: Some(done),
         });
@@ -311,13 +383,13 @@ impl Head {
 }
 
 /// How many of the blocks go into one append.
-fn batch(live: &[Live]) -> usize {
+fn batch(live: &[Live], most: usize) -> usize {
     let mut runs = 0;
     for (index, l) in live.iter().enumerate() {
         let follows =
             index > 0 && live[index - 1].lba + 1 == l.lba && live[index - 1].addr.plus(1) == l.addr;
         runs += usize::from(!follows);
-        if runs > MOVE_RUNS || index == MOVE_BLOCKS {
+        if runs > MOVE_RUNS || index == most {
             return index;
         }
     }

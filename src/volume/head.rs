@@ -34,7 +34,7 @@ use crate::segment::BlockAddr;
 use crate::segment::fetch::{FetchError, Finding, Source};
 use crate::segment::open::OpenSegment;
 use crate::segment::record::{CheckpointPlace, Entry};
-use crate::shard::disks::Disks;
+use crate::shard::disks::{Disks, Member};
 use crate::shard::{Authority, Scheme, SlotClass};
 
 /// What a head is tuned with.
@@ -243,6 +243,9 @@ pub struct Head {
     /// Segments to be moved, because a shard of them can be rebuilt nowhere.
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     pub(super) dense: super::dense::Dense,
+    pub(super) space: super::space::Space,
+    /// Counts this head among those that share the disks.
+    _member: Member,
     /// Counters.
     pub stats: HeadStats,
     /// For tasks that must not keep the head alive.
@@ -264,6 +267,9 @@ pub enum HeadError {
     /// An append to a segment failed.
     #[error("an append failed")]
     Append,
+    /// The segment that was opened is too small for what was to be appended.
+    #[error("the append is larger than a segment")]
+    TooLarge,
     /// The metadata store failed.
     #[error(transparent)]
     Meta(#[from] MetaError),
@@ -408,6 +414,7 @@ impl Head {
             volume: authority.volume,
             authority,
             env: context.env,
+            _member: context.disks.join(),
             disks: context.disks,
             store: context.store,
             config: context.config,
@@ -424,6 +431,7 @@ impl Head {
             relocate: RefCell::default(),
             torn: RefCell::default(),
             dense: super::dense::Dense::default(),
+            space: super::space::Space::default(),
             stats: HeadStats::default(),
         })
     }
@@ -449,6 +457,7 @@ impl Head {
         };
         let flown = queue.into_iter().chain(flights).flat_map(|flight| flight.ops);
         pending.into_iter().chain(flown).for_each(|op| op.finish(Err(TargetError::Stopped)));
+        self.space.reserve.borrow_mut().take();
         self.wake.notify_waiters();
         self.applied.notify_waiters();
         self.wake.notify_one();

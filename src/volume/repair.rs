@@ -168,7 +168,7 @@ impl Head {
                 && self.disks.is_healthy(disk)
                 && (segment.kind == SegmentKind::Data || in_set(disk))
         };
-        self.disks.choose(&self.env, 1, &taken, allowed).pop()
+        self.disks.choose(&self.env, SlotClass::Repair, 1, &taken, allowed).pop()
     }
 
     /// Where no other disk can take the shard but its own does work: lists the old shard as freed
@@ -302,7 +302,7 @@ impl Head {
             HeadError::Append
         };
         let patience = CONTROL_PATIENCE;
-        let create = target.client.create(self.authority, spec, SlotClass::Gc);
+        let create = target.client.create(self.authority, spec, SlotClass::Repair);
         let created = tokio::time::timeout(patience, create).await;
         created.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
         let mut at = 0;
