@@ -212,28 +212,21 @@ impl Head {
         if fits(&data) { Ok(data) } else { Err(HeadError::TooLarge) }
     }
 
-    /// Opens `count` data segments for garbage collection ahead, or as many as there is room for.
-    /// Tells how many blocks of a shard there are to be filled in each segment: what is left of
-    /// the one that is open, and those opened ahead.
-    pub(super) async fn obtain_dense(
-        self: &Rc<Self>,
-        count: impl Fn(u32, u32) -> usize,
-    ) -> Result<Vec<u32>, HeadError> {
+    /// Opens data segments for garbage collection ahead: `count`, or as many as there is room for.
+    /// Tells how many.
+    ///
+    /// # Errors
+    /// They cannot be opened for other reasons.
+    pub(super) async fn obtain_dense(self: &Rc<Self>, count: usize) -> Result<usize, HeadError> {
         let lane = self.dense.lane(SlotClass::Gc);
-        let open = lane.open.borrow().as_ref().filter(|data| !data.failed.get()).map(|d| d.room());
-        let mut rooms: Vec<u32> = open.into_iter().collect();
-        let wanted = count(open.unwrap_or(0), self.disks.slot_blocks_min());
-        for _ in 0..wanted {
+        for obtained in 0..count {
             match self.open_dense(SlotClass::Gc).await {
-                Ok(data) => {
-                    rooms.push(data.room());
-                    lane.spare.borrow_mut().push(data);
-                }
-                Err(HeadError::Open(OpenError::NoSpace)) => break,
+                Ok(data) => lane.spare.borrow_mut().push(data),
+                Err(HeadError::Open(OpenError::NoSpace)) => return Ok(obtained),
                 Err(error) => return Err(error),
             }
         }
-        Ok(rooms)
+        Ok(count)
     }
 
     /// Closes the data segments that were opened ahead and are not needed.

@@ -37,7 +37,7 @@ const MOVE_RUNS: usize = RECORD_ENTRIES_MAX / 3;
 /// percent.
 const TAKES_PERCENT_MAX: u64 = 90;
 /// Blocks of a shard that may be left unused at the end of a data segment.
-const ROOM_LEFT: u32 = 3;
+const ROOM_LEFT: u32 = 2;
 
 /// Cleans whenever a checkpoint asks for it, until the head stops.
 pub(super) async fn run(head: Rc<Head>) {
@@ -60,7 +60,11 @@ pub(super) async fn run(head: Rc<Head>) {
             }
             Err(error) => {
                 tracing::debug!(volume = %head.volume, %error, "garbage collection paused");
-                head.round_ended();
+                // What was looked up in an index that is not the newest any more is looked up
+                // again after the checkpoint that made it so.
+                if !matches!(error, HeadError::Append) {
+                    head.round_ended();
+                }
             }
         }
     }
@@ -71,6 +75,19 @@ struct Live {
     lba: u64,
     addr: BlockAddr,
     data: Bytes,
+}
+
+/// What is live in the victims and not moved yet, and the generation of the index that it was
+/// looked up in.
+#[derive(Default)]
+struct Found {
+    live: Vec<Live>,
+    generation: u64,
+}
+
+/// Blocks that can be filled of those that are left of a shard.
+fn usable(room: u32) -> u32 {
+    room.saturating_sub(ROOM_LEFT)
 }
 
 impl Head {
@@ -182,79 +199,105 @@ impl Head {
         scored.into_iter().take(VICTIMS_MAX).map(|(_, s)| s.clone()).collect()
     }
 
-    /// Blocks of each shard that what is live in a segment takes elsewhere, at most: the stripes,
-    /// and two blocks for each append, one of its header and one of filling.
-    fn moved_blocks(&self, segment: &Segment) -> u32 {
-        let appends = segment.live / u32::try_from(MOVE_RUNS).expect("a small constant") + 1;
-        segment.live / u32::from(self.pool.scheme.data) + 2 * appends
-    }
-
-    /// Whether moving what is live frees clearly more than it takes, in blocks of all shards.
+    /// Whether what is live takes clearly less than it frees when it is moved, in blocks of all
+    /// shards.
     fn is_worth_moving(&self, segment: &Segment) -> bool {
         let width = |shards: usize| u64::try_from(shards).expect("at most 20");
         let frees = u64::from(segment.shard_blocks) * width(segment.scheme.width());
-        let takes = u64::from(self.moved_blocks(segment)) * width(self.pool.scheme.width());
+        let stripes = segment.live.div_ceil(self.pool.scheme.data.into());
+        let takes = u64::from(stripes) * width(self.pool.scheme.width());
         takes * 100 <= frees * TAKES_PERCENT_MAX
     }
 
-    /// Opens the data segments that the victims will fill, before anything is moved; leaves out
-    /// those for which there is no room.
+    /// Blocks of each shard of new segments that hold what is live in these: stripes, a header
+    /// for each append, and filling.
+    fn moved_blocks(&self, victims: &[Segment]) -> u32 {
+        let live: u32 = victims.iter().map(|victim| victim.live).sum();
+        let appends = live / u32::try_from(MOVE_RUNS).expect("a small constant") + 1;
+        live / u32::from(self.pool.scheme.data) + appends
+    }
+
+    /// How many of the victims, from the first on, free the most slots beyond those that what is
+    /// live in them will fill, with at most `segments_max` new segments; and how many it takes.
+    fn best_pass(&self, victims: &[Segment], open: u32, segments_max: usize) -> (usize, usize) {
+        let each = usable(self.disks.slot_blocks_min()).max(1);
+        let mut best = (0, 0);
+        let (mut gain, mut frees) = (0, 0);
+        for (index, victim) in victims.iter().enumerate() {
+            frees += victim.scheme.width();
+            let lacking = self.moved_blocks(&victims[..=index]).saturating_sub(usable(open));
+            let segments = lacking.div_ceil(each) as usize;
+            let here = frees.saturating_sub(segments * self.pool.scheme.width());
+            if here > gain && segments <= segments_max {
+                gain = here;
+                best = (index + 1, segments);
+            }
+        }
+        best
+    }
+
+    /// Opens the data segments that a pass will fill, before anything is moved. Leaves out the
+    /// victims for which there is no room, or that free nothing.
     async fn obtain(self: &Rc<Self>, mut victims: Vec<Segment>) -> Result<Vec<Segment>, HeadError> {
-        let costs: Vec<u32> = victims.iter().map(|victim| self.moved_blocks(victim)).collect();
-        let total: u32 = costs.iter().sum();
-        let usable = |room: u32| room.saturating_sub(ROOM_LEFT);
-        let count = |open: u32, each: u32| {
-            let lacking = total.saturating_sub(usable(open));
-            lacking.div_ceil(usable(each).max(1)) as usize
-        };
-        let rooms = self.obtain_dense(count).await?;
-        let mut room: u32 = rooms.into_iter().map(usable).sum();
-        let fit = costs.iter().take_while(|&&cost| {
-            let fits = cost <= room;
-            room = room.saturating_sub(cost);
-            fits
-        });
-        let fit = fit.count();
-        if fit == 0 && !victims.is_empty() {
+        let open = self.gc_room();
+        let (count, segments) = self.best_pass(&victims, open, usize::MAX);
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let obtained = self.obtain_dense(segments).await?;
+        let (count, _) = self.best_pass(&victims, open, obtained);
+        if count == 0 {
             return Err(HeadError::Open(OpenError::NoSpace));
         }
-        victims.truncate(fit);
+        victims.truncate(count);
         Ok(victims)
     }
 
     /// Moves what is live out of the victims. Tells how many segments were emptied.
     async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
-        let victims = self.victims();
-        if victims.is_empty() {
-            return Ok(0);
+        let mut victims = self.victims();
+        // What must be moved is moved whether it frees anything or not.
+        if victims.iter().any(|victim| self.is_torn(victim)) {
+            victims.retain(|victim| self.is_torn(victim));
+        } else {
+            victims = self.obtain(victims).await?;
         }
-        let victims = self.obtain(victims).await?;
-        let mut emptied = 0;
-        let mut result = Ok(());
-        for segment in victims {
-            match self.empty(&segment).await {
+        let (mut emptied, mut failed) = (0, None);
+        let mut found = Found::default();
+        for segment in &victims {
+            match self.empty(segment, &mut found).await {
                 Ok(()) => emptied += 1,
-                // The next one may be readable, or fit.
-                Err(error) => result = Err(error),
+                // The next one may be readable.
+                Err(error @ HeadError::Fetch(_)) => failed = Some(error),
+                Err(error) => return Err(error),
             }
         }
-        if emptied > 0 { Ok(emptied) } else { result.map(|()| 0) }
+        self.move_live(found).await?;
+        match failed {
+            Some(error) if emptied == 0 => Err(error),
+            _ => Ok(emptied),
+        }
     }
 
-    /// Moves what is live out of one segment.
-    async fn empty(self: &Rc<Self>, segment: &Segment) -> Result<(), HeadError> {
-        let generation = self.state.borrow().generation;
-        let mut live = Vec::new();
+    /// Finds what is live in one segment, and moves it whenever enough is found.
+    async fn empty(
+        self: &Rc<Self>,
+        segment: &Segment,
+        found: &mut Found,
+    ) -> Result<(), HeadError> {
         let mut at = 0;
         while at < segment.blocks {
+            if found.live.is_empty() {
+                found.generation = self.state.borrow().generation;
+            }
             let header = self.victim_header(segment, at).await?;
-            self.live_of(segment, &header, &mut live).await?;
+            self.live_of(segment, &header, &mut found.live).await?;
             at += header.blocks();
-            if live.len() >= MOVE_BLOCKS {
-                self.move_live(std::mem::take(&mut live), generation).await?;
+            if found.live.len() >= MOVE_BLOCKS {
+                self.move_live(std::mem::take(found)).await?;
             }
         }
-        self.move_live(live, generation).await
+        Ok(())
     }
 
     /// The blocks of a record that the index still refers to.
@@ -295,11 +338,8 @@ impl Head {
     }
 
     /// Writes live blocks to a data segment and logs their moves.
-    async fn move_live(
-        self: &Rc<Self>,
-        mut live: Vec<Live>,
-        generation: u64,
-    ) -> Result<(), HeadError> {
+    async fn move_live(self: &Rc<Self>, found: Found) -> Result<(), HeadError> {
+        let Found { mut live, generation } = found;
         live.sort_by_key(|l| l.lba);
         let mut rest = &live[..];
         while !rest.is_empty() {

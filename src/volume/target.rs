@@ -27,6 +27,8 @@ use crate::shard::SlotClass;
 const OP_BLOCKS_MAX: usize = 128;
 /// Blocks of one append to a data segment, per shard, at most.
 const DENSE_SHARD_BLOCKS_MAX: usize = 256;
+/// How often the index is looked up anew when it changes meanwhile.
+const LOOKUPS_MAX: usize = 8;
 /// A trim of at most so many blocks is looked up first, because most change nothing.
 const TRIM_LOOKUP_BLOCKS: u64 = 1 << 18;
 
@@ -42,7 +44,18 @@ impl From<HeadError> for TargetError {
 
 impl Head {
     /// What `lba .. lba + len` maps to, in acknowledged state: extents in order, without gaps.
+    /// Pages that were freed meanwhile are looked up again in the newest index.
     pub(super) async fn resolve(&self, lba: u64, len: u64) -> Result<Vec<Extent>, HeadError> {
+        for _ in 1..LOOKUPS_MAX {
+            match self.resolve_once(lba, len).await {
+                Err(HeadError::Fetch(FetchError::Gone(_))) => tokio::task::yield_now().await,
+                other => return other,
+            }
+        }
+        self.resolve_once(lba, len).await
+    }
+
+    async fn resolve_once(&self, lba: u64, len: u64) -> Result<Vec<Extent>, HeadError> {
         let mut found: Vec<Extent> = Vec::new();
         let mut gaps = Vec::new();
         let tree = {
