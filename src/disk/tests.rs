@@ -221,8 +221,8 @@ fn slot_classes_leave_reserves() {
             }
         };
         let mut left = Vec::new();
-        use SlotClass::{Checkpoint, Client, Gc, Repair, Trim};
-        for class in [Client, Repair, Gc, Trim, Checkpoint] {
+        let (client, top) = (SlotClass::Client, SlotClass::Checkpoint);
+        for class in [client, SlotClass::Repair, SlotClass::Gc, SlotClass::Trim, top] {
             assert_eq!(fill(class).await, ShardError::NoSpace);
             left.push(disk.info().expect("online").slots_free);
         }

@@ -33,7 +33,7 @@ struct Entry {
 
 /// The disks of a node (later: of the cluster), shared by its heads.
 pub struct Disks {
-    disks: RefCell<BTreeMap<DiskId, Entry>>,
+    known: RefCell<BTreeMap<DiskId, Entry>>,
     /// Counts the changes of what is known of their fill.
     version: Cell<u64>,
     /// Smallest slot of the disks that are up, bytes.
@@ -48,7 +48,7 @@ pub struct Disks {
 impl Default for Disks {
     fn default() -> Self {
         Self {
-            disks: RefCell::default(),
+            known: RefCell::default(),
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
             heads: Cell::new(0),
@@ -83,21 +83,21 @@ impl Disks {
     /// Adds a disk in a failure domain, or replaces its client.
     pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
         let entry = Entry { client, domain, suspect_until: None, info };
-        self.disks.borrow_mut().insert(entry.info.id, entry);
+        self.known.borrow_mut().insert(entry.info.id, entry);
         self.fill_changed();
         self.changed.notify_waiters();
     }
 
     /// Takes a disk out: it is down until added again.
     pub fn remove(&self, disk: DiskId) {
-        self.disks.borrow_mut().remove(&disk);
+        self.known.borrow_mut().remove(&disk);
         self.fill_changed();
         self.changed.notify_waiters();
     }
 
     fn fill_changed(&self) {
         self.version.set(self.version.get() + 1);
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let smallest = disks.values().map(|entry| entry.info.slot_bytes).min();
         self.slot_bytes_min.set(smallest.unwrap_or(SLOT_BYTES_MAX));
     }
@@ -151,7 +151,7 @@ impl Disks {
     }
 
     fn adjust(&self, disk: DiskId, change: impl FnOnce(&mut DiskInfo)) {
-        if let Some(entry) = self.disks.borrow_mut().get_mut(&disk) {
+        if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
             change(&mut entry.info);
             self.version.set(self.version.get() + 1);
         }
@@ -166,7 +166,7 @@ impl Disks {
         allowed: impl Fn(DiskId) -> bool,
     ) -> Option<(u32, u32)> {
         let mut domains: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
-        for entry in self.disks.borrow().values().filter(|e| allowed(e.info.id)) {
+        for entry in self.known.borrow().values().filter(|e| allowed(e.info.id)) {
             let domain = domains.entry(entry.domain).or_default();
             domain.0 += entry.free_for(SlotClass::Client);
             domain.1 += entry.info.slots;
@@ -178,29 +178,29 @@ impl Disks {
 
     /// Index pages that one checkpoint may write with the reserves of the disks.
     pub fn checkpoint_pages(&self) -> u64 {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let pages = |e: &Entry| reserve::pages_max(e.info.slots, slot_blocks(e.info.slot_bytes));
         disks.values().map(pages).min().unwrap_or(u64::MAX)
     }
 
     /// The client of a disk; none if it is down.
     pub fn client(&self, disk: DiskId) -> Option<Rc<dyn ShardClient>> {
-        self.disks.borrow().get(&disk).map(|entry| entry.client.clone())
+        self.known.borrow().get(&disk).map(|entry| entry.client.clone())
     }
 
     /// Whether the disk is up and failed nothing lately.
     pub fn is_healthy(&self, disk: DiskId) -> bool {
-        self.disks.borrow().get(&disk).is_some_and(Entry::healthy)
+        self.known.borrow().get(&disk).is_some_and(Entry::healthy)
     }
 
     /// The failure domain of a disk that is up.
     pub fn domain(&self, disk: DiskId) -> Option<u32> {
-        self.disks.borrow().get(&disk).map(|entry| entry.domain)
+        self.known.borrow().get(&disk).map(|entry| entry.domain)
     }
 
     /// Ids of all disks that are up, sorted.
     pub fn ids(&self) -> Vec<DiskId> {
-        self.disks.borrow().keys().copied().collect()
+        self.known.borrow().keys().copied().collect()
     }
 
     /// Notes that a request to a disk failed; the disk is avoided for a while.
@@ -215,7 +215,7 @@ impl Disks {
         if !grave {
             return;
         }
-        if let Some(entry) = self.disks.borrow_mut().get_mut(&disk) {
+        if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
             if entry.healthy() {
                 tracing::warn!(%disk, %error, "disk is suspect");
             }
@@ -235,7 +235,7 @@ impl Disks {
         });
         for (disk, info) in join_all(asked).await {
             if let Ok(Ok(info)) = info
-                && let Some(entry) = self.disks.borrow_mut().get_mut(&disk)
+                && let Some(entry) = self.known.borrow_mut().get_mut(&disk)
             {
                 entry.info = info;
             }
@@ -245,7 +245,7 @@ impl Disks {
 
     /// Free and all slots of the disks that are up.
     pub fn fill(&self) -> (u64, u64) {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let sum = |f: fn(&DiskInfo) -> u32| disks.values().map(|e| u64::from(f(&e.info))).sum();
         (sum(|i| i.slots_free), sum(|i| i.slots))
     }
@@ -261,7 +261,7 @@ impl Disks {
         taken: &[u32],
         allowed: impl Fn(DiskId) -> bool,
     ) -> Vec<Target> {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let mut taken = taken.to_vec();
         let mut chosen = Vec::with_capacity(count);
         for healthy in [true, false] {
@@ -298,7 +298,7 @@ impl Disks {
 
     /// Domains that have at least one healthy disk.
     pub fn healthy_domains(&self) -> usize {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let domains: std::collections::BTreeSet<u32> =
             disks.values().filter(|e| e.healthy()).map(|e| e.domain).collect();
         domains.len()

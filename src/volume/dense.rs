@@ -232,8 +232,9 @@ impl Head {
     /// Closes the data segments that were opened ahead and are not needed.
     pub(super) fn close_spares(self: &Rc<Self>) {
         for lane in &self.dense.lanes {
-            let spares = lane.spare.take();
-            spares.into_iter().for_each(|spare| self.close_dense(spare));
+            for spare in lane.spare.take() {
+                self.close_dense(spare);
+            }
         }
     }
 
@@ -294,14 +295,17 @@ impl Head {
 
     /// Seals the open data segments.
     pub(super) fn close_open_dense(self: &Rc<Self>) {
-        let open = self.dense.take_if(|_| true);
-        open.into_iter().for_each(|open| self.close_dense(open));
+        for open in self.dense.take_if(|_| true) {
+            self.close_dense(open);
+        }
     }
 
     /// Seals the open data segments that have a shard on this disk.
     pub(super) fn leave_dense(self: &Rc<Self>, disk: DiskId) {
-        let open = self.dense.take_if(|data| data.segment.shards.iter().any(|s| s.disk == disk));
-        open.into_iter().for_each(|open| self.close_dense(open));
+        let on_disk = |data: &DataSegment| data.segment.shards.iter().any(|s| s.disk == disk);
+        for open in self.dense.take_if(on_disk) {
+            self.close_dense(open);
+        }
     }
 
     /// Appends a payload to all shards; true once it and all before it are durable on each.

@@ -17,6 +17,7 @@ use super::dense::Payload;
 use super::head::{Head, HeadError, Op, add};
 use super::overlay::Target;
 use super::segtab::Segment;
+use crate::export::TargetError;
 use crate::id::{BLOCK_SIZE, SegmentId};
 use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
@@ -33,6 +34,8 @@ const PAGES_MOVED_MAX: u32 = 512;
 const MOVE_BLOCKS: usize = 256;
 /// Runs moved by one append: with those of an opened segment they fit one record.
 const MOVE_RUNS: usize = RECORD_ENTRIES_MAX / 3;
+/// How often moves are looked up anew when the index changes meanwhile.
+const MOVE_TRIES: usize = 8;
 /// A segment is worth moving if what is live in it takes at most this share of what it frees,
 /// percent.
 const TAKES_PERCENT_MAX: u64 = 90;
@@ -373,8 +376,9 @@ impl Head {
             data.push(crate::buffer::AlignedBuf::zeroed(BLOCK_SIZE).freeze());
         }
         let crcs = data.iter().map(|d| crate::segment::checksum::raw_crc(d)).collect();
-        let (placed, mut entries, announced) =
+        let (placed, opened, announced) =
             self.write_dense(Rc::new(Payload { runs, data, crcs }), SlotClass::Gc).await?;
+        let Some(&(_, _, BlockAddr { segment, .. })) = placed.first() else { return Ok(()) };
         let mut moves: Vec<Entry> = Vec::new();
         for (from, blocks, place) in placed {
             for i in 0..blocks {
@@ -383,23 +387,73 @@ impl Head {
             }
         }
         add(&self.stats.moved_blocks, live.len() as u64);
+        // Pinned by the entries only while they wait, and until then by this.
+        self.pin(segment, 1);
         self.pin_entries(&moves, k);
-        entries.extend(moves);
-        let (done, receiver) = oneshot::channel();
-        self.enqueue(Op {
-            entries,
-            payload: vec![],
-            crcs: vec![],
-            class: SlotClass::Trim,
-            generation,
-            done: Some(done),
-        });
-        match receiver.await {
-            Ok(Ok(())) => {
-                announced.set(true);
-                Ok(())
+        let logged = self.log_moves(moves, &opened, generation).await;
+        self.pin(segment, -1);
+        announced.set(announced.get() || logged?);
+        Ok(())
+    }
+
+    /// Logs moves to a segment that the entries `opened` tell of; looks those up again that an
+    /// index newer than `generation` may have made wrong. They are pinned already. Tells whether a
+    /// record was written at all.
+    async fn log_moves(
+        &self,
+        mut moves: Vec<Entry>,
+        opened: &[Entry],
+        mut generation: u64,
+    ) -> Result<bool, HeadError> {
+        for _ in 0..MOVE_TRIES {
+            let entries = opened.iter().chain(&moves).copied().collect();
+            let (done, receiver) = oneshot::channel();
+            self.enqueue(Op {
+                entries,
+                payload: vec![],
+                crcs: vec![],
+                class: SlotClass::Trim,
+                generation,
+                done: Some(done),
+            });
+            match receiver.await {
+                Ok(Ok(())) => return Ok(true),
+                Ok(Err(TargetError::Io(_))) => {}
+                _ => return Err(HeadError::Append),
             }
-            _ => Err(HeadError::Append),
+            generation = self.state.borrow().generation;
+            moves = self.still_right(&moves).await?;
+            if moves.is_empty() {
+                return Ok(false);
+            }
+            self.pin_entries(&moves, 0);
+        }
+        self.state.borrow_mut().unpin(&moves);
+        Err(HeadError::Append)
+    }
+
+    /// The moves whose blocks still lie where they were found, as many as fit a record.
+    async fn still_right(&self, moves: &[Entry]) -> Result<Vec<Entry>, HeadError> {
+        let mut right = Vec::new();
+        for entry in moves {
+            let Entry::Move { lba, blocks, from, to } = *entry else { continue };
+            for extent in self.resolve(lba, blocks.into()).await? {
+                let offset = u32::try_from(extent.lba - lba).expect("within the move");
+                if extent.target == Target::Data(from.plus(offset)) {
+                    let blocks = u32::try_from(extent.len).expect("within the move");
+                    let (from, to) = (from.plus(offset), to.plus(offset));
+                    right.push(Entry::Move { lba: extent.lba, blocks, from, to });
+                }
+            }
+        }
+        right.truncate(2 * MOVE_RUNS);
+        Ok(right)
+    }
+
+    /// Pins a segment `by` times more, so that it is not freed.
+    fn pin(&self, segment: SegmentId, by: i32) {
+        if let Some(s) = self.state.borrow_mut().table.segments.get_mut(&segment) {
+            s.pins = s.pins.saturating_add_signed(by);
         }
     }
 

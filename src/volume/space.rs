@@ -28,7 +28,7 @@ use crate::id::{BLOCK_BYTES, Lsn, SegmentId};
 
 /// Longest delay of a write of a client for want of space.
 const DELAY_MAX: Duration = Duration::from_millis(20);
-/// How often a write that waits for space asks for a checkpoint.
+/// How often a write that waits for space looks whether there is some.
 const POLL: Duration = Duration::from_millis(100);
 /// Headroom from which on writes are delayed, at least.
 const SLOW_FROM_MIN: u32 = 8;
@@ -156,6 +156,7 @@ impl Head {
         }
         let since = Instant::now();
         let from = self.space.rounds.get();
+        let mut asked = None;
         loop {
             let ended = self.space.ended.notified();
             if !self.takes_requests() {
@@ -168,7 +169,9 @@ impl Head {
             if self.space.rounds.get() >= from + 2 || since.elapsed() >= self.config.io_timeout {
                 return Err(TargetError::NoSpace);
             }
-            self.checkpoint_wanted.notify_one();
+            if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
+                self.checkpoint_wanted.notify_one();
+            }
             // Whichever comes first; either is a reason to look again.
             drop(tokio::time::timeout(POLL, ended).await);
         }
