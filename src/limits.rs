@@ -74,7 +74,8 @@ const _: () = assert!(
     "a block's address in a segment must fit its bits"
 );
 const _: () = assert!(
-    (CHECKPOINT_SLOTS_MIN - CHECKPOINT_SLOTS_FIXED) as u64 * (SLOT_BYTES_MIN / BLOCK_SIZE as u64 - 2)
+    (CHECKPOINT_SLOTS_MIN - CHECKPOINT_SLOTS_FIXED) as u64
+        * (SLOT_BYTES_MIN / BLOCK_SIZE as u64 - 2)
         >= CHECKPOINT_PAGES_MIN,
     "the reserve of the smallest disk must hold a checkpoint"
 );

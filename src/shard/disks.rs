@@ -160,11 +160,7 @@ impl Disks {
     /// How many segments of `width` shards clients can surely still open on the disks that
     /// `allowed` admits, as far as is known, and how many slots there are for it in all. None if
     /// too few domains are up to tell.
-    pub fn headroom(
-        &self,
-        width: usize,
-        allowed: impl Fn(DiskId) -> bool,
-    ) -> Option<(u32, u32)> {
+    pub fn headroom(&self, width: usize, allowed: impl Fn(DiskId) -> bool) -> Option<(u32, u32)> {
         let mut domains: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
         for entry in self.known.borrow().values().filter(|e| allowed(e.info.id)) {
             let domain = domains.entry(entry.domain).or_default();

@@ -111,12 +111,7 @@ async fn fill_up(context: &Context, running: &Running) -> Result<(), String> {
     write_at_last(context, &target, 0).await
 }
 
-async fn trim(
-    context: &Context,
-    target: &HeadTarget,
-    at: u64,
-    sectors: u64,
-) -> Result<(), String> {
+async fn trim(context: &Context, target: &HeadTarget, at: u64, sectors: u64) -> Result<(), String> {
     let trimmed = context.world.oracle.borrow_mut().begin(at, sectors, true);
     let result = target.zero(at * SECTOR as u64, sectors * SECTOR as u64, true).await;
     result.map_err(|error| format!("a trim failed: {error}"))?;

@@ -283,11 +283,7 @@ impl Head {
     }
 
     /// Finds what is live in one segment, and moves it whenever enough is found.
-    async fn empty(
-        self: &Rc<Self>,
-        segment: &Segment,
-        found: &mut Found,
-    ) -> Result<(), HeadError> {
+    async fn empty(self: &Rc<Self>, segment: &Segment, found: &mut Found) -> Result<(), HeadError> {
         let mut at = 0;
         while at < segment.blocks {
             if found.live.is_empty() {

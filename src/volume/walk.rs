@@ -433,7 +433,8 @@ pub(super) async fn settle(
         let whole = match info(member) {
             None => false,
             Some(info) if info.state == ShardState::Sealed => {
-                (info.blocks == blocks && !segment.is_damaged(index)) || bug(Bug::StaleShardAccepted)
+                (info.blocks == blocks && !segment.is_damaged(index))
+                    || bug(Bug::StaleShardAccepted)
             }
             Some(_) => seal_closed(disks, authority, segment, index, blocks, None).await,
         };
