@@ -20,6 +20,28 @@ pub const SEGMENT_BLOCK_BITS: u32 = 20;
 pub const SEGMENT_ID_BITS: u32 = 36;
 /// Segment numbers granted to a head at a time.
 pub const SEGMENT_RANGE: u64 = 65_536;
+/// Slots of a disk that only checkpoints take, at least (see [`crate::shard::reserve`]).
+pub const CHECKPOINT_SLOTS_MIN: u32 = 6;
+/// The same, percent of the disk's slots.
+pub const CHECKPOINT_SLOTS_PERCENT: u32 = 2;
+/// Of those, the ones that hold no index pages: the meta segment that was open before and has no
+/// room left, the last one that pages fill in part, and the one of the table.
+pub const CHECKPOINT_SLOTS_FIXED: u32 = 3;
+/// Index pages that one checkpoint must be able to write whatever the size of the disks.
+pub const CHECKPOINT_PAGES_MIN: u64 = 40;
+/// Slots of a disk that only the log takes, for trims and what has its LSN already, at least.
+pub const TRIM_SLOTS_MIN: u32 = 2;
+/// The same, percent of the disk's slots.
+pub const TRIM_SLOTS_PERCENT: u32 = 1;
+/// Slots of a disk that garbage collection may take and clients may not, at least: a segment to
+/// be filled, and one that was left partly filled by a failure.
+pub const GC_SLOTS_MIN: u32 = 3;
+/// The same, percent of the disk's slots.
+pub const GC_SLOTS_PERCENT: u32 = 2;
+/// Slots of a disk that repair may take and clients may not, at least.
+pub const REPAIR_SLOTS_MIN: u32 = 1;
+/// The same, percent of the disk's slots.
+pub const REPAIR_SLOTS_PERCENT: u32 = 1;
 /// Largest size of a volume, bytes.
 pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
 /// Blocks in the header of a record, at most.
@@ -50,6 +72,20 @@ pub const NBD_READ_PIECE_BYTES: usize = 4 << 20;
 const _: () = assert!(
     DATA_SHARDS_MAX as u64 * SLOT_BYTES_MAX / BLOCK_SIZE as u64 <= 1 << SEGMENT_BLOCK_BITS,
     "a block's address in a segment must fit its bits"
+);
+const _: () = assert!(
+    (CHECKPOINT_SLOTS_MIN - CHECKPOINT_SLOTS_FIXED) as u64
+        * (SLOT_BYTES_MIN / BLOCK_SIZE as u64 - 2)
+        >= CHECKPOINT_PAGES_MIN,
+    "the reserve of the smallest disk must hold a checkpoint"
+);
+const _: () = assert!(
+    TRIM_SLOTS_MIN >= 2 && GC_SLOTS_MIN >= 2 && REPAIR_SLOTS_MIN >= 1,
+    "each class needs room to do its work while the one below it waits"
+);
+const _: () = assert!(
+    CHECKPOINT_SLOTS_PERCENT + TRIM_SLOTS_PERCENT + GC_SLOTS_PERCENT + REPAIR_SLOTS_PERCENT <= 10,
+    "most of a disk is the clients'"
 );
 const _: () = assert!(
     CONNECTION_BYTES_FREE + SERVER_BYTES_MAX >= REQUEST_BYTES_MAX,

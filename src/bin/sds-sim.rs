@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use sds::planted::{Bug, plant};
-use sds::sim::run::{Coverage, run_with};
+use sds::sim::run::{Coverage, run};
 
 /// Deterministic simulation of a node with faults, against an oracle.
 #[derive(Parser)]
@@ -19,9 +19,6 @@ struct Args {
     /// Plants a known bug; the exit code then tells whether it was found.
     #[arg(long)]
     bug: Option<String>,
-    /// Some volumes are as large as all disks together: they are filled, trimmed, written again.
-    #[arg(long)]
-    fill: bool,
     /// Goes on after a failure.
     #[arg(long)]
     keep_going: bool,
@@ -55,7 +52,7 @@ fn main() -> ExitCode {
     let mut coverage = Coverage::new();
     let (mut runs, mut failed) = (0, 0);
     for seed in range {
-        let report = run_with(seed, args.fill);
+        let report = run(seed);
         runs += 1;
         for (what, count) in report.coverage {
             *coverage.entry(what).or_default() += count;

@@ -16,6 +16,7 @@ use crate::disk::stats::SlotCounts;
 use crate::disk::writer::Writer;
 use crate::id::{DiskId, Epoch, HeadId, SegmentId, VolumeId};
 use crate::planted::{Bug, bug};
+use crate::shard::reserve;
 use crate::shard::{
     Authority, Mirror, ShardError, ShardInfo, ShardResult, ShardSpec, ShardState, SlotClass,
     VolumeFence, VolumeOnDisk,
@@ -346,12 +347,7 @@ impl Tables {
 
     /// Takes a free slot if the class may have one, leaving the reserves of higher classes.
     fn take_slot(&mut self, class: SlotClass) -> ShardResult<u32> {
-        let reserve = match class {
-            SlotClass::Client => (self.geometry.slots * 6 / 100).max(12),
-            SlotClass::Gc => (self.geometry.slots * 3 / 100).max(8),
-            SlotClass::Trim => (self.geometry.slots / 100).max(2),
-            SlotClass::Checkpoint => 0,
-        };
+        let reserve = reserve::floor(class, self.geometry.slots);
         if self.free.len() <= reserve as usize {
             return Err(ShardError::NoSpace);
         }

@@ -22,6 +22,7 @@ use crate::disk::{Disk, DiskOpenError, FormatOptions, Geometry, SuperblockInfo, 
 use crate::id::DiskId;
 use crate::meta::record::{DiskRecord, DiskState};
 use crate::shard::local::LocalClient;
+use crate::shard::reserve;
 
 /// How long a failed disk may be away before what was on it is rebuilt elsewhere.
 pub(super) const LOST_AFTER: Duration = Duration::from_secs(2);
@@ -213,16 +214,47 @@ impl Node {
         }
     }
 
+    /// Size of the slots of the disks there are; none if there are none.
+    fn slot_bytes(&self) -> Option<u64> {
+        self.slots().first().map(|slot| slot.record.borrow().slot_bytes)
+    }
+
+    /// Whether a disk of this geometry can be used with disks that have slots of `slot_bytes`: a
+    /// shard is moved to any disk, so all slots are of one size, and a disk has more of them than
+    /// are reserved.
+    ///
+    /// # Errors
+    /// Why not.
+    fn check_geometry(geometry: &Geometry, slot_bytes: Option<u64>) -> Result<(), String> {
+        let (slots, own) = (geometry.slots, geometry.slot_bytes);
+        if let Some(wanted) = slot_bytes.filter(|wanted| *wanted != own) {
+            return Err(format!(
+                "its slots have {own} bytes, those of the other disks {wanted}: all must be alike"
+            ));
+        }
+        if slots < reserve::SLOTS_MIN {
+            return Err(format!(
+                "it has room for {slots} slots of {own} bytes, but {} are needed at least: a \
+                 larger disk is needed",
+                reserve::SLOTS_MIN
+            ));
+        }
+        Ok(())
+    }
+
     /// Formats a device as a new disk of this cluster.
     pub(super) async fn format(
         &self,
         device: &dyn BlockDevice,
         force: bool,
     ) -> Result<SuperblockInfo, String> {
+        let slot_bytes = self.slot_bytes();
+        let geometry = Geometry::plan_with(device.size(), slot_bytes, None);
+        Self::check_geometry(&geometry.map_err(|error| error.to_string())?, slot_bytes)?;
         let options = FormatOptions {
             disk: DiskId::from_bytes(self.options.env.random_bytes()),
             cluster: self.identity.cluster,
-            slot_bytes: None,
+            slot_bytes,
             volumes_max: None,
             force,
         };
@@ -245,6 +277,7 @@ impl Node {
             let reason = "the metadata store does not know this disk, and it holds volumes";
             return refused(Shown::Failed, reason);
         }
+        Self::check_geometry(&probe.geometry, self.slot_bytes()).map_err(failed)?;
         let domain = self.next_domain.get();
         let record = DiskRecord {
             id: probe.disk,

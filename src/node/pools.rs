@@ -46,6 +46,7 @@ impl Node {
     pub(super) async fn create_pool(&self, request: CreatePool) -> Result<Pool, ApiError> {
         request.check()?;
         let _lock = self.changes.lock().await;
+        self.check_slot_sizes()?;
         let width = u32::from(request.scheme.width());
         let disks = u32::try_from(self.disks.borrow().len()).unwrap_or(u32::MAX);
         let failure_domain = match request.failure_domain {
@@ -79,6 +80,23 @@ impl Node {
         self.pools.borrow_mut().insert(record.name.clone(), record.clone());
         self.mirror_catalog().await;
         Ok(self.view_pool(&record))
+    }
+
+    /// Refuses a pool over disks whose slots differ: a shard is moved to any of them. A node does
+    /// not take in such disks, but one that was set up before may have them.
+    fn check_slot_sizes(&self) -> Result<(), ApiError> {
+        let mut sizes: Vec<u64> =
+            self.slots().iter().map(|slot| slot.record.borrow().slot_bytes).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        if sizes.len() > 1 {
+            return Err(ApiError::conflict(format!(
+                "the disks have slots of different sizes ({sizes:?} bytes), and those of a pool \
+                 must be alike"
+            ))
+            .with_hint("remove the disks that differ, and add them again"));
+        }
+        Ok(())
     }
 
     /// Removes an empty pool.

@@ -19,6 +19,7 @@ use crate::admin::types::{CreateVolume, DiskState, Removed, ResizeVolume, Volume
 use crate::id::{DiskId, VolumeId};
 use crate::meta::record::{PoolRecord, VolumeRecord, VolumeState};
 use crate::meta::schema::SchemaError;
+use crate::shard::SlotClass;
 use crate::volume::head::{Head, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
 use crate::volume::rules::{LogSet, Member};
@@ -286,7 +287,8 @@ impl Node {
     fn new_log_set(&self, pool: &PoolRecord) -> Result<LogSet, ApiError> {
         let width = pool.scheme.parity + 1;
         let count = 2 * usize::from(pool.scheme.parity) + 4;
-        let targets = self.registry.choose(&self.options.env, count, &[], |_| true);
+        let targets =
+            self.registry.choose(&self.options.env, SlotClass::Client, count, &[], |_| true);
         let members = targets
             .iter()
             .filter_map(|t| Some(Member { disk: t.disk, domain: self.registry.domain(t.disk)? }))

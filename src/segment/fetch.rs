@@ -56,6 +56,16 @@ pub enum Problem {
     Disk(ShardError),
 }
 
+impl Problem {
+    /// Whether the shard is there but its content is not what was written.
+    pub fn is_of_content(&self) -> bool {
+        match self {
+            Self::Corrupt(_) => true,
+            Self::Disk(error) => matches!(error, ShardError::Io(_) | ShardError::Damaged(_)),
+        }
+    }
+}
+
 /// Why blocks cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FetchError {
@@ -136,11 +146,40 @@ impl Source {
     }
 
     /// `count` blocks from `block` of data or parity shard `shard`, verified: from its disk, or
-    /// from the others when it fails. `found` hears of every shard that did not deliver.
+    /// from the others when it fails. `found` hears of every shard that did not deliver. Where no
+    /// shard holds all of the blocks intact, each is read by itself, from whichever does.
     ///
     /// # Errors
     /// [`FetchError::Gone`]: look the place up again. [`FetchError::TooFew`]: wait, or fail.
     pub async fn read(
+        &self,
+        disks: &Disks,
+        shard: usize,
+        block: u32,
+        count: u32,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<Bytes, FetchError> {
+        let mut torn = false;
+        let mut hear = |finding: Finding| {
+            torn |= finding.problem.is_of_content();
+            found(finding);
+        };
+        let error = match self.read_range(disks, shard, block, count, &mut hear).await {
+            Err(error @ FetchError::TooFew { .. }) => error,
+            other => return other,
+        };
+        if !torn || count == 1 {
+            return Err(error);
+        }
+        let mut out = AlignedBuf::new(count as usize * BLOCK_SIZE);
+        for (at, piece) in (block..).zip(out.chunks_exact_mut(BLOCK_SIZE)) {
+            piece.copy_from_slice(&self.read_range(disks, shard, at, 1, found).await?);
+        }
+        Ok(out.freeze())
+    }
+
+    /// [`Source::read`] of all the blocks from the same shards.
+    async fn read_range(
         &self,
         disks: &Disks,
         shard: usize,

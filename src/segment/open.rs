@@ -108,11 +108,12 @@ impl OpenSegment {
         let mut full = false;
         loop {
             let allowed = |disk| (request.allowed)(disk) && !refused.contains(&disk);
-            let mut targets =
-                disks.choose(env, need, &[], |disk| allowed(disk) && (request.first)(disk));
+            let class = request.class;
+            let first = |disk| allowed(disk) && (request.first)(disk);
+            let mut targets = disks.choose(env, class, need, &[], first);
             if targets.len() < need {
                 let taken: Vec<u32> = targets.iter().filter_map(|t| disks.domain(t.disk)).collect();
-                targets.extend(disks.choose(env, need - targets.len(), &taken, allowed));
+                targets.extend(disks.choose(env, class, need - targets.len(), &taken, allowed));
             }
             if targets.len() < need && full {
                 return Err(OpenError::NoSpace);
@@ -128,10 +129,13 @@ impl OpenSegment {
             let mut failed = false;
             for (target, result) in targets.iter().zip(&results) {
                 match result {
-                    Ok(()) => {}
+                    Ok(()) => disks.took(target.disk),
                     Err(ShardError::Fenced(_)) => return Err(OpenError::Fenced),
                     Err(error) => {
-                        full |= *error == ShardError::NoSpace;
+                        if *error == ShardError::NoSpace {
+                            full = true;
+                            disks.refused(target.disk, request.class);
+                        }
                         disks.report(target.disk, error);
                         refused.push(target.disk);
                         failed = true;

@@ -3,20 +3,26 @@
 //! Heads look disks up by id and choose where new segments go. A disk that failed a request is
 //! avoided for a while ("suspect"); one that is down is not asked at all.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use futures_util::future::join_all;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::{DiskInfo, ShardClient, ShardError};
+use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::DiskId;
+use crate::limits::SLOT_BYTES_MAX;
+use crate::segment::slot_blocks;
 
 /// How long a disk that failed a request is avoided for new segments.
 pub const SUSPECT_FOR: Duration = Duration::from_secs(5);
+/// How long a disk may take to tell its fill.
+const INFO_PATIENCE: Duration = Duration::from_secs(1);
 
 struct Entry {
     client: Rc<dyn ShardClient>,
@@ -28,11 +34,40 @@ struct Entry {
 }
 
 /// The disks of a node (later: of the cluster), shared by its heads.
-#[derive(Default)]
 pub struct Disks {
-    disks: RefCell<BTreeMap<DiskId, Entry>>,
+    known: RefCell<BTreeMap<DiskId, Entry>>,
+    /// Counts the changes of what is known of their fill.
+    version: Cell<u64>,
+    /// Smallest slot of the disks that are up, bytes.
+    slot_bytes_min: Cell<u64>,
+    heads: Cell<u32>,
+    checkpoint_reserve: Arc<Semaphore>,
+    gc_passes: Arc<Semaphore>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
+}
+
+impl Default for Disks {
+    fn default() -> Self {
+        Self {
+            known: RefCell::default(),
+            version: Cell::new(0),
+            slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
+            heads: Cell::new(0),
+            checkpoint_reserve: Arc::new(Semaphore::new(1)),
+            gc_passes: Arc::new(Semaphore::new(1)),
+            changed: Notify::new(),
+        }
+    }
+}
+
+/// A head that uses the disks, as long as this lives.
+pub struct Member(Rc<Disks>);
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.0.heads.set(self.0.heads.get() - 1);
+    }
 }
 
 /// A disk chosen for a shard.
@@ -50,42 +85,128 @@ impl Disks {
     /// Adds a disk in a failure domain, or replaces its client.
     pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
         let entry = Entry { client, domain, suspect_until: None, draining: false, info };
-        self.disks.borrow_mut().insert(entry.info.id, entry);
+        self.known.borrow_mut().insert(entry.info.id, entry);
+        self.fill_changed();
         self.changed.notify_waiters();
     }
 
     /// Takes a disk out: it is down until added again.
     pub fn remove(&self, disk: DiskId) {
-        self.disks.borrow_mut().remove(&disk);
+        self.known.borrow_mut().remove(&disk);
+        self.fill_changed();
         self.changed.notify_waiters();
     }
 
     /// Has a disk avoided for new segments because it is being emptied, or no longer.
     pub fn set_draining(&self, disk: DiskId, draining: bool) {
-        if let Some(entry) = self.disks.borrow_mut().get_mut(&disk) {
+        if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
             entry.draining = draining;
         }
         self.changed.notify_waiters();
     }
 
+    fn fill_changed(&self) {
+        self.version.set(self.version.get() + 1);
+        let disks = self.known.borrow();
+        let smallest = disks.values().map(|entry| entry.info.slot_bytes).min();
+        self.slot_bytes_min.set(smallest.unwrap_or(SLOT_BYTES_MAX));
+    }
+
+    /// Counts a head among those that share the disks.
+    pub fn join(self: &Rc<Self>) -> Member {
+        self.heads.set(self.heads.get() + 1);
+        Member(self.clone())
+    }
+
+    /// Heads that share the disks, one at least.
+    pub fn heads(&self) -> u32 {
+        self.heads.get().max(1)
+    }
+
+    /// Changes whenever what is known of the fill of the disks does.
+    pub fn version(&self) -> u64 {
+        self.version.get()
+    }
+
+    /// Blocks of the smallest slot there is.
+    pub fn slot_blocks_min(&self) -> u32 {
+        slot_blocks(self.slot_bytes_min.get())
+    }
+
+    /// The permit of the one checkpoint that may use the checkpoints' reserve.
+    pub async fn checkpoint_reserve(&self) -> Option<OwnedSemaphorePermit> {
+        self.checkpoint_reserve.clone().acquire_owned().await.ok()
+    }
+
+    /// The permit of the one pass of garbage collection that may run.
+    pub async fn gc_pass(&self) -> Option<OwnedSemaphorePermit> {
+        self.gc_passes.clone().acquire_owned().await.ok()
+    }
+
+    /// Notes that a slot of a disk was taken.
+    pub fn took(&self, disk: DiskId) {
+        self.adjust(disk, |info| info.slots_free = info.slots_free.saturating_sub(1));
+    }
+
+    /// Notes that a slot of a disk was freed.
+    pub fn gave(&self, disk: DiskId) {
+        self.adjust(disk, |info| info.slots_free = (info.slots_free + 1).min(info.slots));
+    }
+
+    /// Notes that a disk had no slot for a class.
+    pub fn refused(&self, disk: DiskId, class: SlotClass) {
+        self.adjust(disk, |info| {
+            info.slots_free = info.slots_free.min(reserve::floor(class, info.slots));
+        });
+    }
+
+    fn adjust(&self, disk: DiskId, change: impl FnOnce(&mut DiskInfo)) {
+        if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
+            change(&mut entry.info);
+            self.version.set(self.version.get() + 1);
+        }
+    }
+
+    /// How many segments of `width` shards clients can surely still open on the disks that
+    /// `allowed` admits, as far as is known, and how many slots there are for it in all. None if
+    /// too few domains are up to tell.
+    pub fn headroom(&self, width: usize, allowed: impl Fn(DiskId) -> bool) -> Option<(u32, u32)> {
+        let mut domains: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
+        for entry in self.known.borrow().values().filter(|e| allowed(e.info.id)) {
+            let domain = domains.entry(entry.domain).or_default();
+            domain.0 += entry.free_for(SlotClass::Client);
+            domain.1 += entry.info.slots;
+        }
+        let mut free: Vec<(u32, u32)> = domains.into_values().collect();
+        free.sort_unstable();
+        free.into_iter().rev().nth(width - 1)
+    }
+
+    /// Index pages that one checkpoint may write with the reserves of the disks.
+    pub fn checkpoint_pages(&self) -> u64 {
+        let disks = self.known.borrow();
+        let pages = |e: &Entry| reserve::pages_max(e.info.slots, slot_blocks(e.info.slot_bytes));
+        disks.values().map(pages).min().unwrap_or(u64::MAX)
+    }
+
     /// The client of a disk; none if it is down.
     pub fn client(&self, disk: DiskId) -> Option<Rc<dyn ShardClient>> {
-        self.disks.borrow().get(&disk).map(|entry| entry.client.clone())
+        self.known.borrow().get(&disk).map(|entry| entry.client.clone())
     }
 
     /// Whether the disk is up, failed nothing lately and is to stay.
     pub fn is_healthy(&self, disk: DiskId) -> bool {
-        self.disks.borrow().get(&disk).is_some_and(Entry::healthy)
+        self.known.borrow().get(&disk).is_some_and(Entry::healthy)
     }
 
     /// The failure domain of a disk that is up.
     pub fn domain(&self, disk: DiskId) -> Option<u32> {
-        self.disks.borrow().get(&disk).map(|entry| entry.domain)
+        self.known.borrow().get(&disk).map(|entry| entry.domain)
     }
 
     /// Ids of all disks that are up, sorted.
     pub fn ids(&self) -> Vec<DiskId> {
-        self.disks.borrow().keys().copied().collect()
+        self.known.borrow().keys().copied().collect()
     }
 
     /// Notes that a request to a disk failed; the disk is avoided for a while.
@@ -100,7 +221,7 @@ impl Disks {
         if !grave {
             return;
         }
-        if let Some(entry) = self.disks.borrow_mut().get_mut(&disk) {
+        if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
             if entry.healthy() {
                 tracing::warn!(%disk, %error, "disk is suspect");
             }
@@ -108,36 +229,45 @@ impl Disks {
         }
     }
 
-    /// Asks every disk for its fill, for the next choices.
+    /// Asks every disk for its fill, for the next choices. A disk that does not tell in time
+    /// keeps the fill it told last.
     pub async fn refresh(&self) {
-        for disk in self.ids() {
-            let Some(client) = self.client(disk) else { continue };
-            if let Ok(info) = client.info().await
-                && let Some(entry) = self.disks.borrow_mut().get_mut(&disk)
+        let asked = self.ids().into_iter().filter_map(|disk| {
+            let client = self.client(disk)?;
+            Some(async move {
+                let info = tokio::time::timeout(INFO_PATIENCE, client.info()).await;
+                (disk, info)
+            })
+        });
+        for (disk, info) in join_all(asked).await {
+            if let Ok(Ok(info)) = info
+                && let Some(entry) = self.known.borrow_mut().get_mut(&disk)
             {
                 entry.info = info;
             }
         }
+        self.fill_changed();
     }
 
     /// Free and all slots of the disks that are up.
     pub fn fill(&self) -> (u64, u64) {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let sum = |f: fn(&DiskInfo) -> u32| disks.values().map(|e| u64::from(f(&e.info))).sum();
         (sum(|i| i.slots_free), sum(|i| i.slots))
     }
 
-    /// Chooses up to `count` disks in different domains by weighted random draw (weight: free
-    /// slots), healthy ones first, out of those that `allowed` admits, avoiding the domains in
-    /// `taken`. Fewer are returned when there are no more.
+    /// Chooses up to `count` disks in different domains by weighted random draw (weight: slots
+    /// that are free for `class`), healthy ones first, out of those that `allowed` admits, avoiding
+    /// the domains in `taken`. Fewer are returned when there are no more.
     pub fn choose(
         &self,
         env: &Env,
+        class: SlotClass,
         count: usize,
         taken: &[u32],
         allowed: impl Fn(DiskId) -> bool,
     ) -> Vec<Target> {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let mut taken = taken.to_vec();
         let mut chosen = Vec::with_capacity(count);
         for healthy in [true, false] {
@@ -145,7 +275,8 @@ impl Disks {
                 disks.values().filter(|e| e.healthy() == healthy && allowed(e.info.id)).collect();
             while chosen.len() < count {
                 pool.retain(|e| !taken.contains(&e.domain));
-                let weight = |e: &Entry| u64::from(e.info.slots_free) + 1;
+                // A disk that seems full comes last, but it may have room meanwhile.
+                let weight = |e: &Entry| 64 * u64::from(e.free_for(class)).pow(2) + 1;
                 let total: u64 = pool.iter().map(|e| weight(e)).sum();
                 if total == 0 {
                     break;
@@ -173,7 +304,7 @@ impl Disks {
 
     /// Domains that have at least one healthy disk.
     pub fn healthy_domains(&self) -> usize {
-        let disks = self.disks.borrow();
+        let disks = self.known.borrow();
         let domains: std::collections::BTreeSet<u32> =
             disks.values().filter(|e| e.healthy()).map(|e| e.domain).collect();
         domains.len()
@@ -181,6 +312,11 @@ impl Disks {
 }
 
 impl Entry {
+    /// Slots that are free for a class.
+    fn free_for(&self, class: SlotClass) -> u32 {
+        self.info.slots_free.saturating_sub(reserve::floor(class, self.info.slots))
+    }
+
     fn healthy(&self) -> bool {
         !self.draining && self.suspect_until.is_none_or(|until| until <= Instant::now())
     }

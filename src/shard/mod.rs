@@ -20,6 +20,7 @@
 
 pub mod disks;
 pub mod local;
+pub mod reserve;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -128,9 +129,11 @@ pub struct ShardInfo {
 pub enum SlotClass {
     /// Fresh writes of clients.
     Client,
-    /// Garbage collection and repair.
+    /// Shards that are built anew elsewhere.
+    Repair,
+    /// Data segments that garbage collection fills.
     Gc,
-    /// Log records that trims need, and those that must be written again elsewhere.
+    /// Log records that trims and moves need, and those that must be written again elsewhere.
     Trim,
     /// Checkpoints: without room for one, nothing could ever be freed, nor the volume taken over.
     Checkpoint,

@@ -21,6 +21,8 @@ use crate::volume::target::HeadTarget;
 
 /// Sectors read or written at a time.
 const STEP: u64 = 64;
+/// Writes that are tried on full disks.
+const OVERWRITES: u64 = 40;
 /// How long the end of a run may take, in virtual time.
 const PATIENCE: Duration = Duration::from_mins(10);
 
@@ -73,32 +75,59 @@ async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
     Ok(())
 }
 
-/// Writes until the disks are full, trims, and writes again. The only error is "no space".
+/// Writes until the disks are full, and a little more; trims a half of each piece that was
+/// written, so that only moving the rest makes room, and writes again; trims all and writes again.
+/// The only error is "no space", and none after a trim.
 async fn fill_up(context: &Context, running: &Running) -> Result<(), String> {
     let target = HeadTarget(running.head.clone());
-    let mut full = false;
-    for at in (0..context.sectors() - STEP).step_by(usize::try_from(STEP).expect("small")) {
-        match write(context, &target, at).await {
+    let pieces = context.sectors() / STEP;
+    let mut filled = pieces;
+    for piece in 0..pieces {
+        match write(context, &target, piece * STEP).await {
             Ok(()) => {}
             Err(TargetError::NoSpace) => {
-                full = true;
+                filled = piece;
                 break;
             }
             Err(error) => return Err(format!("a write failed otherwise: {error}")),
         }
     }
-    context.cover_noted(if full { "filled up" } else { "the volume fits" });
-    let sectors = context.sectors();
-    let trimmed = context.world.oracle.borrow_mut().begin(0, sectors, true);
-    target
-        .zero(0, sectors * SECTOR as u64, true)
-        .await
-        .map_err(|error| format!("a trim failed: {error}"))?;
+    context.cover_noted(if filled < pieces { "filled up" } else { "the volume fits" });
+    for _ in 0..OVERWRITES {
+        match write(context, &target, context.env.random_below(pieces) * STEP).await {
+            Ok(()) => context.cover("a write on full disks found room"),
+            Err(TargetError::NoSpace) => context.cover("a write on full disks was refused"),
+            Err(error) => return Err(format!("a write on full disks failed: {error}")),
+        }
+    }
+    for piece in 0..pieces {
+        trim(context, &target, piece * STEP, STEP / 2).await?;
+    }
+    for piece in 0..filled / 8 {
+        write_at_last(context, &target, piece * STEP).await?;
+    }
+    context.cover_noted("written again after trims of parts");
+    trim(context, &target, 0, context.sectors()).await?;
+    write_at_last(context, &target, 0).await
+}
+
+async fn trim(context: &Context, target: &HeadTarget, at: u64, sectors: u64) -> Result<(), String> {
+    let trimmed = context.world.oracle.borrow_mut().begin(at, sectors, true);
+    let result = target.zero(at * SECTOR as u64, sectors * SECTOR as u64, true).await;
+    result.map_err(|error| format!("a trim failed: {error}"))?;
     context.world.oracle.borrow_mut().end(trimmed, Outcome::Acknowledged);
+    Ok(())
+}
+
+/// Writes where there must be room, or will be in a while.
+async fn write_at_last(context: &Context, target: &HeadTarget, at: u64) -> Result<(), String> {
     for tries in 0.. {
-        match write(context, &target, 0).await {
+        match write(context, target, at).await {
             Ok(()) => break,
-            Err(TargetError::NoSpace) if tries < 100 => sleep(Duration::from_millis(500)).await,
+            Err(TargetError::NoSpace) if tries < 10 => {
+                context.cover("after a trim, a write had to be repeated");
+                sleep(Duration::from_millis(500)).await;
+            }
             Err(error) => return Err(format!("after a trim, a write failed: {error}")),
         }
     }

@@ -103,7 +103,7 @@ impl Context {
 }
 
 /// The world of a seed. Where it is `narrow`, the log goes on with fewer copies than the pool has.
-fn world_config(env: &Env, fill: bool, narrow: bool) -> WorldConfig {
+fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     let schemes = [
         Scheme::replicated(2),
         Scheme::replicated(3),
@@ -133,7 +133,7 @@ fn world_config(env: &Env, fill: bool, narrow: bool) -> WorldConfig {
     };
     let disks =
         scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });
-    let overcommitted = env.chance(1, 8) && fill;
+    let overcommitted = env.chance(1, 8);
     let slot_bytes = if overcommitted { 64 << 10 } else { slot_bytes };
     let disk_bytes = slot_bytes * (48 + env.random_below(40)) + (2 << 20);
     let small = 4096 * (64 + env.random_below(192));
@@ -153,24 +153,19 @@ fn world_config(env: &Env, fill: bool, narrow: bool) -> WorldConfig {
 
 /// Runs one seed.
 pub fn run(seed: u64) -> Report {
-    run_with(seed, false)
-}
-
-/// Runs one seed; with `fill`, some volumes are as large as all disks, which are filled up.
-pub fn run_with(seed: u64, fill: bool) -> Report {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
         .build()
         .expect("a runtime needs nothing from the system");
-    runtime.block_on(run_seed(seed, fill))
+    runtime.block_on(run_seed(seed))
 }
 
-async fn run_seed(seed: u64, fill: bool) -> Report {
+async fn run_seed(seed: u64) -> Report {
     let env = Env::from_seed(seed);
     // What only one disk has must not be hurt.
     let narrow = env.chance(1, 4);
-    let config = world_config(&env, fill, narrow);
+    let config = world_config(&env, narrow);
     let gentle = narrow || env.chance(1, 3);
     let setup = LocalSet::new();
     let world = setup.run_until(World::create(config, env.clone())).await;

@@ -77,7 +77,12 @@ impl MetaWriter<'_> {
         if let Some(meta) = self.head.state.borrow().meta.clone() {
             return Ok(meta);
         }
-        let meta = match self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint, 1).await {
+        let mut opened = self.head.open_in_set(SegmentKind::Meta, SlotClass::Client, 1).await;
+        if matches!(opened, Err(OpenError::NoSpace)) {
+            self.head.take_checkpoint_reserve().await;
+            opened = self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint, 1).await;
+        }
+        let meta = match opened {
             Ok(meta) => meta,
             Err(OpenError::Fenced) => {
                 self.head.stop("fenced while opening a meta segment");
@@ -87,6 +92,7 @@ impl MetaWriter<'_> {
         };
         let mut state = self.head.state.borrow_mut();
         state.table.segments.insert(meta.id, table_entry(&meta));
+        self.head.space.opened.borrow_mut().push(meta.id);
         let meta = Rc::new(meta);
         state.meta = Some(meta.clone());
         Ok(meta)
@@ -300,6 +306,18 @@ impl Head {
     /// now on; the root does when the store allows ([`Head::publish`]).
     pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
+        if self.space.reserve.borrow().is_some() {
+            // What the last one took of the reserve comes back when the root names it.
+            self.publish().await?;
+            self.space.reserve.borrow_mut().take();
+        }
+        let before = self.begin_checkpoint();
+        let result = self.checkpoint_locked().await;
+        self.end_checkpoint(before);
+        result
+    }
+
+    async fn checkpoint_locked(self: &Rc<Self>) -> Result<(), HeadError> {
         self.leave_narrow_meta();
         self.choose_meta_victims().await;
         self.merge_overlay().await?;
@@ -390,19 +408,19 @@ impl Head {
         let (sequence, lsn) = {
             let mut state = self.state.borrow_mut();
             let (log, _) = self.capture.borrow().log;
-            let table_segment = state.checkpoint.as_ref().map(|c| c.place.segment);
-            let root_segment = state.root.checkpoint.as_ref().map(|c| c.place.segment);
+            // The tables of earlier checkpoints are dead too: they are deleted when this one is in
+            // force, and before that nobody is told to.
             let dead: Vec<SegmentId> = state
                 .table
                 .segments
                 .values()
                 .filter(|s| state.table.is_dead(s.id))
                 .filter(|s| s.kind != SegmentKind::Log || s.id < log)
-                .filter(|s| Some(s.id) != table_segment && Some(s.id) != root_segment)
                 .map(|s| s.id)
                 .collect();
             for id in dead {
                 state.table.free(id);
+                self.torn.borrow_mut().remove(&id);
             }
             let sequence = state.checkpoint.as_ref().map_or(0, |c| c.place.sequence) + 1;
             (sequence, state.merged_lsn)

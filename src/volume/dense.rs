@@ -24,11 +24,35 @@ use crate::segment::record::{Entry, Header, header_blocks};
 use crate::segment::stripe;
 use crate::shard::{SegmentKind, ShardError, SlotClass};
 
-/// The open data segment of a head.
+/// The open data segments of a head: one for clients, and one for garbage collection, whose slots
+/// are not for clients.
 #[derive(Default)]
 pub(super) struct Dense {
+    lanes: [Lane; 2],
+}
+
+#[derive(Default)]
+struct Lane {
     open: RefCell<Option<Rc<DataSegment>>>,
+    /// Opened ahead, to be filled next.
+    spare: RefCell<Vec<Rc<DataSegment>>>,
     opening: tokio::sync::Mutex<()>,
+}
+
+impl Dense {
+    fn lane(&self, class: SlotClass) -> &Lane {
+        &self.lanes[usize::from(class > SlotClass::Client)]
+    }
+
+    /// Takes out the open segments that `which` says.
+    fn take_if(&self, which: impl Fn(&DataSegment) -> bool) -> Vec<Rc<DataSegment>> {
+        let mut taken = Vec::new();
+        for lane in &self.lanes {
+            taken.extend(lane.open.borrow_mut().take_if(|data| which(data)));
+            taken.extend(lane.spare.borrow_mut().extract_if(.., |data| which(data)));
+        }
+        taken
+    }
 }
 
 /// A data segment that takes appends.
@@ -45,6 +69,11 @@ struct DataSegment {
 }
 
 impl DataSegment {
+    /// Blocks of a shard that were not given out yet.
+    fn room(&self) -> u32 {
+        self.segment.shard_blocks - self.segment.next.get()
+    }
+
     /// Notes that `start .. end` is durable on all shards. Once an append has failed the
     /// committed length is final, because the segment is being sealed there.
     fn finish(&self, start: u32, end: u32) {
@@ -160,21 +189,62 @@ impl Head {
         need: u32,
         class: SlotClass,
     ) -> Result<Rc<DataSegment>, HeadError> {
-        let fits = |data: &Rc<DataSegment>| {
-            !data.failed.get() && data.segment.next.get() + need <= data.segment.shard_blocks
-        };
-        let current = || self.dense.open.borrow().clone();
+        let fits = |data: &Rc<DataSegment>| !data.failed.get() && need <= data.room();
+        let lane = self.dense.lane(class);
+        let current = || lane.open.borrow().clone();
         if let Some(data) = current().filter(fits) {
             return Ok(data);
         }
-        let _opening = self.dense.opening.lock().await;
+        let _opening = lane.opening.lock().await;
         if let Some(data) = current().filter(fits) {
             return Ok(data);
         }
-        let old = self.dense.open.borrow_mut().take();
+        let old = lane.open.borrow_mut().take();
         if let Some(old) = old {
             self.close_dense(old);
         }
+        let spare = lane.spare.borrow_mut().pop();
+        let data = match spare {
+            Some(spare) => spare,
+            None => self.open_dense(class).await?,
+        };
+        *lane.open.borrow_mut() = Some(data.clone());
+        if fits(&data) { Ok(data) } else { Err(HeadError::TooLarge) }
+    }
+
+    /// Opens data segments for garbage collection ahead: `count`, or as many as there is room for.
+    /// Tells how many.
+    ///
+    /// # Errors
+    /// They cannot be opened for other reasons.
+    pub(super) async fn obtain_dense(self: &Rc<Self>, count: usize) -> Result<usize, HeadError> {
+        let lane = self.dense.lane(SlotClass::Gc);
+        for obtained in 0..count {
+            match self.open_dense(SlotClass::Gc).await {
+                Ok(data) => lane.spare.borrow_mut().push(data),
+                Err(HeadError::Open(OpenError::NoSpace)) => return Ok(obtained),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(count)
+    }
+
+    /// Closes the data segments that were opened ahead and are not needed.
+    pub(super) fn close_spares(self: &Rc<Self>) {
+        for lane in &self.dense.lanes {
+            for spare in lane.spare.take() {
+                self.close_dense(spare);
+            }
+        }
+    }
+
+    /// Blocks of a shard that are left in the data segment that garbage collection fills.
+    pub(super) fn gc_room(&self) -> u32 {
+        let open = self.dense.lane(SlotClass::Gc).open.borrow();
+        open.as_ref().filter(|data| !data.failed.get()).map_or(0, |data| data.room())
+    }
+
+    async fn open_dense(self: &Rc<Self>, class: SlotClass) -> Result<Rc<DataSegment>, HeadError> {
         let allowed: BTreeSet<_> = self.disks.ids().into_iter().collect();
         let request = OpenRequest {
             authority: self.authority,
@@ -194,16 +264,14 @@ impl Head {
             Err(error) => return Err(error.into()),
         };
         self.state.borrow_mut().table.segments.insert(segment.id, table_entry(&segment));
-        let data = Rc::new(DataSegment {
+        Ok(Rc::new(DataSegment {
             segment,
             finished: RefCell::default(),
             committed: Cell::new(0),
             failed: Cell::new(false),
             changed: Notify::new(),
             announced: Rc::default(),
-        });
-        *self.dense.open.borrow_mut() = Some(data.clone());
-        Ok(data)
+        }))
     }
 
     /// Seals a data segment once the appends under way are done.
@@ -227,20 +295,17 @@ impl Head {
         });
     }
 
-    /// Seals the open data segment, if any.
+    /// Seals the open data segments.
     pub(super) fn close_open_dense(self: &Rc<Self>) {
-        let open = self.dense.open.borrow_mut().take();
-        if let Some(open) = open {
+        for open in self.dense.take_if(|_| true) {
             self.close_dense(open);
         }
     }
 
-    /// Seals the open data segment if it has a shard on this disk.
+    /// Seals the open data segments that have a shard on this disk.
     pub(super) fn leave_dense(self: &Rc<Self>, disk: DiskId) {
-        let on_disk =
-            |data: &mut Rc<DataSegment>| data.segment.shards.iter().any(|s| s.disk == disk);
-        let open = self.dense.open.borrow_mut().take_if(on_disk);
-        if let Some(open) = open {
+        let on_disk = |data: &DataSegment| data.segment.shards.iter().any(|s| s.disk == disk);
+        for open in self.dense.take_if(on_disk) {
             self.close_dense(open);
         }
     }
@@ -301,11 +366,7 @@ impl Head {
         } else if !data.failed.replace(true) {
             add(&self.stats.failovers, 1);
             data.changed.notify_waiters();
-            let mut open = self.dense.open.borrow_mut();
-            if open.as_ref().is_some_and(|open| Rc::ptr_eq(open, data)) {
-                *open = None;
-            }
-            drop(open);
+            drop(self.dense.take_if(|open| std::ptr::eq(open, &raw const **data)));
             self.close_dense(data.clone());
         }
         ok

@@ -11,7 +11,7 @@
 use std::rc::Rc;
 
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt, TryStreamExt};
+use futures_util::stream::{self, StreamExt};
 use tokio::sync::oneshot;
 
 use super::dense::Payload;
@@ -19,11 +19,13 @@ use super::head::{Head, HeadError, Op, add};
 use super::overlay::Target;
 use super::segtab::Segment;
 use crate::buffer::AlignedBuf;
+use crate::export::TargetError;
 use crate::id::{BLOCK_SIZE, SegmentId};
 use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
 use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::FetchError;
+use crate::segment::open::OpenError;
 use crate::segment::record::{Entry, Header};
 use crate::shard::{SegmentKind, SlotClass};
 
@@ -35,26 +37,44 @@ const PAGES_MOVED_MAX: u32 = 512;
 const MOVE_BLOCKS: usize = 256;
 /// Live blocks looked up before they are moved, so that neighbours of the volume come together.
 const GATHER_BLOCKS: usize = 4096;
-/// Appends of moved blocks under way at once, and reads for each.
-const MOVES_AT_ONCE: usize = 4;
+/// Reads of blocks to be moved under way at once.
 const READS_AT_ONCE: usize = 16;
 /// Runs moved by one append: with those of an opened segment they fit one record.
 const MOVE_RUNS: usize = RECORD_ENTRIES_MAX / 3;
-/// A segment with a larger share live, in percent, is not worth moving.
-const LIVE_PERCENT_MAX: u64 = 90;
+/// How often moves are looked up anew when the index changes meanwhile.
+const MOVE_TRIES: usize = 8;
+/// A segment is worth moving if what is live in it takes at most this share of what it frees,
+/// percent.
+const TAKES_PERCENT_MAX: u64 = 90;
+/// Blocks of a shard that may be left unused at the end of a data segment.
+const ROOM_LEFT: u32 = 2;
 
 /// Cleans whenever a checkpoint asks for it, until the head stops.
 pub(super) async fn run(head: Rc<Head>) {
     loop {
         head.gc_wanted.notified().await;
+        // Held until the checkpoint has freed what was emptied.
+        let _pass = head.disks.gc_pass().await;
         if !head.is_serving() {
             return;
         }
-        match head.collect_garbage().await {
-            Ok(0) => {}
-            Ok(_) => head.checkpoint_wanted.notify_one(),
+        let collected = head.collect_garbage().await;
+        head.close_spares();
+        match collected {
+            Ok(0) => head.round_ended(),
+            Ok(_) => {
+                if let Err(error) = head.checkpoint().await {
+                    tracing::debug!(volume = %head.volume, %error, "nothing freed yet");
+                    head.checkpoint_wanted.notify_one();
+                }
+            }
             Err(error) => {
                 tracing::debug!(volume = %head.volume, %error, "garbage collection paused");
+                // What was looked up in an index that is not the newest any more is looked up
+                // again after the checkpoint that made it so.
+                if !matches!(error, HeadError::Append) {
+                    head.round_ended();
+                }
             }
         }
     }
@@ -67,11 +87,25 @@ struct Live {
     addr: BlockAddr,
 }
 
+/// What is live in the victims and not moved yet, and the generation of the index that it was
+/// looked up in.
+#[derive(Default)]
+struct Found {
+    live: Vec<Live>,
+    generation: u64,
+}
+
+/// Blocks that can be filled of those that are left of a shard.
+fn usable(room: u32) -> u32 {
+    room.saturating_sub(ROOM_LEFT)
+}
+
 impl Head {
     /// Chooses meta segments whose pages the next checkpoint is to rewrite.
     pub(super) async fn choose_meta_victims(&self) {
         let victims: Vec<Segment> = {
             let state = self.state.borrow();
+            let tight = self.is_tight(&state);
             let pinned = [&state.checkpoint, &state.root.checkpoint]
                 .map(|c| c.as_ref().map(|c| c.place.segment));
             let mut sealed: Vec<&Segment> = state
@@ -79,10 +113,17 @@ impl Head {
                 .segments
                 .values()
                 .filter(|s| s.kind == SegmentKind::Meta && s.sealed && s.live > 0)
-                .filter(|s| !pinned.contains(&Some(s.id)) && s.live < s.blocks / 4)
+                .filter(|s| !pinned.contains(&Some(s.id)))
+                .filter(|s| {
+                    // A slot is taken whole, however little of it was written.
+                    let sparse = if tight { s.shard_blocks / 4 * 3 } else { s.blocks / 4 };
+                    s.live < sparse || self.is_torn(s)
+                })
                 .collect();
             sealed.sort_by_key(|s| s.live);
-            let mut budget = PAGES_MOVED_MAX;
+            let pages = self.disks.checkpoint_pages();
+            let pages = u32::try_from(pages).unwrap_or(u32::MAX);
+            let mut budget = if tight { PAGES_MOVED_MAX.min(pages) } else { PAGES_MOVED_MAX };
             sealed
                 .into_iter()
                 .take_while(|s| {
@@ -111,6 +152,13 @@ impl Head {
         }
     }
 
+    /// Whether no set of shards holds the segment whole, or a shard can be rebuilt nowhere: what is
+    /// live in it can still be moved.
+    fn is_torn(&self, segment: &Segment) -> bool {
+        segment.present() < usize::from(segment.scheme.data)
+            || (segment.missing != 0 && self.torn.borrow().contains(&segment.id))
+    }
+
     /// The header of a record, from whichever shard yields it: headers are not part of the stripes.
     async fn victim_header(&self, segment: &Segment, at: u32) -> Result<Header, HeadError> {
         let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
@@ -133,25 +181,22 @@ impl Head {
         let used: u64 = sealed.iter().map(|s| s.capacity_blocks()).sum();
         let live: u64 = sealed.iter().map(|s| u64::from(s.live)).sum();
         // With room to spare, only clear waste is worth the work.
-        let tight = free * 3 < slots;
+        let tight = free * 3 < slots || self.is_tight(&state);
         let wasteful = used > 2 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
         let uncompacted = coded && logs > 64;
-        // What no set of shards holds whole cannot be rebuilt shard by shard, only moved.
-        let torn = |s: &Segment| s.present() < usize::from(s.scheme.data);
+        let torn = |s: &Segment| self.is_torn(s);
         if !(tight || wasteful || uncompacted || sealed.iter().any(|s| torn(s))) {
             return Vec::new();
         }
         let newest = state.next_segment;
         let mut scored: Vec<(u64, &Segment)> = sealed
             .into_iter()
-            .filter(|s| {
-                let percent = u64::from(s.live) * 100 / s.capacity_blocks().max(1);
-                percent <= LIVE_PERCENT_MAX || (coded && s.kind == SegmentKind::Log) || torn(s)
-            })
+            .filter(|s| self.is_worth_moving(s) || torn(s))
             .map(|s| {
-                // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS.
-                let capacity = s.capacity_blocks().max(1);
+                // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS. A slot is taken
+                // whole, however little of it was written.
+                let capacity = u64::from(s.shard_blocks) * u64::from(s.scheme.data);
                 let live = u64::from(s.live).min(capacity);
                 let age = newest - s.id.0 + 1;
                 let score =
@@ -164,37 +209,104 @@ impl Head {
         scored.into_iter().take(VICTIMS_MAX).map(|(_, s)| s.clone()).collect()
     }
 
-    /// Moves what is live out of the victims. Tells how many segments were emptied.
-    async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
-        let victims = self.victims();
-        let mut emptied = 0;
-        let mut result = Ok(());
-        for segment in victims {
-            match self.empty(&segment).await {
-                Ok(()) => emptied += 1,
-                // The next one may be readable, or fit.
-                Err(error) => result = Err(error),
-            }
-        }
-        if emptied > 0 { Ok(emptied) } else { result.map(|()| 0) }
+    /// Whether what is live takes clearly less than it frees when it is moved, in blocks of all
+    /// shards.
+    fn is_worth_moving(&self, segment: &Segment) -> bool {
+        let width = |shards: usize| u64::try_from(shards).expect("at most 20");
+        let frees = u64::from(segment.shard_blocks) * width(segment.scheme.width());
+        let stripes = segment.live.div_ceil(self.pool.scheme.data.into());
+        let takes = u64::from(stripes) * width(self.pool.scheme.width());
+        takes * 100 <= frees * TAKES_PERCENT_MAX
     }
 
-    /// Moves what is live out of one segment.
-    async fn empty(self: &Rc<Self>, segment: &Segment) -> Result<(), HeadError> {
-        // Moves hold only in the index that they were looked up in.
-        let mut generation = self.state.borrow().generation;
-        let mut live = Vec::new();
-        let mut at = 0;
-        while at < segment.blocks {
-            let header = self.victim_header(segment, at).await?;
-            self.live_of(segment, &header, &mut live).await?;
-            at += header.blocks();
-            if live.len() >= GATHER_BLOCKS {
-                self.move_live(std::mem::take(&mut live), generation).await?;
-                generation = self.state.borrow().generation;
+    /// Blocks of each shard of new segments that hold what is live in these: stripes, a header
+    /// for each append, and filling.
+    fn moved_blocks(&self, victims: &[Segment]) -> u32 {
+        let live: u32 = victims.iter().map(|victim| victim.live).sum();
+        let appends = live / u32::try_from(MOVE_RUNS).expect("a small constant") + 1;
+        live / u32::from(self.pool.scheme.data) + appends
+    }
+
+    /// How many of the victims, from the first on, free the most slots beyond those that what is
+    /// live in them will fill, with at most `segments_max` new segments; and how many it takes.
+    fn best_pass(&self, victims: &[Segment], open: u32, segments_max: usize) -> (usize, usize) {
+        let each = usable(self.disks.slot_blocks_min()).max(1);
+        let mut best = (0, 0);
+        let (mut gain, mut frees) = (0, 0);
+        for (index, victim) in victims.iter().enumerate() {
+            frees += victim.scheme.width();
+            let lacking = self.moved_blocks(&victims[..=index]).saturating_sub(usable(open));
+            let segments = lacking.div_ceil(each) as usize;
+            let here = frees.saturating_sub(segments * self.pool.scheme.width());
+            if here > gain && segments <= segments_max {
+                gain = here;
+                best = (index + 1, segments);
             }
         }
-        self.move_live(live, generation).await
+        best
+    }
+
+    /// Opens the data segments that a pass will fill, before anything is moved. Leaves out the
+    /// victims for which there is no room, or that free nothing.
+    async fn obtain(self: &Rc<Self>, mut victims: Vec<Segment>) -> Result<Vec<Segment>, HeadError> {
+        let open = self.gc_room();
+        let (count, segments) = self.best_pass(&victims, open, usize::MAX);
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let obtained = self.obtain_dense(segments).await?;
+        let (count, _) = self.best_pass(&victims, open, obtained);
+        if count == 0 {
+            return Err(HeadError::Open(OpenError::NoSpace));
+        }
+        victims.truncate(count);
+        Ok(victims)
+    }
+
+    /// Moves what is live out of the victims. Tells how many segments were emptied.
+    async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
+        let mut victims = self.victims();
+        // What must be moved is moved whether it frees anything or not.
+        if victims.iter().any(|victim| self.is_torn(victim)) {
+            victims.retain(|victim| self.is_torn(victim));
+        } else {
+            victims = self.obtain(victims).await?;
+        }
+        let (mut emptied, mut failed) = (0, None);
+        let mut found = Found::default();
+        for segment in &victims {
+            match self.empty(segment, &mut found).await {
+                Ok(()) => emptied += 1,
+                // The next one may be readable.
+                Err(error @ HeadError::Fetch(_)) => failed = Some(error),
+                Err(error) => return Err(error),
+            }
+        }
+        match self.move_live(found).await {
+            Err(error @ HeadError::Fetch(_)) => failed = Some(error),
+            result => result?,
+        }
+        match failed {
+            Some(error) if emptied == 0 => Err(error),
+            _ => Ok(emptied),
+        }
+    }
+
+    /// Finds what is live in one segment, and moves it whenever enough is found.
+    async fn empty(self: &Rc<Self>, segment: &Segment, found: &mut Found) -> Result<(), HeadError> {
+        let mut at = 0;
+        while at < segment.blocks {
+            if found.live.is_empty() {
+                found.generation = self.state.borrow().generation;
+            }
+            let header = self.victim_header(segment, at).await?;
+            self.live_of(segment, &header, &mut found.live).await?;
+            at += header.blocks();
+            if found.live.len() >= GATHER_BLOCKS {
+                self.move_live(std::mem::take(found)).await?;
+            }
+        }
+        Ok(())
     }
 
     /// The blocks of a record that the index still refers to.
@@ -233,33 +345,69 @@ impl Head {
         Ok(())
     }
 
-    /// Writes live blocks to a data segment and logs their moves, several appends at a time.
-    async fn move_live(
-        self: &Rc<Self>,
-        mut live: Vec<Live>,
-        generation: u64,
-    ) -> Result<(), HeadError> {
+    /// Writes live blocks to data segments and logs their moves.
+    ///
+    /// # Errors
+    /// [`HeadError::Fetch`] if some cannot be read: the others are moved nevertheless.
+    async fn move_live(self: &Rc<Self>, found: Found) -> Result<(), HeadError> {
+        let Found { mut live, generation } = found;
         live.sort_by_key(|l| l.lba);
-        let mut batches = Vec::new();
+        let mut unreadable = None;
         let mut rest = &live[..];
         while !rest.is_empty() {
-            let (batch, tail) = rest.split_at(batch(rest));
-            batches.push(self.move_batch(batch, generation));
-            rest = tail;
+            let count = batch(rest, self.batch_blocks());
+            let (readable, data, error) = self.fetch_live(&rest[..count]).await;
+            unreadable = unreadable.or(error);
+            if !readable.is_empty() {
+                self.move_batch(&readable, data, generation).await?;
+            }
+            rest = &rest[count..];
         }
-        stream::iter(batches).buffer_unordered(MOVES_AT_ONCE).try_collect().await
+        unreadable.map_or(Ok(()), Err)
     }
 
-    /// The content of live blocks, one piece for each run that lies together.
-    async fn fetch_live(self: &Rc<Self>, live: &[Live]) -> Result<Vec<Bytes>, HeadError> {
+    /// The content of live blocks, one piece for each run that lies together. Leaves out what
+    /// cannot be read, and says why; and what is not needed any more.
+    async fn fetch_live(
+        self: &Rc<Self>,
+        live: &[Live],
+    ) -> (Vec<Live>, Vec<Bytes>, Option<HeadError>) {
         let runs = live.chunk_by(follows).map(|run| async move {
             let blocks = u32::try_from(run.len()).expect("bounded by a batch");
-            self.fetch(run[0].addr, blocks).await
+            (run, self.look_again(async || self.fetch(run[0].addr, blocks).await).await)
         });
-        stream::iter(runs).buffered(READS_AT_ONCE).try_collect().await
+        let mut fetched = stream::iter(runs).buffered(READS_AT_ONCE);
+        let (mut readable, mut data, mut unreadable) = (Vec::new(), Vec::new(), None);
+        while let Some((run, result)) = fetched.next().await {
+            match result {
+                Ok(content) => {
+                    readable.extend_from_slice(run);
+                    data.push(content);
+                }
+                // All of it was overwritten meanwhile.
+                Err(HeadError::Fetch(FetchError::Gone(_)))
+                    if self.source(run[0].addr.segment).is_none() => {}
+                Err(error) => unreadable = Some(error),
+            }
+        }
+        (readable, data, unreadable)
     }
 
-    async fn move_batch(self: &Rc<Self>, live: &[Live], generation: u64) -> Result<(), HeadError> {
+    /// Blocks of one append: as many as fit what is left of the segment that is being filled, or
+    /// another.
+    fn batch_blocks(&self) -> usize {
+        let left = self.gc_room();
+        let room = if left > ROOM_LEFT { left } else { self.disks.slot_blocks_min() };
+        let blocks = room.saturating_sub(2).max(1) * u32::from(self.pool.scheme.data);
+        MOVE_BLOCKS.min(blocks as usize)
+    }
+
+    async fn move_batch(
+        self: &Rc<Self>,
+        live: &[Live],
+        mut data: Vec<Bytes>,
+        generation: u64,
+    ) -> Result<(), HeadError> {
         let k = usize::from(self.pool.scheme.data);
         let mut runs: Vec<(u64, u32)> = Vec::new();
         for l in live {
@@ -268,14 +416,14 @@ impl Head {
                 _ => runs.push((l.lba, 1)),
             }
         }
-        let mut data = self.fetch_live(live).await?;
         let filler = live.len().next_multiple_of(k) - live.len();
         if filler > 0 {
             data.push(AlignedBuf::zeroed(filler * BLOCK_SIZE).freeze());
         }
         let crcs = data.iter().flat_map(|piece| raw_crcs(piece)).collect();
-        let (placed, mut entries, announced) =
+        let (placed, opened, announced) =
             self.write_dense(Rc::new(Payload { runs, data, crcs }), SlotClass::Gc).await?;
+        let Some(&(_, _, BlockAddr { segment, .. })) = placed.first() else { return Ok(()) };
         let mut moves: Vec<Entry> = Vec::new();
         for (from, blocks, place) in placed {
             for i in 0..blocks {
@@ -284,23 +432,73 @@ impl Head {
             }
         }
         add(&self.stats.moved_blocks, live.len() as u64);
+        // Pinned by the entries only while they wait, and until then by this.
+        self.pin(segment, 1);
         self.pin_entries(&moves, k);
-        entries.extend(moves);
-        let (done, receiver) = oneshot::channel();
-        self.enqueue(Op {
-            entries,
-            payload: vec![],
-            crcs: vec![],
-            class: SlotClass::Gc,
-            generation,
-            done: Some(done),
-        });
-        match receiver.await {
-            Ok(Ok(())) => {
-                announced.set(true);
-                Ok(())
+        let logged = self.log_moves(moves, &opened, generation).await;
+        self.pin(segment, -1);
+        announced.set(announced.get() || logged?);
+        Ok(())
+    }
+
+    /// Logs moves to a segment that the entries `opened` tell of; looks those up again that an
+    /// index newer than `generation` may have made wrong. They are pinned already. Tells whether a
+    /// record was written at all.
+    async fn log_moves(
+        &self,
+        mut moves: Vec<Entry>,
+        opened: &[Entry],
+        mut generation: u64,
+    ) -> Result<bool, HeadError> {
+        for _ in 0..MOVE_TRIES {
+            let entries = opened.iter().chain(&moves).copied().collect();
+            let (done, receiver) = oneshot::channel();
+            self.enqueue(Op {
+                entries,
+                payload: vec![],
+                crcs: vec![],
+                class: SlotClass::Trim,
+                generation,
+                done: Some(done),
+            });
+            match receiver.await {
+                Ok(Ok(())) => return Ok(true),
+                Ok(Err(TargetError::Io(_))) => {}
+                _ => return Err(HeadError::Append),
             }
-            _ => Err(HeadError::Append),
+            generation = self.state.borrow().generation;
+            moves = self.still_right(&moves).await?;
+            if moves.is_empty() {
+                return Ok(false);
+            }
+            self.pin_entries(&moves, 0);
+        }
+        self.state.borrow_mut().unpin(&moves);
+        Err(HeadError::Append)
+    }
+
+    /// The moves whose blocks still lie where they were found, as many as fit a record.
+    async fn still_right(&self, moves: &[Entry]) -> Result<Vec<Entry>, HeadError> {
+        let mut right = Vec::new();
+        for entry in moves {
+            let Entry::Move { lba, blocks, from, to } = *entry else { continue };
+            for extent in self.resolve(lba, blocks.into()).await? {
+                let offset = u32::try_from(extent.lba - lba).expect("within the move");
+                if extent.target == Target::Data(from.plus(offset)) {
+                    let blocks = u32::try_from(extent.len).expect("within the move");
+                    let (from, to) = (from.plus(offset), to.plus(offset));
+                    right.push(Entry::Move { lba: extent.lba, blocks, from, to });
+                }
+            }
+        }
+        right.truncate(2 * MOVE_RUNS);
+        Ok(right)
+    }
+
+    /// Pins a segment `by` times more, so that it is not freed.
+    fn pin(&self, segment: SegmentId, by: i32) {
+        if let Some(s) = self.state.borrow_mut().table.segments.get_mut(&segment) {
+            s.pins = s.pins.saturating_add_signed(by);
         }
     }
 
@@ -329,11 +527,11 @@ fn follows(before: &Live, block: &Live) -> bool {
 }
 
 /// How many of the blocks go into one append.
-fn batch(live: &[Live]) -> usize {
+fn batch(live: &[Live], most: usize) -> usize {
     let mut runs = 0;
     for (index, l) in live.iter().enumerate() {
         runs += usize::from(index == 0 || !follows(&live[index - 1], l));
-        if runs > MOVE_RUNS || index == MOVE_BLOCKS {
+        if runs > MOVE_RUNS || index == most {
             return index;
         }
     }

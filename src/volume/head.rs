@@ -35,7 +35,7 @@ use crate::segment::BlockAddr;
 use crate::segment::fetch::{FetchError, Finding, Source};
 use crate::segment::open::OpenSegment;
 use crate::segment::record::{CheckpointPlace, Entry};
-use crate::shard::disks::Disks;
+use crate::shard::disks::{Disks, Member};
 use crate::shard::{Authority, Scheme, ShardError, SlotClass};
 
 /// Largest parity of a pool.
@@ -238,7 +238,9 @@ pub(super) struct State {
     pub(super) lease: BTreeMap<DiskId, Instant>,
     pub(super) chains: BTreeMap<u64, Chain>,
     pub(super) stopped: Option<String>,
-    /// Takes no more requests; the last checkpoint is being made.
+    /// Takes no more requests; what was taken is still being written.
+    pub(super) draining: bool,
+    /// Nothing waits any more; the last checkpoint is being made.
     pub(super) releasing: bool,
     /// Since when writes wait for disks.
     pub(super) stalled_since: Option<Instant>,
@@ -277,7 +279,12 @@ pub struct Head {
     pub(super) capture: RefCell<super::checkpoint::Capture>,
     /// Pages that the next checkpoint rewrites, to empty their segments.
     pub(super) relocate: RefCell<super::index::Relocate>,
+    /// Segments to be moved, because a shard of them can be rebuilt nowhere.
+    pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     pub(super) dense: super::dense::Dense,
+    pub(super) space: super::space::Space,
+    /// Counts this head among those that share the disks.
+    _member: Member,
     /// Counters.
     pub stats: HeadStats,
     /// For tasks that must not keep the head alive.
@@ -299,6 +306,9 @@ pub enum HeadError {
     /// An append to a segment failed.
     #[error("an append failed")]
     Append,
+    /// The segment that was opened is too small for what was to be appended.
+    #[error("the append is larger than a segment")]
+    TooLarge,
     /// The metadata store failed.
     #[error(transparent)]
     Meta(#[from] MetaError),
@@ -433,6 +443,7 @@ pub(super) fn table_entry(segment: &OpenSegment) -> Segment {
         sealed: false,
         blocks: 0,
         missing: ((1 << width) - 1) & !((1 << segment.shards.len()) - 1),
+        damaged: 0,
         live: 0,
         recent: 0,
         pins: 0,
@@ -462,6 +473,7 @@ impl Head {
             volume: authority.volume,
             authority,
             env: context.env,
+            _member: context.disks.join(),
             disks: context.disks,
             store: context.store,
             config: context.config,
@@ -478,7 +490,9 @@ impl Head {
             swaps: super::swap::Swaps::default(),
             capture: RefCell::default(),
             relocate: RefCell::default(),
+            torn: RefCell::default(),
             dense: super::dense::Dense::default(),
+            space: super::space::Space::default(),
             stats: HeadStats::default(),
         })
     }
@@ -504,6 +518,7 @@ impl Head {
         };
         let flown = queue.into_iter().chain(flights).flat_map(|flight| flight.ops);
         pending.into_iter().chain(flown).for_each(|op| op.finish(Err(TargetError::Stopped)));
+        self.space.reserve.borrow_mut().take();
         self.wake.notify_waiters();
         self.applied.notify_waiters();
         self.wake.notify_one();
@@ -518,6 +533,11 @@ impl Head {
     pub fn is_serving(&self) -> bool {
         let state = self.state.borrow();
         state.stopped.is_none() && !state.releasing
+    }
+
+    /// Whether requests of clients are taken up: not while the head is released.
+    pub(super) fn takes_requests(&self) -> bool {
+        self.is_serving() && !self.state.borrow().draining
     }
 
     /// Why the head stopped; none while it serves.
@@ -599,6 +619,9 @@ impl Head {
                     .position(|m| m.disk == finding.disk && m.creation == finding.creation)
             {
                 segment.missing |= 1 << shard;
+                if finding.problem.is_of_content() {
+                    segment.damaged |= 1 << shard;
+                }
                 self.repair_wanted.notify_one();
             }
         }

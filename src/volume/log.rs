@@ -65,6 +65,8 @@ struct Writer {
     head: Rc<Head>,
     io: FuturesUnordered<Append>,
     closed: Vec<Closed>,
+    /// Class of the slots of the open segment.
+    class: SlotClass,
     /// Members of the open segment that failed.
     failed: u32,
     tick: Option<Pin<Box<tokio::time::Sleep>>>,
@@ -78,6 +80,7 @@ pub(super) async fn run(head: Rc<Head>) {
         head,
         io: FuturesUnordered::new(),
         closed: Vec::new(),
+        class: SlotClass::Client,
         failed: 0,
         tick: None,
         backoff: Duration::ZERO,
@@ -202,8 +205,7 @@ impl Writer {
                 self.closed.clear();
                 self.backoff = Duration::ZERO;
             }
-            let overlay = state.overlay.len();
-            if overlay >= head.config.overlay_extents_max / 2
+            if state.overlay.len() >= head.overlay_extents_max(&state) / 2
                 || state.log_blocks >= head.config.checkpoint_log_blocks
             {
                 head.checkpoint_wanted.notify_one();
@@ -246,7 +248,7 @@ impl Writer {
     async fn send_next(&mut self) -> bool {
         let (idle, full) = {
             let state = self.head.state.borrow();
-            let overlay_full = state.overlay.len() >= self.head.config.overlay_extents_max;
+            let overlay_full = state.overlay.len() >= self.head.overlay_extents_max(&state);
             let waits = state.queue.is_empty() && (state.pending.is_empty() || overlay_full);
             (waits, state.flights.len() >= FLIGHTS_MAX)
         };
@@ -259,7 +261,9 @@ impl Writer {
         if self.head.state.borrow().roll_log {
             return false;
         }
-        if log.next.get() + needed > log.shard_blocks {
+        // What does not fit an empty segment fits none: it is failed when its record is formed.
+        let fits_none = log.next.get() == 0 && self.head.state.borrow().queue.is_empty();
+        if log.next.get() + needed > log.shard_blocks && !fits_none {
             if !self.head.state.borrow().flights.is_empty() {
                 return false;
             }
@@ -286,6 +290,10 @@ impl Writer {
 
     /// Forms a record from what waits, as much as fits; gives it its LSN.
     fn form(&self, log: &OpenSegment) -> Option<Flight> {
+        if self.class > SlotClass::Client && self.head.is_full(&self.head.state.borrow()) {
+            // The segment lies in a reserve: it is not for clients.
+            self.refuse_clients();
+        }
         let mut state = self.head.state.borrow_mut();
         let room = (log.shard_blocks - log.next.get()) as usize - 1;
         let (mut entries, mut payload, mut crcs, mut ops) = (vec![], vec![], vec![], vec![]);
@@ -463,6 +471,7 @@ impl Writer {
         match head.open_log_segment(class).await {
             Ok(log) => {
                 tracing::debug!(volume = %head.volume, segment = %log.id, "log segment opened");
+                self.class = class;
                 let mut state = head.state.borrow_mut();
                 state.table.segments.insert(log.id, table_entry(&log));
                 let write_set = log.shards.iter().map(|shard| shard.disk).collect();
@@ -477,15 +486,10 @@ impl Writer {
             }
             Err(OpenError::NoSpace) => {
                 head.checkpoint_wanted.notify_one();
-                let failed = head.state.borrow_mut().fail_pending(SlotClass::Client);
-                if failed.is_empty() {
+                if !self.refuse_clients() {
                     head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
                     tokio::time::sleep(TICK).await;
                 }
-                for op in failed {
-                    op.finish(Err(TargetError::NoSpace));
-                }
-                head.applied.notify_waiters();
                 false
             }
             Err(error @ OpenError::TooFewDomains { .. }) => {
@@ -493,6 +497,17 @@ impl Writer {
                 false
             }
         }
+    }
+
+    /// Fails what waits of clients for want of space. Tells whether there was any.
+    fn refuse_clients(&self) -> bool {
+        let failed = self.head.state.borrow_mut().fail_pending(SlotClass::Client);
+        let any = !failed.is_empty();
+        for op in failed {
+            op.finish(Err(TargetError::NoSpace));
+        }
+        self.head.applied.notify_waiters();
+        any
     }
 
     async fn wait_for_disks(&self, why: &str) {
@@ -542,8 +557,25 @@ impl super::head::State {
         self.pending_bytes -= failed.iter().map(Op::bytes).sum::<usize>();
         for op in &failed {
             self.unpin(&op.entries);
+            self.forget_chained(&op.entries);
         }
         failed
+    }
+
+    /// What these entries were to write never will be: chains of their blocks begin anew.
+    fn forget_chained(&mut self, entries: &[Entry]) {
+        for entry in entries {
+            let (lba, blocks) = match *entry {
+                Entry::Write { lba, blocks } | Entry::Place { lba, blocks, .. } => {
+                    (lba, u64::from(blocks))
+                }
+                Entry::Zero { lba, blocks, .. } => (lba, blocks),
+                _ => continue,
+            };
+            for (_, chain) in self.chains.range_mut(lba..lba + blocks) {
+                chain.content = None;
+            }
+        }
     }
 
     /// Releases the pins of segments that entries refer to, once they are applied or given up.
@@ -679,6 +711,9 @@ impl Head {
                 let result = tokio::time::timeout(CONTROL_PATIENCE, delete).await;
                 let confirmed = matches!(result, Ok(Ok(()) | Err(ShardError::Gone)));
                 if let Some(head) = this.upgrade().filter(|_| confirmed) {
+                    if result == Ok(Ok(())) {
+                        head.disks.gave(shard.disk);
+                    }
                     head.state.borrow_mut().table.freed.remove(&(segment, shard));
                 }
             });
@@ -704,7 +739,7 @@ impl Head {
     /// Hands an operation to the log. Its future resolves when the record is durable.
     pub(super) fn enqueue(&self, op: Op) {
         let mut state = self.state.borrow_mut();
-        if state.stopped.is_some() || state.releasing {
+        if state.stopped.is_some() || state.draining || state.releasing {
             drop(state);
             op.finish(Err(TargetError::Stopped));
             return;

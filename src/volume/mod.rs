@@ -17,6 +17,7 @@ mod report;
 pub mod root;
 pub mod rules;
 pub mod segtab;
+mod space;
 mod swap;
 pub mod takeover;
 pub mod target;

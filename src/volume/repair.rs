@@ -106,7 +106,7 @@ impl Head {
         };
         // What is to leave a disk does not count again because it is whole there.
         let leaves = self.state.borrow().lost.contains(&segment.members[shard].disk);
-        if !leaves {
+        if !leaves && !segment.is_damaged(shard) {
             self.reseal(id, shard).await;
         }
         let whole = |s: &Segment| s.missing >> shard & 1 == 0;
@@ -132,7 +132,7 @@ impl Head {
             return built.map(|()| false);
         };
         let old = std::mem::replace(&mut entry.members[shard], new);
-        entry.missing &= !(1 << shard);
+        entry.note_whole(shard);
         state.table.freed.remove(&(id, new));
         if !old.disk.is_nil() {
             state.table.freed.insert((id, old));
@@ -174,7 +174,7 @@ impl Head {
                 && !state.lost.contains(&disk)
                 && (free || in_set())
         };
-        self.disks.choose(&self.env, 1, &taken, allowed).pop()
+        self.disks.choose(&self.env, SlotClass::Repair, 1, &taken, allowed).pop()
     }
 
     /// Where no other disk can take the shard but its own does work: lists the old shard as freed
@@ -204,7 +204,10 @@ impl Head {
         let remains = held.shards.iter().find(|info| info.spec.segment == segment.id);
         if let Some(info) = remains {
             // Whatever only this shard holds would be lost with it.
-            self.others_suffice(segment, shard).await?;
+            if let Err(error) = self.others_suffice(segment, shard).await {
+                self.move_elsewhere(segment.id);
+                return Err(error);
+            }
             let shard_there = ShardRef { disk: old.disk, creation: info.spec.creation };
             {
                 let mut state = self.state.borrow_mut();
@@ -216,6 +219,7 @@ impl Head {
                     return Ok(false);
                 }
                 entry.members[shard] = fresh;
+                entry.damaged &= !(1 << shard);
                 state.table.freed.insert((segment.id, shard_there));
             }
             self.checkpoint().await?;
@@ -242,10 +246,17 @@ impl Head {
         if let Some(entry) = state.table.segments.get_mut(&segment.id)
             && entry.members[shard] == old
         {
-            entry.missing &= !(1 << shard);
+            entry.note_whole(shard);
             add(&self.stats.rebuilt_shards, 1);
         }
         Ok(true)
+    }
+
+    /// Has garbage collection move what is live in a segment that lacks a shard for which there is
+    /// no other place, while some blocks lie on nothing but what is left of that shard.
+    fn move_elsewhere(&self, id: SegmentId) {
+        self.torn.borrow_mut().insert(id);
+        self.gc_wanted.notify_one();
     }
 
     /// Reads everything that a shard is to hold from the others.
@@ -297,7 +308,7 @@ impl Head {
             HeadError::Append
         };
         let patience = CONTROL_PATIENCE;
-        let create = target.client.create(self.authority, spec, SlotClass::Gc);
+        let create = target.client.create(self.authority, spec, SlotClass::Repair);
         let created = tokio::time::timeout(patience, create).await;
         created.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
         let mut at = 0;
@@ -343,7 +354,8 @@ impl Head {
         Ok(frame(salt, &header, &payload))
     }
 
-    /// The header of the record at block `at`, from any shard but the one to be rebuilt.
+    /// The header of the record at block `at`: from the shard to be rebuilt only where no other
+    /// holds it whole.
     pub(super) async fn any_header(
         &self,
         source: &Source,
@@ -353,8 +365,8 @@ impl Head {
     ) -> Result<Header, HeadError> {
         let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).expect("small");
         let mut error = FetchError::Gone(segment.id);
-        let mut order: Vec<usize> = (0..segment.members.len()).filter(|&i| i != not).collect();
-        order.sort_by_key(|i| segment.missing >> i & 1);
+        let mut order: Vec<usize> = (0..segment.members.len()).collect();
+        order.sort_by_key(|&i| (i == not, segment.missing >> i & 1));
         for other in order {
             for count in [most.min(segment.blocks - at), 1] {
                 match source.read_one(&self.disks, other, at, count).await {
@@ -437,8 +449,9 @@ impl Head {
         if let Some(entry) = state.table.segments.get_mut(&id)
             && entry.members.get(index) == segment.members.get(index)
             && entry.blocks == blocks
+            && !entry.is_damaged(index)
         {
-            entry.missing &= !(1 << index);
+            entry.note_whole(index);
         }
     }
 
@@ -473,10 +486,11 @@ impl Head {
             match known {
                 Some((segment, index)) => {
                     let whole = segment.sealed
+                        && !segment.is_damaged(index)
                         && info.state == crate::shard::ShardState::Sealed
                         && info.blocks == segment.blocks;
                     if whole {
-                        segment.missing &= !(1 << index);
+                        segment.note_whole(index);
                     } else if segment.sealed {
                         segment.missing |= 1 << index;
                         if info.state == crate::shard::ShardState::Closed {

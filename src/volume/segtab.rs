@@ -49,6 +49,9 @@ pub struct Segment {
     pub blocks: u32,
     /// Bit `i`: shard `i` is not on its disk, or not whole; repair builds it anew.
     pub missing: u32,
+    /// Bit `i`, of those missing: shard `i` is on its disk, but some of its content is bad; that
+    /// its disk holds it at the right length makes it no better.
+    pub damaged: u32,
     /// References from the index.
     pub live: u32,
     /// Blocks that overlays refer to.
@@ -58,6 +61,17 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// Notes that shard `index` is there and whole.
+    pub fn note_whole(&mut self, index: usize) {
+        self.missing &= !(1 << index);
+        self.damaged &= !(1 << index);
+    }
+
+    /// Whether the content of shard `index` was found bad.
+    pub fn is_damaged(&self, index: usize) -> bool {
+        self.damaged >> index & 1 == 1
+    }
+
     /// Shards that are there.
     pub fn present(&self) -> usize {
         self.scheme.width() - self.missing.count_ones() as usize
@@ -139,7 +153,8 @@ struct RawSegment {
     blocks: U32,
     missing: U32,
     live: U32,
-    reserved: U32,
+    /// Zero where a version wrote it that did not know of damaged shards.
+    damaged: U32,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -211,7 +226,7 @@ impl Snapshot {
                 blocks: s.blocks.into(),
                 missing: s.missing.into(),
                 live: s.live.into(),
-                reserved: U32::ZERO,
+                damaged: s.damaged.into(),
             };
             out.extend_from_slice(raw.as_bytes());
             for member in &s.members {
@@ -341,6 +356,7 @@ fn read_segment(rest: &mut &[u8], disks: &[DiskId]) -> Result<Segment, SnapshotE
         sealed: raw.sealed != 0,
         blocks: raw.blocks.get(),
         missing: raw.missing.get(),
+        damaged: raw.damaged.get() & raw.missing.get(),
         live: raw.live.get(),
         recent: 0,
         pins: 0,
@@ -396,6 +412,9 @@ impl SegmentTable {
             if s.id != *id || s.members.len() != s.scheme.width() || s.blocks > s.shard_blocks {
                 return Err(format!("segment {id} is malformed: {s:?}"));
             }
+            if s.damaged & !s.missing != 0 {
+                return Err(format!("segment {id} has a damaged shard that counts: {s:?}"));
+            }
             let mut disks: Vec<DiskId> =
                 s.members.iter().map(|m| m.disk).filter(|disk| !disk.is_nil()).collect();
             let count = disks.len();
@@ -445,6 +464,7 @@ mod tests {
                 sealed: id % 2 == 0,
                 blocks: 100,
                 missing: 2,
+                damaged: 2,
                 live: 17,
                 recent: 0,
                 pins: 0,

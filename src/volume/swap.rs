@@ -173,6 +173,7 @@ impl Head {
         let mut listed = swapped.await?;
         listed.retain(|shard| self.state.borrow().table.freed.contains(shard));
         self.delete_freed(&listed).await;
+        self.published();
         self.gc_wanted.notify_one();
         if self.swaps.deferred.take() {
             self.checkpoint_wanted.notify_one();
@@ -184,7 +185,7 @@ impl Head {
     /// yet, and neither overlay nor log have grown since. It is made when the root does.
     pub(super) fn defers_checkpoint(&self) -> bool {
         let state = self.state.borrow();
-        let grown = state.overlay.len() >= self.config.overlay_extents_max / 2
+        let grown = state.overlay.len() >= self.overlay_extents_max(&state) / 2
             || state.log_blocks >= self.config.checkpoint_log_blocks;
         let waits = state.checkpoint != state.root.checkpoint && !grown;
         if waits {

@@ -308,6 +308,7 @@ async fn recover(
         chains: BTreeMap::new(),
         stopped: None,
         stalled_since: None,
+        draining: false,
         releasing: false,
     };
     let head = Head::new(context, authority, state);
@@ -517,6 +518,7 @@ impl Head {
             entry.sealed = true;
             entry.blocks = settled.blocks;
             entry.missing = settled.missing;
+            entry.damaged &= settled.missing;
         }
     }
 
@@ -600,11 +602,13 @@ impl Head {
     }
 
     /// Stops serving in order: everything acknowledged is in a checkpoint, nothing is open, and
-    /// the next head need not wait for the lease.
+    /// the next head need not wait for the lease. Requests that come meanwhile are refused, so that
+    /// the end of those under way comes whatever the load.
     ///
     /// # Errors
     /// [`HeadError`]: the volume is intact all the same and the next head recovers it.
     pub async fn release(self: &Rc<Self>) -> Result<(), HeadError> {
+        self.state.borrow_mut().draining = true;
         loop {
             let applied = self.applied.notified();
             let idle = {

@@ -14,6 +14,7 @@ use super::dense::Payload;
 use super::head::{Chain, Head, HeadError, Op, add};
 use super::index::{lookup, push};
 use super::overlay::{Extent, Overlay, Target};
+use super::space::TRIES;
 use crate::buffer::{AlignedBuf, is_aligned};
 use crate::export::{BlockTarget, LocalFuture, MapExtent, TargetError};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
@@ -46,13 +47,14 @@ impl From<HeadError> for TargetError {
 
 impl Head {
     /// What `lba .. lba + len` maps to, in acknowledged state: extents in order, without gaps.
+    /// Pages that were freed meanwhile are looked up again in the newest index.
     pub(super) async fn resolve(&self, lba: u64, len: u64) -> Result<Vec<Extent>, HeadError> {
         self.look_again(async || self.resolve_once(lba, len).await).await
     }
 
     /// Runs `read` again, a bounded number of times, when pages or blocks were moved away from
     /// under it: it looks up where they lie now.
-    async fn look_again<T>(
+    pub(super) async fn look_again<T>(
         &self,
         read: impl AsyncFn() -> Result<T, HeadError>,
     ) -> Result<T, HeadError> {
@@ -138,7 +140,7 @@ impl Head {
         if len == 0 || end > self.size_bytes() {
             return Err(TargetError::OutOfRange);
         }
-        if self.is_serving() { Ok(()) } else { Err(TargetError::Stopped) }
+        if self.takes_requests() { Ok(()) } else { Err(TargetError::Stopped) }
     }
 
     async fn read_bytes(&self, offset: u64, len: usize) -> Result<Vec<Bytes>, TargetError> {
@@ -219,8 +221,15 @@ impl Head {
     /// Overwrites `from .. from + patch.len()` of one block.
     async fn write_part(&self, lba: u64, from: usize, patch: &[u8]) -> Result<(), TargetError> {
         self.admit().await?;
+        self.admit_write().await?;
         self.state.borrow_mut().chains.entry(lba).or_default().users += 1;
         let _user = ChainUser { head: self, lba };
+        for _ in 1..TRIES {
+            match self.write_part_chained(lba, from, patch).await {
+                Err(TargetError::NoSpace) => self.reclaim().await?,
+                other => return other,
+            }
+        }
         self.write_part_chained(lba, from, patch).await
     }
 
@@ -263,7 +272,7 @@ impl Head {
             entries: vec![],
             payload: vec![],
             crcs: vec![],
-            class: SlotClass::Trim,
+            class: SlotClass::Client,
             generation: 0,
             done: None,
         };
@@ -302,13 +311,12 @@ impl Head {
 
     /// Blocks of a shard that one append may take where slots are tiny.
     fn dense_blocks_max(&self) -> usize {
-        let state = self.state.borrow();
-        let smallest = state.table.segments.values().map(|s| s.shard_blocks).min().unwrap_or(16);
-        (smallest as usize / 4).max(1)
+        (self.disks.slot_blocks_min() as usize / 4).max(1)
     }
 
     async fn write_large(self: &Rc<Self>, lba: u64, data: Bytes) -> Result<(), TargetError> {
         self.admit().await?;
+        self.admit_write().await?;
         let blocks = u32::try_from(data.len() / BLOCK_SIZE).expect("bounded by its caller");
         let crcs = raw_crcs(&data).collect();
         let payload =
@@ -316,8 +324,11 @@ impl Head {
         let written = self.write_dense(payload, SlotClass::Client).await;
         let (placed, mut entries, announced) = match written {
             Ok(written) => written,
-            // Without enough domains for a stripe, the log still takes the write.
-            Err(HeadError::Open(OpenError::TooFewDomains { .. } | OpenError::NoSpace)) => {
+            // Without enough domains or room for a stripe, the log still takes the write.
+            Err(
+                HeadError::TooLarge
+                | HeadError::Open(OpenError::TooFewDomains { .. } | OpenError::NoSpace),
+            ) => {
                 return self.write_to_log(lba, &data).await;
             }
             Err(error) => return Err(error.into()),
@@ -328,8 +339,11 @@ impl Head {
         self.pin_entries(&entries, usize::from(self.pool.scheme.data));
         // The chains see the content here, where the order of the write is decided.
         self.update_chains(&[Entry::Write { lba, blocks }], std::slice::from_ref(&data));
-        wait(self.submit(entries, vec![], vec![], SlotClass::Client)).await?;
-        announced.set(true);
+        match wait(self.submit(entries, vec![], vec![], SlotClass::Client)).await {
+            Ok(()) => announced.set(true),
+            Err(TargetError::NoSpace) => return self.write_to_log(lba, &data).await,
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 
@@ -354,11 +368,21 @@ impl Head {
     }
 
     async fn write_op(&self, lba: u64, data: Bytes) -> Result<(), TargetError> {
-        self.admit().await?;
         let blocks = u32::try_from(data.len() / BLOCK_SIZE).expect("bounded by its caller");
-        let crcs = raw_crcs(&data).collect();
+        let crcs: Vec<u32> = raw_crcs(&data).collect();
         let entry = Entry::Write { lba, blocks };
-        wait(self.submit(vec![entry], vec![data], crcs, SlotClass::Client)).await
+        let mut tries = 0;
+        loop {
+            self.admit().await?;
+            self.admit_write().await?;
+            tries += 1;
+            let (entry, data) = (vec![entry], vec![data.clone()]);
+            match wait(self.submit(entry, data, crcs.clone(), SlotClass::Client)).await {
+                // It was not done, so it may be tried again once there is room.
+                Err(TargetError::NoSpace) if tries < TRIES => self.reclaim().await?,
+                other => return other,
+            }
+        }
     }
 
     async fn write_bytes(self: &Rc<Self>, offset: u64, data: Bytes) -> Result<(), TargetError> {
@@ -424,8 +448,20 @@ impl Head {
                 return Ok(());
             }
         }
+        // Zeroes that count as allocated take index pages for good, a trim gives some back.
+        let class = if unmap { SlotClass::Trim } else { SlotClass::Client };
         let entry = Entry::Zero { lba, blocks, allocated: !unmap };
-        wait(self.submit(vec![entry], vec![], vec![], SlotClass::Trim)).await
+        let mut tries = 0;
+        loop {
+            if !unmap {
+                self.admit_write().await?;
+            }
+            tries += 1;
+            match wait(self.submit(vec![entry], vec![], vec![], class)).await {
+                Err(TargetError::NoSpace) if tries < TRIES => self.reclaim().await?,
+                other => return other,
+            }
+        }
     }
 
     pub(super) fn nothing_queued(&self) -> bool {

@@ -26,6 +26,8 @@ fn config() -> WorldConfig {
         slot_bytes: 128 << 10,
         volume_bytes: 1 << 20,
         overcommitted: false,
+        log_disks: 4,
+        min_size: 1,
         latency: Duration::from_micros(50)..Duration::from_millis(2),
         head: HeadConfig { overlay_extents_max: 32, ..HeadConfig::default() },
     }

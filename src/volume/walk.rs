@@ -271,6 +271,7 @@ impl Head {
             sealed: false,
             blocks: 0,
             missing: 0,
+            damaged: 0,
             live: 0,
             recent: 0,
             pins: 0,
@@ -351,6 +352,7 @@ impl Head {
                                 sealed: false,
                                 blocks: 0,
                                 missing: 0,
+                                damaged: 0,
                                 live: 0,
                                 recent: 0,
                                 pins: 0,
@@ -435,7 +437,8 @@ pub(super) async fn settle(
         let whole = match info(member) {
             None => false,
             Some(info) if info.state == ShardState::Sealed => {
-                info.blocks == blocks || bug(Bug::StaleShardAccepted)
+                (info.blocks == blocks && !segment.is_damaged(index))
+                    || bug(Bug::StaleShardAccepted)
             }
             Some(_) => seal_closed(disks, authority, segment, index, blocks, None).await,
         };

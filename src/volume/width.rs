@@ -23,6 +23,7 @@ use super::segtab::ShardRef;
 use crate::id::DiskId;
 use crate::planted::{Bug, bug};
 use crate::segment::open::OpenError;
+use crate::shard::SlotClass;
 
 /// Pause between two looks while something is not as it should be.
 const LOOK: Duration = Duration::from_millis(100);
@@ -169,7 +170,7 @@ impl Head {
         let spare: Vec<Member> = if room == 0 {
             Vec::new()
         } else {
-            let chosen = self.disks.choose(&self.env, room, &kept, fresh);
+            let chosen = self.disks.choose(&self.env, SlotClass::Client, room, &kept, fresh);
             let domain = |disk| self.disks.domain(disk);
             let member = |disk| Some(Member { disk, domain: domain(disk)? });
             chosen.iter().filter_map(|target| member(target.disk)).collect()

@@ -1,0 +1,257 @@
+//! Space: what a head does while free slots run short.
+//!
+//! Which slots there are for whom, and why there is always room for what frees space, is in
+//! [`crate::shard::reserve`]. Here is the head's part in it. With `h` the *headroom*, the number of
+//! log segments that clients can surely still open:
+//!
+//! - from [`slow_from`] down, writes of clients are delayed, by more the less there is; a checkpoint
+//!   and garbage collection are asked for with each segment that is opened; an overlay counts as
+//!   full at this volume's share of what the checkpoints' reserve can hold; sparse meta segments
+//!   are rewritten by every checkpoint;
+//! - at zero, a write waits until a *round* has ended in vain that began after it came: a
+//!   checkpoint, and a pass of garbage collection that found nothing to gain. Then it fails with
+//!   "no space". Trims, zeroes and moves wait for nothing here: the log takes them from the
+//!   reserve of their class.
+//!
+//! Nothing waits here that has a place in the queue of the log, so that no write holds up what
+//! would make room for it.
+
+use std::cell::{Cell, RefCell};
+use std::time::Duration;
+
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::time::Instant;
+
+use super::head::{Head, State};
+use crate::export::TargetError;
+use crate::id::{BLOCK_BYTES, Lsn, SegmentId};
+
+/// Longest delay of a write of a client for want of space.
+const DELAY_MAX: Duration = Duration::from_millis(20);
+/// How often a write that waits for space looks whether there is some.
+const POLL: Duration = Duration::from_millis(100);
+/// Headroom from which on writes are delayed, at least.
+const SLOW_FROM_MIN: u32 = 8;
+/// The same, percent of a disk's slots.
+const SLOW_FROM_PERCENT: u32 = 2;
+/// Extents that an overlay may always have.
+const EXTENTS_MIN: usize = 8;
+/// How often a write that was refused space is tried again while there seems to be some.
+pub(super) const TRIES: usize = 8;
+
+/// What a head remembers of space.
+#[derive(Default)]
+pub(super) struct Space {
+    /// Rounds that ended.
+    rounds: Cell<u64>,
+    ended: Notify,
+    /// Where the log stood, and the version of the disks' fill, when a round last ended in vain.
+    vain: Cell<Option<(Lsn, u64)>>,
+    /// Headroom and where delays begin, as of a version of the disks' fill.
+    known: Cell<Option<(u64, u32, u32)>>,
+    /// The version of the disks' fill at which a checkpoint was last asked for.
+    asked: Cell<u64>,
+    /// Meta segments that the checkpoint under way has opened.
+    pub(super) opened: RefCell<Vec<SegmentId>>,
+    /// Held while a checkpoint uses the checkpoints' reserve, until the root names it and what it
+    /// freed is deleted.
+    pub(super) reserve: RefCell<Option<OwnedSemaphorePermit>>,
+}
+
+/// Headroom from which on writes are delayed, where a domain has so many slots.
+const fn slow_from(slots: u32) -> u32 {
+    let part = slots / 100 * SLOW_FROM_PERCENT;
+    if part > SLOW_FROM_MIN { part } else { SLOW_FROM_MIN }
+}
+
+/// How long a write waits: nothing at `slow_from`, and quadratically more towards zero.
+fn delay(headroom: u32, slow_from: u32) -> Duration {
+    let lack = f64::from(slow_from.saturating_sub(headroom)) / f64::from(slow_from);
+    DELAY_MAX.mul_f64(lack * lack)
+}
+
+impl Head {
+    /// Log segments that clients can surely still open, and from how many on there is no hurry.
+    /// While too few domains are up, space is not what is wanting.
+    fn headroom(&self, state: &State) -> (u32, u32) {
+        let version = self.disks.version();
+        let known = match self.space.known.get() {
+            Some((at, headroom, slow)) if at == version => (headroom, slow),
+            _ => {
+                let width = self.pool.log_scheme().width();
+                let set = &state.root.set;
+                let allowed = |disk| set.domain_of(disk).is_some();
+                let (headroom, slow) = match self.disks.headroom(width, allowed) {
+                    Some((headroom, slots)) => (headroom, slow_from(slots)),
+                    None => (u32::MAX, 0),
+                };
+                self.space.known.set(Some((version, headroom, slow)));
+                (headroom, slow)
+            }
+        };
+        if self.table_is_large(state) { (0, known.1.max(1)) } else { known }
+    }
+
+    /// Whether the table of segments might soon not fit into one segment.
+    fn table_is_large(&self, state: &State) -> bool {
+        let per_segment = 40 + 12 * self.pool.scheme.width();
+        let bytes = state.table.segments.len() * per_segment + state.table.freed.len() * 20;
+        bytes as u64 > u64::from(self.disks.slot_blocks_min()) * BLOCK_BYTES / 4 * 3
+    }
+
+    /// Whether clients may open no further segment.
+    pub(super) fn is_full(&self, state: &State) -> bool {
+        self.headroom(state).0 == 0
+    }
+
+    /// Whether free slots run short.
+    pub(super) fn is_tight(&self, state: &State) -> bool {
+        let (headroom, slow) = self.headroom(state);
+        headroom < slow
+    }
+
+    /// Extents at which the overlay is full: while space is short, no more than change the index
+    /// pages that this volume's share of the checkpoints' reserve holds.
+    pub(super) fn overlay_extents_max(&self, state: &State) -> usize {
+        let most = self.config.overlay_extents_max;
+        if !self.is_tight(state) {
+            return most;
+        }
+        let height = u64::from(state.tree.height);
+        let leaves = state.size.div_ceil(512 * BLOCK_BYTES);
+        let share = self.disks.checkpoint_pages() / u64::from(self.disks.heads());
+        if leaves + leaves / 511 + height <= share {
+            return most;
+        }
+        // An extent meets two leaves at most, or more that are full of it and so need log space.
+        let extents = usize::try_from(share / (2 * height)).unwrap_or(most);
+        extents.clamp(EXTENTS_MIN.min(most), most)
+    }
+
+    /// Lets a write of a client wait while space runs short.
+    ///
+    /// # Errors
+    /// [`TargetError::NoSpace`] when there is none and none can be gained.
+    pub(super) async fn admit_write(&self) -> Result<(), TargetError> {
+        let (headroom, slow) = self.headroom(&self.state.borrow());
+        if headroom >= slow {
+            return Ok(());
+        }
+        if headroom == 0 {
+            return self.reclaim().await;
+        }
+        if self.space.asked.replace(self.disks.version()) != self.disks.version() {
+            self.checkpoint_wanted.notify_one();
+        }
+        tokio::time::sleep(delay(headroom, slow)).await;
+        Ok(())
+    }
+
+    /// Waits until there is space for clients.
+    ///
+    /// # Errors
+    /// [`TargetError::NoSpace`] when a round ended in vain, or none ended in time.
+    pub(super) async fn reclaim(&self) -> Result<(), TargetError> {
+        if self.space.vain.get() == Some(self.progress()) {
+            return Err(TargetError::NoSpace);
+        }
+        let since = Instant::now();
+        let from = self.space.rounds.get();
+        let mut asked = None;
+        loop {
+            let ended = self.space.ended.notified();
+            if !self.takes_requests() {
+                return Err(TargetError::Stopped);
+            }
+            if !self.is_full(&self.state.borrow()) {
+                return Ok(());
+            }
+            // The first round that ends may have begun before this write came.
+            if self.space.rounds.get() >= from + 2 || since.elapsed() >= self.config.io_timeout {
+                return Err(TargetError::NoSpace);
+            }
+            if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
+                self.checkpoint_wanted.notify_one();
+            }
+            // Whichever comes first; either is a reason to look again.
+            drop(tokio::time::timeout(POLL, ended).await);
+        }
+    }
+
+    fn progress(&self) -> (Lsn, u64) {
+        (self.state.borrow().acked, self.disks.version())
+    }
+
+    /// A pass of garbage collection found nothing to gain.
+    pub(super) fn round_ended(&self) {
+        let full = self.is_full(&self.state.borrow());
+        self.space.vain.set(full.then(|| self.progress()));
+        self.space.rounds.set(self.space.rounds.get() + 1);
+        self.space.ended.notify_waiters();
+    }
+
+    /// Gets the permit to use the checkpoints' reserve, for the checkpoint under way.
+    pub(super) async fn take_checkpoint_reserve(&self) {
+        if self.space.reserve.borrow().is_none() {
+            let permit = self.disks.checkpoint_reserve().await;
+            *self.space.reserve.borrow_mut() = permit;
+        }
+    }
+
+    /// A checkpoint begins. Tells the number of the newest durable one.
+    pub(super) fn begin_checkpoint(&self) -> u64 {
+        self.space.opened.borrow_mut().clear();
+        self.state.borrow().checkpoint_place().sequence
+    }
+
+    /// A checkpoint ended. If it failed, the segments that it opened and that nothing refers to are
+    /// given back.
+    pub(super) fn end_checkpoint(&self, before: u64) {
+        let opened = std::mem::take(&mut *self.space.opened.borrow_mut());
+        if self.state.borrow().checkpoint_place().sequence != before {
+            return;
+        }
+        let mut unused = Vec::new();
+        {
+            let mut state = self.state.borrow_mut();
+            for id in opened {
+                let referred = state.table.segments.get(&id).is_none_or(|s| s.live > 0);
+                if referred {
+                    continue;
+                }
+                state.meta.take_if(|meta| meta.id == id);
+                if let Some(segment) = state.table.segments.remove(&id) {
+                    unused.extend(segment.members.into_iter().map(|member| (id, member)));
+                }
+            }
+        }
+        self.discard(unused);
+        self.space.reserve.borrow_mut().take();
+    }
+
+    /// The root names a checkpoint, and what that freed is deleted: if none is newer, the
+    /// checkpoints' reserve is as it was.
+    pub(super) fn published(&self) {
+        let newest = {
+            let state = self.state.borrow();
+            state.checkpoint == state.root.checkpoint
+        };
+        if newest && self.checkpoint_lock.try_lock().is_ok() {
+            self.space.reserve.borrow_mut().take();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_slow_smoothly() {
+        let slow = slow_from(64);
+        let delays: Vec<Duration> = (0..=slow).map(|headroom| delay(headroom, slow)).collect();
+        assert_eq!((delays[0], delays[slow as usize]), (DELAY_MAX, Duration::ZERO));
+        assert!(delays.is_sorted_by(|a, b| a > b), "{delays:?}");
+        assert_eq!(delay(u32::MAX, slow), Duration::ZERO);
+    }
+}
