@@ -400,6 +400,14 @@ mod tests {
     }
 
     #[test]
+    fn the_example_of_the_readme_is_read() {
+        let readme = include_str!("../README.md");
+        let example = readme.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+        let config = parse(example).unwrap();
+        assert!(config.nbd.tls.is_some_and(|tls| tls.required && tls.client_ca.is_some()));
+    }
+
+    #[test]
     fn errors_name_the_place() {
         let error = |text| parse(text).unwrap_err();
         expect![

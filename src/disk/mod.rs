@@ -51,6 +51,7 @@ pub use inspect::{
 };
 pub use open::{
     DiskFormatError, DiskOpenError, FormatOptions, SuperblockInfo, newer_copy, probe_superblock,
+    trial_write,
 };
 pub use stats::{DiskStats, OperationStats, SlotCounts};
 

@@ -109,6 +109,16 @@ pub async fn probe_superblock(device: &dyn BlockDevice) -> Result<SuperblockInfo
     Ok(SuperblockInfo { disk, cluster, geometry })
 }
 
+/// Writes one superblock anew, as it is: whether the device can still be written to. Whoever has
+/// the disk open may ask.
+///
+/// # Errors
+/// [`DiskOpenError`] of reading the superblock; [`DiskOpenError::Device`] if it cannot be written.
+pub async fn trial_write(device: &dyn BlockDevice) -> Result<(), DiskOpenError> {
+    let (superblock, _) = read_superblock(device).await?;
+    Ok(write_superblocks(device, &superblock, [false, true]).await?)
+}
+
 pub(super) type CopyFault = Result<PageFault, DeviceError>;
 
 pub(super) async fn read_copy(

@@ -81,6 +81,13 @@ pub struct DiskStats {
     pub repaired_pages: Cell<u64>,
 }
 
+impl DiskStats {
+    /// Writes of all kinds that failed.
+    pub fn failed_writes(&self) -> u64 {
+        self.appends.errors.get() + self.table_writes.errors.get()
+    }
+}
+
 /// How many slots are in which state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SlotCounts {

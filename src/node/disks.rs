@@ -5,7 +5,9 @@
 //! another disk, shorter than they were, not formatted.
 //!
 //! A disk that fails is taken out of the registry at once; heads are told to rebuild what was on
-//! it after [`LOST_AFTER`]. A disk that comes back is opened anew and offered to every head.
+//! it after [`LOST_AFTER`]. A disk that comes back is opened anew and offered to every head, but not
+//! before it has proven that it can be written to; one that keeps failing comes back ever later, so
+//! that what was on it is rebuilt meanwhile.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -18,7 +20,9 @@ use super::opener::{Detachable, OpenFailure, open_patiently};
 use super::{Node, NodeError};
 use crate::admin::types::DiskState as Shown;
 use crate::disk::device::BlockDevice;
-use crate::disk::{Disk, DiskOpenError, FormatOptions, Geometry, SuperblockInfo, probe_superblock};
+use crate::disk::{
+    Disk, DiskOpenError, FormatOptions, Geometry, SuperblockInfo, probe_superblock, trial_write,
+};
 use crate::id::DiskId;
 use crate::meta::record::{DiskRecord, DiskState};
 use crate::shard::local::LocalClient;
@@ -26,7 +30,11 @@ use crate::shard::reserve;
 
 /// How long a failed disk may be away before what was on it is rebuilt elsewhere.
 pub(super) const LOST_AFTER: Duration = Duration::from_secs(2);
-/// How long a disk may take to tell its superblock.
+/// A disk that fails sooner than this after it came up counts as one that keeps failing.
+const STEADY_AFTER: Duration = Duration::from_secs(30);
+/// Longest time until a disk that keeps failing is tried again.
+const RETRY_MAX: Duration = Duration::from_mins(1);
+/// How long a disk may take to tell its superblock, or to write it.
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A disk of the node, open or not.
@@ -43,6 +51,10 @@ pub(super) struct DiskSlot {
     down_since: Cell<Instant>,
     pub(super) up_since: Cell<Instant>,
     told_lost: Cell<bool>,
+    /// How often in a row it failed soon after it came up.
+    short_lives: Cell<u32>,
+    /// Failed writes that were looked into.
+    failed_writes: Cell<u64>,
 }
 
 impl DiskSlot {
@@ -60,6 +72,16 @@ impl DiskSlot {
             down_since: Cell::new(now),
             up_since: Cell::new(now),
             told_lost: Cell::new(false),
+            short_lives: Cell::new(0),
+            failed_writes: Cell::new(0),
+        }
+    }
+
+    /// How long it stays down at least, by how often it has failed.
+    fn retry_after(&self) -> Duration {
+        match self.short_lives.get() {
+            0 | 1 => Duration::ZERO,
+            lives => (LOST_AFTER * 2_u32.saturating_pow(lives.min(10) - 1)).min(RETRY_MAX),
         }
     }
 
@@ -242,6 +264,15 @@ impl Node {
         Ok(())
     }
 
+    /// Whether a device can be written to; the error is a sentence.
+    async fn try_to_write(&self, device: &dyn BlockDevice) -> Result<(), String> {
+        match timeout(PROBE_PATIENCE, trial_write(device)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("it cannot be written to: {error}")),
+            Err(_) => Err("it cannot be written to: the device does not answer".into()),
+        }
+    }
+
     /// Formats a device as a new disk of this cluster.
     pub(super) async fn format(
         &self,
@@ -333,6 +364,7 @@ impl Node {
         slot.reason.borrow_mut().take();
         slot.up_since.set(Instant::now());
         slot.told_lost.set(false);
+        slot.failed_writes.set(0);
         let domain = slot.record.borrow().domain;
         self.registry.add(client, domain, info);
         tracing::info!(disk = %slot.id, path = slot.path(), domain, "disk online");
@@ -368,6 +400,7 @@ impl Node {
         if probe.cluster != self.identity.cluster {
             return refused(Shown::Failed, "the disk belongs to another cluster now");
         }
+        self.try_to_write(&*device).await.map_err(|reason| (Shown::Failed, reason))?;
         self.bring_up(slot, device).await
     }
 
@@ -378,6 +411,8 @@ impl Node {
         let disk = slot.last_disk();
         slot.down(state, reason);
         slot.down_since.set(Instant::now());
+        let short = slot.up_since.get().elapsed() < STEADY_AFTER && state == Shown::Failed;
+        slot.short_lives.set(if short { slot.short_lives.get() + 1 } else { 0 });
         let device = slot.device.borrow_mut().take();
         let (Some(disk), Some(device)) = (disk, device) else { return };
         slot.busy.set(true);
@@ -434,6 +469,9 @@ impl Node {
         if slot.record.borrow().state == DiskState::Offline || slot.busy.get() {
             return;
         }
+        if slot.down_since.get().elapsed() < slot.retry_after() {
+            return;
+        }
         match self.reopen(slot).await {
             Ok(()) => {}
             Err((state, reason)) => slot.down(state, &reason),
@@ -452,7 +490,14 @@ impl Node {
         }
         let device = slot.device.borrow().clone()?;
         match self.probe(&*device).await {
-            Ok(probe) if probe.disk == slot.id => None,
+            Ok(probe) if probe.disk == slot.id => {
+                // A failed write is looked into once.
+                let failed = disk.stats().failed_writes();
+                if slot.failed_writes.replace(failed) == failed {
+                    return None;
+                }
+                self.try_to_write(&*device).await.err()
+            }
             Ok(probe) => Some(format!("it says to be disk {} now", probe.disk)),
             Err(error) => Some(format!("its superblock cannot be read any more: {error}")),
         }

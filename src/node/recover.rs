@@ -33,7 +33,10 @@ use crate::volume::rules::{self, LogSet, Member};
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
     /// No disk was given, or none can be read.
-    #[error("no disk of a cluster was found")]
+    #[error(
+        "no disk of a cluster was found: name one at least (`disks` in the configuration); it \
+         knows where the others were"
+    )]
     NoDisks,
     /// Disks of two clusters.
     #[error("disk {disk} belongs to cluster {found}, others to {expected}: leave it out")]

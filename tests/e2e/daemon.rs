@@ -105,6 +105,19 @@ fn a_configured_node_serves_and_knows_its_disks_again() {
     let node = Node::start_configured(&config, "p/v");
     run("qemu-io", &["-f", "raw", &node.uri, "-c", "read -P 5 1000 3M"]);
     assert_eq!(node.json(&["status"])["disks"]["online"], 3);
+    let disk = node.disk(1).display().to_string();
+    node.stop();
+
+    // The store is lost: one disk that is listed knows the others.
+    std::fs::remove_file(dir.path().join("data/meta.redb")).expect("the store was there");
+    let text = config.to_str().expect("UTF-8");
+    assert!(refused(&["recover", "--config", text]).contains("name one at least"));
+    let config = configure(dir.path(), "", &format!("disks = [\"{disk}\"]"));
+    assert!(refused(&["--config", text]).contains("`sdsd recover` rebuilds"));
+    run(env!("CARGO_BIN_EXE_sdsd"), &["recover", "--config", text]);
+    let node = Node::start_configured(&config, "p/v");
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "read -P 5 1000 3M"]);
+    node.wait_json("healthy", &["status"], |status| status["health"] == "ok");
     node.stop();
 }
 

@@ -111,7 +111,7 @@ fn a_disk_that_vanishes_and_returns_is_used_again() {
     node.stop();
 }
 
-/// A disk that answers every request with EIO while a file is there.
+/// A disk that answers requests with EIO while a file is there.
 struct Frail {
     /// Its path.
     path: PathBuf,
@@ -123,14 +123,15 @@ struct Frail {
 
 impl Frail {
     /// A disk of 256 MiB, by nbdkit's error filter under FUSE; where that cannot be mounted, a file.
-    fn new(dir: &Path) -> Self {
+    /// `rate` says which requests fail, as the filter has it.
+    fn new(dir: &Path, rate: &str) -> Self {
         let (mount, switch) = (dir.join("frail"), dir.join("fail"));
         std::fs::create_dir(&mount).expect("a directory");
         let path = mount.join("disk");
         let mut frail = Self { path, switch, mount, server: None };
         let flag = format!("error-file={}", frail.switch.display());
         let nbdkit = ["--command", "nbdkit", "-s", "--exit-with-parent", "memory", "256M"];
-        let errors = ["--filter=error", "error=EIO", "error-rate=100%", &flag];
+        let errors = ["--filter=error", "error=EIO", rate, &flag];
         let mut command = Command::new("nbdfuse");
         command.arg(&frail.path).args(nbdkit).args(errors);
         command.stdout(Stdio::null()).stderr(Stdio::null());
@@ -181,18 +182,13 @@ impl Drop for Frail {
     }
 }
 
-#[test]
-fn a_disk_that_answers_with_errors_is_left_and_taken_back() {
-    let dir = directory();
-    let frail = Frail::new(dir.path());
-    if frail.server.is_none() {
-        println!("no FUSE here: the disk is cut instead of answering with EIO");
-    }
-    let config = dir.path().join("sdsd.toml");
+/// A node of a frail disk and five others, with a volume `p/v` of 128 MiB.
+fn node_with(dir: &Path, frail: &Frail, scheme: &[&str]) -> Node {
+    let config = dir.join("sdsd.toml");
     let text = format!(
         "data_dir = \"{}\"\n[nbd]\naddresses = [\"127.0.0.1:0\"]\n[admin]\n\
          address = \"127.0.0.1:0\"\n",
-        dir.path().join("data").display()
+        dir.join("data").display()
     );
     std::fs::write(&config, text).expect("a configuration");
     let node = Node::start_configured(&config, "p/v");
@@ -201,8 +197,57 @@ fn a_disk_that_answers_with_errors_is_left_and_taken_back() {
         let path = node.disk(index).display().to_string();
         node.ctl(&["disk", "add", &path, "--size", "512M"]);
     }
-    node.ctl(&["pool", "create", "p", "--ec", "4+2"]);
+    node.ctl(&[&["pool", "create", "p"][..], scheme].concat());
     node.ctl(&["volume", "create", "p/v", "--size", "128M"]);
+    node
+}
+
+#[test]
+fn a_disk_that_can_only_be_read_is_left_and_its_data_rebuilt() {
+    let dir = directory();
+    let frail = Frail::new(dir.path(), "error-pwrite-rate=100%");
+    if frail.server.is_none() {
+        println!("no FUSE here: left out, the kernel has no other disk that fails like this");
+        return;
+    }
+    let node = node_with(dir.path(), &frail, &["--replicas", "3"]);
+    let qemu_io = |command: &str| {
+        let text = run("qemu-io", &["-f", "raw", &node.uri, "-c", command]);
+        assert!(!text.contains("failed"), "{command}: {text}");
+    };
+    // Enough segments that some lie on every disk.
+    for at in 0..16 {
+        qemu_io(&format!("write -P {} {}M 4M", at + 1, at * 4));
+    }
+    frail.fail();
+    for at in 16..32 {
+        qemu_io(&format!("write -P {} {}M 4M", at + 1, at * 4));
+    }
+    online(&node, 5);
+    pause(4);
+    node.wait_json("rebuilt elsewhere while it cannot be written", &["volume", "ls"], |volumes| {
+        volumes[0]["redundancy"]["state"] == "full"
+    });
+    let status = node.ctl(&["status"]);
+    assert!(status.contains("it cannot be written to"), "{status}");
+    assert_eq!(node.json(&["status"])["disks"]["online"], 5, "it does not come back as it is");
+    assert!(frail.heal());
+    online(&node, 6);
+    node.wait_json("healthy", &["status"], |status| status["volumes"]["reduced"] == 0);
+    for at in 0..32 {
+        qemu_io(&format!("read -P {} {}M 4M", at + 1, at * 4));
+    }
+    node.stop();
+}
+
+#[test]
+fn a_disk_that_answers_with_errors_is_left_and_taken_back() {
+    let dir = directory();
+    let frail = Frail::new(dir.path(), "error-rate=100%");
+    if frail.server.is_none() {
+        println!("no FUSE here: the disk is cut instead of answering with EIO");
+    }
+    let node = node_with(dir.path(), &frail, &["--ec", "4+2"]);
     let uri = format!("--uri={}", node.uri);
     let job = ["--name=v", "--ioengine=nbd", &uri, "--size=96M", "--bsrange=4k-256k"];
     let verify =
