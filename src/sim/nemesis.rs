@@ -330,7 +330,8 @@ pub(super) async fn heal(context: &Context) {
     if context.env.chance(1, 6) {
         context.long.borrow_mut().clear();
     }
-    let faulty: Vec<usize> = (&*context.faulty.borrow() - &*context.long.borrow()).into_iter().collect();
+    let faulty: Vec<usize> =
+        (&*context.faulty.borrow() - &*context.long.borrow()).into_iter().collect();
     for &index in &faulty {
         let device = context.world.devices.borrow()[index].clone();
         device.heal();

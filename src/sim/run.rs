@@ -123,11 +123,16 @@ fn world_config(env: &Env, fill: bool, narrow: bool) -> WorldConfig {
         io_timeout: Duration::from_mins(1),
         large_write_blocks: 2 + pick(16),
         pending_bytes_max: 256 << 10,
-        shrink_after: if narrow { Duration::from_millis(50 + env.random_below(500)) } else { NEVER },
+        shrink_after: if narrow {
+            Duration::from_millis(50 + env.random_below(500))
+        } else {
+            NEVER
+        },
         replace_after: Duration::from_millis(100 + env.random_below(3000)),
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
     };
-    let disks = scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });
+    let disks =
+        scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });
     let overcommitted = env.chance(1, 8) && fill;
     let slot_bytes = if overcommitted { 64 << 10 } else { slot_bytes };
     let disk_bytes = slot_bytes * (48 + env.random_below(40)) + (2 << 20);

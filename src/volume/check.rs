@@ -22,7 +22,9 @@ impl Head {
         let set = &state.root.set;
         for (id, write_set) in &state.open_sets {
             if !rules::write_set_ok(set, write_set) {
-                return Err(format!("log segment {id} on {write_set:?} would be missed by {set:?}"));
+                return Err(format!(
+                    "log segment {id} on {write_set:?} would be missed by {set:?}"
+                ));
             }
         }
         let uncovered = |id: &SegmentId| !state.is_covered(*id);

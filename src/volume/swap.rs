@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::head::{Head, HeadError, State};
 use super::root::Root;
 use super::rules::{self, LogSet};
-use crate::id::DiskId;
+use crate::id::{DiskId, SegmentId};
 use crate::limits::SEGMENT_RANGE;
 use crate::meta::{Condition, MetaError, MetaStore, Txn, TxnOutcome, schema};
 use crate::planted::{Bug, bug};
@@ -135,9 +135,13 @@ impl Head {
         Ok(Some(set))
     }
 
-    /// The next root, and the revision that it replaces. A set that differs is wanted from here on:
+    /// The next root, the revision that it replaces, and where replay begins from its checkpoint. A
+    /// set that differs is wanted from here on:
     /// together with what [`State::pairs`] says this is the capture.
-    fn next_root(&self, change: impl FnOnce(&mut Root)) -> Result<(Root, u64), HeadError> {
+    fn next_root(
+        &self,
+        change: impl FnOnce(&mut Root),
+    ) -> Result<(Root, u64, SegmentId), HeadError> {
         let mut state = self.state.borrow_mut();
         let known_in_force = state.pending_root.is_none() && state.root_in_force;
         let base = state.pending_root.as_ref().unwrap_or(&state.root);
@@ -154,7 +158,8 @@ impl Head {
         }
         if new.set != base.set {
             let open = state.unsealed_sets();
-            if !rules::may_swap_set(&base.set, &new.set, &open) && !bug(Bug::WidthIgnoresOpenSegments)
+            if !rules::may_swap_set(&base.set, &new.set, &open)
+                && !bug(Bug::WidthIgnoresOpenSegments)
             {
                 return Err(HeadError::Set("a log segment would be missed"));
             }
@@ -163,12 +168,12 @@ impl Head {
             }
             state.wanted = Some(new.set.clone());
         }
-        Ok((new, state.root_revision))
+        Ok((new, state.root_revision, state.checkpoint_log))
     }
 
     /// Swaps the root once; what is swapped in is pending until it is in force.
     async fn swap_once(&self, change: impl FnOnce(&mut Root)) -> Result<(), HeadError> {
-        let (new, revision) = self.next_root(change)?;
+        let (new, revision, log) = self.next_root(change)?;
         let swapped = swap(&*self.store, &new, revision).await;
         let mut state = self.state.borrow_mut();
         // Known not to have been made, or bound by the pending root from now on.
@@ -181,7 +186,7 @@ impl Head {
             }
             Swapped::Ours(revision) => {
                 state.root_revision = revision;
-                state.pending_log = state.checkpoint_log;
+                state.pending_log = log;
                 state.pending_root = Some(new);
                 Ok(())
             }
@@ -208,10 +213,11 @@ impl Head {
                 .flatten();
             if let Some(set) = narrower {
                 tracing::warn!(volume = %self.volume, ?set, "a root that is not in force is followed by a narrower one");
-                match self.swap_once(|root| root.set = set).await {
-                    Err(error @ HeadError::Stopped(_)) => return Err(error),
-                    // The one that is pending may still come into force.
-                    Err(_) | Ok(()) => {}
+                // If it is not made, the one that is pending may still come into force.
+                if let Err(error @ HeadError::Stopped(_)) =
+                    self.swap_once(|root| root.set = set).await
+                {
+                    return Err(error);
                 }
             }
             tokio::time::sleep(RETRY).await;

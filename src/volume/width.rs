@@ -74,7 +74,7 @@ pub(super) async fn run_renew(head: Rc<Head>) {
         let wanted = std::pin::pin!(head.width_wanted.notified());
         let told = futures_util::future::select(changed, wanted);
         if all_well {
-            drop(told.await);
+            told.await;
         } else {
             // Nobody tells when a disk has been away for long, or is trusted again.
             drop(tokio::time::timeout(LOOK.max(head.config.replace_after / 4), told).await);
@@ -150,8 +150,12 @@ impl Head {
         let old = &state.root.set;
         let healthy = self.healthy();
         let long = self.config.replace_after;
-        let mut lost: BTreeSet<DiskId> =
-            state.away.iter().filter(|(_, at)| at.elapsed() >= long).map(|(disk, _)| *disk).collect();
+        let mut lost: BTreeSet<DiskId> = state
+            .away
+            .iter()
+            .filter(|(_, at)| at.elapsed() >= long)
+            .map(|(disk, _)| *disk)
+            .collect();
         lost.extend(&state.lost);
         let parity = self.pool.scheme.parity;
         let most = rules::log_domains(parity).min(self.config.log_domains_max);
@@ -245,8 +249,7 @@ impl Head {
         let sets = state.pairs();
         sets.iter().any(|set| set.domain_of(disk).is_some())
             || state.table.segments.values().any(|s| {
-                s.members.iter().any(|member| member.disk == disk)
-                    && self.is_needed(&state, s.id)
+                s.members.iter().any(|member| member.disk == disk) && self.is_needed(&state, s.id)
             })
     }
 
