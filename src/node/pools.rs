@@ -260,11 +260,11 @@ impl Node {
         }
         {
             let _lock = self.changes.lock().await;
-            self.check_removable(id).await?;
+            self.check_removable(id)?;
         }
         self.empty_disk(&slot).await?;
         let _lock = self.changes.lock().await;
-        self.check_removable(id).await?;
+        self.check_removable(id)?;
         self.set_disk_state(id, DiskState::Removed).await?;
         self.removed.borrow_mut().insert(id);
         if slot.is_online() {
@@ -314,7 +314,7 @@ impl Node {
 
     /// Refuses to remove a disk while a volume is not served, or would lose data with it: its head
     /// alone knows what needs the disk.
-    async fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
+    fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
         let slots: Vec<_> = self.volumes.borrow().values().cloned().collect();
         for slot in slots {
             let name = slot.name();

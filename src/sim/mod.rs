@@ -7,4 +7,6 @@ mod nemesis;
 pub mod oracle;
 mod rivals;
 pub mod run;
+#[cfg(test)]
+mod width_tests;
 pub mod world;

@@ -447,13 +447,14 @@ impl Head {
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.
     pub(super) async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
         // Until it is listed as sealed, a log segment keeps the copies it was written to.
-        let state = self.state.borrow();
-        let kept = |id: SegmentId| {
+        let freed: Vec<_> = {
+            let state = self.state.borrow();
             let log = |s: &Segment| s.kind == SegmentKind::Log;
-            !state.is_covered(id) && state.table.segments.get(&id).is_some_and(log)
+            let kept = |id: &SegmentId| {
+                !state.is_covered(*id) && state.table.segments.get(id).is_some_and(log)
+            };
+            freed.iter().copied().filter(|(id, _)| !kept(id)).collect()
         };
-        let freed: Vec<_> = freed.iter().copied().filter(|(id, _)| !kept(*id)).collect();
-        drop(state);
         let deletes = freed.into_iter().filter_map(|(segment, shard)| {
             let client = self.disks.client(shard.disk)?;
             Some(async move {

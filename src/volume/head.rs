@@ -407,13 +407,11 @@ impl State {
     /// The pairs that new write sets and lease probes must satisfy.
     pub(super) fn pairs(&self) -> Vec<&LogSet> {
         let wanted = self.wanted.as_ref();
-        match &self.pending_root {
-            Some(root) => rules::pairs_in_use(&root.set, &root.former, false, wanted),
-            None => {
-                let Root { set, former, .. } = &self.root;
-                rules::pairs_in_use(set, former, self.root_in_force, wanted)
-            }
+        if let Some(root) = &self.pending_root {
+            return rules::pairs_in_use(&root.set, &root.former, false, wanted);
         }
+        let Root { set, former, .. } = &self.root;
+        rules::pairs_in_use(set, former, self.root_in_force, wanted)
     }
 
     /// Whether the root in force lists a log segment as sealed, with all that it holds.
@@ -660,6 +658,16 @@ impl Head {
             }
         }
         Ok(())
+    }
+
+    /// Asks the disks anew for the right to serve reads, even where it is held.
+    ///
+    /// # Errors
+    /// The head has stopped.
+    #[cfg(test)]
+    pub(crate) async fn renew_lease(&self) -> Result<(), TargetError> {
+        self.state.borrow_mut().lease.clear();
+        self.ensure_lease().await
     }
 
     /// Asks all disks of the sets in use, until enough have answered.

@@ -515,10 +515,12 @@ impl Writer {
         let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
         head.note_starved();
         if since.elapsed() >= head.config.io_timeout {
+            let error = TargetError::Io(why.to_owned());
             let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
             for op in failed {
-                op.finish(Err(TargetError::Io(why.to_owned())));
+                op.finish(Err(error.clone()));
             }
+            head.state.borrow_mut().answer_queued(&error);
             head.applied.notify_waiters();
         }
         // Whichever comes first; both only mean to try again.
@@ -574,6 +576,17 @@ impl super::head::State {
             };
             for (_, chain) in self.chains.range_mut(lba..lba + blocks) {
                 chain.content = None;
+            }
+        }
+    }
+
+    /// Answers the operations of records that have an LSN and wait to be written elsewhere. They
+    /// are written all the same once that can be, so their outcome is in doubt until then.
+    fn answer_queued(&mut self, error: &TargetError) {
+        for op in self.queue.iter_mut().flat_map(|flight| &mut flight.ops) {
+            if let Some(done) = op.done.take() {
+                // Whoever asked may have gone.
+                drop(done.send(Err(error.clone())));
             }
         }
     }

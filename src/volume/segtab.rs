@@ -451,7 +451,7 @@ mod tests {
     fn sample(ids: &[u64]) -> Snapshot {
         let mut table = SegmentTable::default();
         for &id in ids {
-            let members = (0..6u8)
+            let members = (1..7u8)
                 .map(|i| ShardRef { disk: DiskId::from_bytes([i; 16]), creation: id + 77 })
                 .collect();
             let segment = Segment {

@@ -292,7 +292,8 @@ impl Head {
         Ok(listed)
     }
 
-    /// The next root, the revision that it replaces, and where replay begins from its checkpoint. A set that differs is wanted from here on:
+    /// The next root, the revision that it replaces, and where replay begins from its checkpoint. A
+    /// set that differs is wanted from here on:
     /// together with what [`State::pairs`] says this is the capture.
     fn next_root(
         &self,
@@ -369,10 +370,11 @@ impl Head {
                 .flatten();
             if let Some(set) = narrower {
                 tracing::warn!(volume = %self.volume, ?set, "a root that is not in force is followed by a narrower one");
-                match self.swap_once(|root| root.set = set).await {
-                    Err(error @ HeadError::Stopped(_)) => return Err(error),
-                    // The one that is pending may still come into force.
-                    Err(_) | Ok(()) => {}
+                // If it is not made, the one that is pending may still come into force.
+                if let Err(error @ HeadError::Stopped(_)) =
+                    self.swap_once(|root| root.set = set).await
+                {
+                    return Err(error);
                 }
             }
             tokio::time::sleep(RETRY).await;

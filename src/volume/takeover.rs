@@ -268,8 +268,35 @@ async fn recover(
         let height = height_for(size.div_ceil(BLOCK_BYTES));
         (Snapshot { volume: authority.volume, height, ..Snapshot::default() }, None)
     };
+    let (epoch, log) = (snapshot.epoch, snapshot.log.unwrap_or_default());
+    let state = state_of(root, revision, size, snapshot, checkpoint.clone());
+    let head = Head::new(context, authority, state);
+    head.discard_now(void).await;
+    let Some(checkpoint) = checkpoint else {
+        head.adopt_orphans(listing);
+        return Ok(head);
+    };
+    head.finish_deletions(&checkpoint).await?;
+    head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
+    let replay = head.replay(listing, &fenced, epoch, log).await?;
+    let lengths = &replay.lengths;
+    head.settle_kind(listing, SegmentKind::Data, &checkpoint, lengths).await;
+    head.settle_kind(listing, SegmentKind::Log, &checkpoint, lengths).await;
+    head.adopt_orphans(listing);
+    head.repair_tail(lengths.keys().copied().collect()).await;
+    Ok(head)
+}
+
+/// The state of a head that found this checkpoint.
+fn state_of(
+    root: Root,
+    revision: u64,
+    size: u64,
+    snapshot: Snapshot,
+    checkpoint: Option<CheckpointRef>,
+) -> State {
     let next_segment = root.range.0;
-    let state = State {
+    State {
         size,
         tree: Tree { root: snapshot.root, height: snapshot.height.max(1) },
         generation: 1,
@@ -310,23 +337,7 @@ async fn recover(
         stalled_since: None,
         draining: false,
         releasing: false,
-    };
-    let head = Head::new(context, authority, state);
-    head.discard_now(void).await;
-    let Some(checkpoint) = checkpoint else {
-        head.adopt_orphans(listing);
-        return Ok(head);
-    };
-    head.finish_deletions(&checkpoint).await?;
-    head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
-    let log = snapshot.log.unwrap_or_default();
-    let replay = head.replay(listing, &fenced, snapshot.epoch, log).await?;
-    let lengths = &replay.lengths;
-    head.settle_kind(listing, SegmentKind::Data, &checkpoint, lengths).await;
-    head.settle_kind(listing, SegmentKind::Log, &checkpoint, lengths).await;
-    head.adopt_orphans(listing);
-    head.repair_tail(lengths.keys().copied().collect()).await;
-    Ok(head)
+    }
 }
 
 /// Takes out of a listing the shards of epochs between the checkpoint's and this one: heads that

@@ -75,7 +75,7 @@ pub(super) async fn run_renew(head: Rc<Head>) {
         let wanted = std::pin::pin!(head.width_wanted.notified());
         let told = futures_util::future::select(changed, wanted);
         if all_well {
-            drop(told.await);
+            told.await;
         } else {
             // Nobody tells when a disk has been away for long, or is trusted again.
             drop(tokio::time::timeout(LOOK.max(head.config.replace_after / 4), told).await);

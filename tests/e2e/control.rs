@@ -61,6 +61,29 @@ fn an_operators_day() {
 }
 
 #[test]
+fn a_disk_with_data_is_emptied_before_it_is_removed() {
+    let dir = directory();
+    let node = Node::start(dir.path(), &SMALL);
+    let write = ["-c", "write -P 7 0 48M", "-c", "write -P 8 50M 4k"];
+    run("qemu-io", &[&["-f", "raw", node.uri.as_str()][..], &write].concat());
+    let first = node.disk_id(0);
+    // Stripes of 4+2 lie on all six disks: nobody else can take its shards.
+    let (ok, text) = node.ctl_raw(&["disk", "rm", &first, "--yes"]);
+    assert!(!ok && text.contains("add one first"), "{text}");
+    let disk = node.json(&["disk", "show", &first]);
+    assert_eq!(disk["state"], "draining", "{disk}");
+    let extra = dir.path().join("extra.img").display().to_string();
+    node.ctl(&["disk", "add", &extra, "--size", "512M"]);
+    node.wait_json("removed", &["status"], |_| node.ctl_raw(&["disk", "rm", &first, "--yes"]).0);
+    assert_eq!(node.json(&["status"])["disks"]["total"], 6);
+    node.wait_json("redundant", &["status"], |status| status["health"] == "ok");
+    let read = ["-c", "read -P 7 0 48M", "-c", "read -P 8 50M 4k"];
+    let args = [&["-f", "raw", node.uri.as_str()][..], &read].concat();
+    assert!(!run("qemu-io", &args).contains("failed"));
+    node.stop();
+}
+
+#[test]
 fn contradictions_are_refused() {
     let dir = directory();
     let node = Node::start(dir.path(), &SMALL);
