@@ -182,6 +182,12 @@ impl Disks {
         free.into_iter().rev().nth(width - 1)
     }
 
+    /// The disks that have no slot left for a class, as far as is known.
+    pub fn full_for(&self, class: SlotClass) -> Vec<DiskId> {
+        let disks = self.known.borrow();
+        disks.values().filter(|e| e.free_for(class) == 0).map(|e| e.info.id).collect()
+    }
+
     /// Index pages that one checkpoint may write with the reserves of the disks.
     pub fn checkpoint_pages(&self) -> u64 {
         let disks = self.known.borrow();

@@ -36,6 +36,7 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         if context.world.config.overcommitted
             && let Err(why) = fill_up(context, &running).await
         {
+            note_slots(context);
             context.fail(format!("full disks: {why}"));
         }
         if context.failure.borrow().is_none()
@@ -50,13 +51,17 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         }
     };
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
-        let free: Vec<_> = (0..context.world.config.disks)
-            .map(|index| context.world.disk(index).map(|disk| disk.slot_counts()))
-            .collect();
-        context.note(&format!("slots: {free:?}"));
+        note_slots(context);
         context.fail("the end does not come: something waits for ever".into());
     }
     context.world.stop_devices(false);
+}
+
+fn note_slots(context: &Context) {
+    let slots: Vec<_> = (0..context.world.config.disks)
+        .map(|index| context.world.disk(index).map(|disk| disk.slot_counts()))
+        .collect();
+    context.note(&format!("slots: {slots:?}"));
 }
 
 async fn read_all(context: &Context, running: &Running) -> Result<(), String> {

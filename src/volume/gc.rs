@@ -70,6 +70,7 @@ pub(super) async fn run(head: Rc<Head>) {
             }
             Err(error) => {
                 tracing::debug!(volume = %head.volume, %error, "garbage collection paused");
+                head.trace_space();
                 // What was looked up in an index that is not the newest any more is looked up
                 // again after the checkpoint that made it so.
                 if !matches!(error, HeadError::Append) {
@@ -190,6 +191,8 @@ impl Head {
             return Vec::new();
         }
         let newest = state.next_segment;
+        let short = self.disks.full_for(SlotClass::Client);
+        let on_short = |s: &Segment| short.iter().filter(|disk| s.lies_on(**disk)).count() as u64;
         let mut scored: Vec<(u64, &Segment)> = sealed
             .into_iter()
             .filter(|s| self.is_worth_moving(s) || torn(s))
@@ -202,7 +205,8 @@ impl Head {
                 let score =
                     (capacity - live) * 1000 / (capacity + live) * u64::from(age.ilog2().max(1));
                 let first = coded && s.kind == SegmentKind::Log;
-                (score + if first { 2000u64 } else { 0 } + if torn(s) { 10_000 } else { 0 }, s)
+                let score = score + if first { 2000u64 } else { 0 } + 1000 * on_short(s);
+                (score + if torn(s) { 100_000 } else { 0 }, s)
             })
             .collect();
         scored.sort_by_key(|(score, s)| (std::cmp::Reverse(*score), s.id));
@@ -229,8 +233,11 @@ impl Head {
 
     /// How many of the victims, from the first on, free the most slots beyond those that what is
     /// live in them will fill, with at most `segments_max` new segments; and how many it takes.
+    /// On a disk that is short of slots a pass frees as many as it may take there, so that the
+    /// reserve of garbage collection is not used up on one disk for the good of others.
     fn best_pass(&self, victims: &[Segment], open: u32, segments_max: usize) -> (usize, usize) {
         let each = usable(self.disks.slot_blocks_min()).max(1);
+        let short = self.disks.full_for(SlotClass::Client);
         let mut best = (0, 0);
         let (mut gain, mut frees) = (0, 0);
         for (index, victim) in victims.iter().enumerate() {
@@ -238,7 +245,11 @@ impl Head {
             let lacking = self.moved_blocks(&victims[..=index]).saturating_sub(usable(open));
             let segments = lacking.div_ceil(each) as usize;
             let here = frees.saturating_sub(segments * self.pool.scheme.width());
-            if here > gain && segments <= segments_max {
+            let gives_back = short.iter().all(|disk| {
+                let on_disk = victims[..=index].iter().filter(|v| v.lies_on(*disk));
+                on_disk.count() >= segments
+            });
+            if here > gain && segments <= segments_max && (segments == 0 || gives_back) {
                 gain = here;
                 best = (index + 1, segments);
             }

@@ -72,6 +72,11 @@ impl Segment {
         self.damaged >> index & 1 == 1
     }
 
+    /// Whether one of its shards lies on this disk.
+    pub fn lies_on(&self, disk: DiskId) -> bool {
+        self.members.iter().any(|member| member.disk == disk)
+    }
+
     /// Shards that are there.
     pub fn present(&self) -> usize {
         self.scheme.width() - self.missing.count_ones() as usize

@@ -587,7 +587,7 @@ impl Head {
     }
 
     /// What takes the space, for the log.
-    fn trace_space(&self) {
+    pub(super) fn trace_space(&self) {
         let state = self.state.borrow();
         let count = |kind: SegmentKind| {
             let of_kind = || state.table.segments.values().filter(move |s| s.kind == kind);
