@@ -182,10 +182,12 @@ impl Disks {
         free.into_iter().rev().nth(width - 1)
     }
 
-    /// The disks that have no slot left for a class, as far as is known.
-    pub fn full_for(&self, class: SlotClass) -> Vec<DiskId> {
+    /// The disks that have no slot left for a class, as far as is known, and how many each has for
+    /// garbage collection.
+    pub fn full_for(&self, class: SlotClass) -> Vec<(DiskId, u32)> {
         let disks = self.known.borrow();
-        disks.values().filter(|e| e.free_for(class) == 0).map(|e| e.info.id).collect()
+        let full = disks.values().filter(|e| e.free_for(class) == 0);
+        full.map(|e| (e.info.id, e.free_for(SlotClass::Gc))).collect()
     }
 
     /// Index pages that one checkpoint may write with the reserves of the disks.

@@ -20,7 +20,7 @@ use super::overlay::Target;
 use super::segtab::Segment;
 use crate::buffer::AlignedBuf;
 use crate::export::TargetError;
-use crate::id::{BLOCK_SIZE, SegmentId};
+use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
 use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
 use crate::segment::checksum::raw_crcs;
@@ -192,7 +192,8 @@ impl Head {
         }
         let newest = state.next_segment;
         let short = self.disks.full_for(SlotClass::Client);
-        let on_short = |s: &Segment| short.iter().filter(|disk| s.lies_on(**disk)).count() as u64;
+        let on_short =
+            |s: &Segment| short.iter().filter(|(disk, _)| s.lies_on(*disk)).count() as u64;
         let mut scored: Vec<(u64, &Segment)> = sealed
             .into_iter()
             .filter(|s| self.is_worth_moving(s) || torn(s))
@@ -233,11 +234,16 @@ impl Head {
 
     /// How many of the victims, from the first on, free the most slots beyond those that what is
     /// live in them will fill, with at most `segments_max` new segments; and how many it takes.
-    /// On a disk that is short of slots a pass frees as many as it may take there, so that the
-    /// reserve of garbage collection is not used up on one disk for the good of others.
-    fn best_pass(&self, victims: &[Segment], open: u32, segments_max: usize) -> (usize, usize) {
+    /// On a disk of `short` a pass frees all but so many of the slots that it may take there, so
+    /// that the reserve of garbage collection is not used up on one disk for the good of others.
+    fn best_pass(
+        &self,
+        victims: &[Segment],
+        open: u32,
+        short: &[(DiskId, u32)],
+        segments_max: usize,
+    ) -> (usize, usize) {
         let each = usable(self.disks.slot_blocks_min()).max(1);
-        let short = self.disks.full_for(SlotClass::Client);
         let mut best = (0, 0);
         let (mut gain, mut frees) = (0, 0);
         for (index, victim) in victims.iter().enumerate() {
@@ -245,9 +251,9 @@ impl Head {
             let lacking = self.moved_blocks(&victims[..=index]).saturating_sub(usable(open));
             let segments = lacking.div_ceil(each) as usize;
             let here = frees.saturating_sub(segments * self.pool.scheme.width());
-            let gives_back = short.iter().all(|disk| {
-                let on_disk = victims[..=index].iter().filter(|v| v.lies_on(*disk));
-                on_disk.count() >= segments
+            let gives_back = short.iter().all(|&(disk, slack)| {
+                let on_disk = victims[..=index].iter().filter(|v| v.lies_on(disk));
+                on_disk.count() + slack as usize >= segments
             });
             if here > gain && segments <= segments_max && (segments == 0 || gives_back) {
                 gain = here;
@@ -261,12 +267,17 @@ impl Head {
     /// victims for which there is no room, or that free nothing.
     async fn obtain(self: &Rc<Self>, mut victims: Vec<Segment>) -> Result<Vec<Segment>, HeadError> {
         let open = self.gc_room();
-        let (count, segments) = self.best_pass(&victims, open, usize::MAX);
+        let mut short = self.disks.full_for(SlotClass::Client);
+        // One slot of the reserve stays for a pass that gives back all it takes.
+        for (_, slack) in &mut short {
+            *slack = slack.saturating_sub(1);
+        }
+        let (count, segments) = self.best_pass(&victims, open, &short, usize::MAX);
         if count == 0 {
             return Ok(Vec::new());
         }
         let obtained = self.obtain_dense(segments).await?;
-        let (count, _) = self.best_pass(&victims, open, obtained);
+        let (count, _) = self.best_pass(&victims, open, &short, obtained);
         if count == 0 {
             return Err(HeadError::Open(OpenError::NoSpace));
         }
