@@ -715,7 +715,8 @@ impl Head {
     /// Deletes shards that this head created and that nothing durable ever named: no checkpoint
     /// is needed for it. They are listed as freed until the disk confirms.
     pub(super) fn discard(&self, shards: Vec<(SegmentId, ShardRef)>) {
-        for (segment, shard) in shards {
+        // A nil disk stands for a shard that was never created.
+        for (segment, shard) in shards.into_iter().filter(|(_, shard)| !shard.disk.is_nil()) {
             self.state.borrow_mut().table.freed.insert((segment, shard));
             let Some(client) = self.disks.client(shard.disk) else { continue };
             let (authority, this) = (self.authority, self.this.clone());
