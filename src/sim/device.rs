@@ -66,12 +66,27 @@ pub struct FaultCounts {
     pub durability_dropped: u64,
     /// Operations that were held by a hang.
     pub hung_operations: u64,
+    /// Writes begun while another one to the same place was under way: what is left of them is
+    /// anybody's guess. Not a fault but a mistake of whoever writes.
+    pub overlapping_writes: u64,
     /// Power cuts.
     pub power_cuts: u64,
     /// Crashes of the process.
     pub crashes: u64,
     /// Times the device vanished.
     pub vanished: u64,
+}
+
+/// What becomes of the writes in flight when a process or the power ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InFlight {
+    /// Each for itself is completed, torn or lost.
+    #[default]
+    Random,
+    /// All are completed, though nobody hears of it.
+    Completed,
+    /// All are lost.
+    Lost,
 }
 
 type Page = Box<[u8; BLOCK_SIZE]>;
@@ -92,6 +107,20 @@ struct Operation {
     outcome: Outcome,
 }
 
+impl Operation {
+    /// The bytes that it writes.
+    fn range(&self) -> Option<Range<u64>> {
+        match &self.work {
+            Work::Write { offset, data, .. } => Some(range_of(*offset, data)),
+            _ => None,
+        }
+    }
+}
+
+fn range_of(offset: u64, data: &[Bytes]) -> Range<u64> {
+    offset..offset + data.iter().map(Bytes::len).sum::<usize>() as u64
+}
+
 struct Inner {
     size: u64,
     generation: u64,
@@ -109,6 +138,10 @@ struct Inner {
     latent_errors: BTreeSet<u64>,
     misdirect: Option<u64>,
     lose_writes: u64,
+    /// Every write from this offset on takes so much longer.
+    lag: Option<(u64, Duration)>,
+    /// What becomes of writes in flight at the next end of a process.
+    in_flight: InFlight,
     /// The next write from this offset on takes so much longer.
     stuck_write: Option<(u64, Duration)>,
     counts: FaultCounts,
@@ -149,6 +182,8 @@ impl SimDevice {
             latent_errors: BTreeSet::new(),
             misdirect: None,
             lose_writes: 0,
+            lag: None,
+            in_flight: InFlight::Random,
             stuck_write: None,
             counts: FaultCounts::default(),
         };
@@ -242,6 +277,17 @@ impl SimDevice {
         self.with(|inner, _| inner.stuck_write = Some((from, time)));
     }
 
+    /// Writes at `from` or beyond take `time` longer until told otherwise.
+    pub fn set_lag(&self, lag: Option<(u64, Duration)>) {
+        self.with(|inner, _| inner.lag = lag);
+    }
+
+    /// What becomes of writes in flight at the next crash or power cut, instead of something at
+    /// random.
+    pub fn end_with(&self, in_flight: InFlight) {
+        self.with(|inner, _| inner.in_flight = in_flight);
+    }
+
     /// Operations that start from now on take `factor` times as long; 1 is normal.
     pub fn set_slow(&self, factor: u32) {
         self.with(|inner, _| inner.slow = factor.max(1));
@@ -282,7 +328,7 @@ impl SimDevice {
             inner.counts.vanished += 1;
             inner.away = true;
             let outcomes: Vec<_> = inner.operations.values().map(|o| o.outcome.clone()).collect();
-            for images in inner.end_operations(env).into_iter().rev() {
+            for images in inner.end_operations(env, InFlight::Random).into_iter().rev() {
                 inner.restore_volatile(images);
             }
             for outcome in outcomes {
@@ -353,6 +399,12 @@ impl SimDevice {
         if inner.away || inner.generation != self.generation {
             return Box::pin(std::future::ready(Err(DeviceError::Gone)));
         }
+        if let Work::Write { offset, data, .. } = &work {
+            let written = inner.operations.values().filter_map(Operation::range);
+            let range = range_of(*offset, data);
+            let overlaps = written.filter(|r| r.start < range.end && range.start < r.end).count();
+            inner.counts.overlapping_writes += overlaps as u64;
+        }
         let id = inner.operations_started;
         inner.operations_started += 1;
         let outcome = Outcome::default();
@@ -363,7 +415,11 @@ impl SimDevice {
             }
             _ => Duration::ZERO,
         };
-        let due = (!inner.hung).then(|| Instant::now() + latency * inner.slow + stuck);
+        let lag = match (&work, inner.lag) {
+            (Work::Write { offset, .. }, Some((from, time))) if *offset >= from => time,
+            _ => Duration::ZERO,
+        };
+        let due = (!inner.hung).then(|| Instant::now() + latency * inner.slow + stuck + lag);
         match due {
             Some(at) => drop(inner.due.insert((at, id))),
             None => inner.counts.hung_operations += 1,
@@ -428,7 +484,8 @@ impl Inner {
                 Ok(Some(buf))
             }
             Work::Write { offset, data, durable } => {
-                let len = data.iter().map(Bytes::len).sum::<usize>() as u64;
+                let Range { start, end } = range_of(offset, &data);
+                let len = end - start;
                 self.check_range("write", offset, len)?;
                 if touches(&self.write_errors, offset, len) {
                     self.counts.write_errors += 1;
@@ -538,10 +595,11 @@ impl Inner {
     /// the flushes under way, oldest first.
     fn end_process(&mut self, env: &Env) -> Vec<Images> {
         self.generation += 1;
-        self.end_operations(env)
+        let in_flight = std::mem::take(&mut self.in_flight);
+        self.end_operations(env, in_flight)
     }
 
-    fn end_operations(&mut self, env: &Env) -> Vec<Images> {
+    fn end_operations(&mut self, env: &Env, in_flight: InFlight) -> Vec<Images> {
         self.due.clear();
         let ids: Vec<u64> = self.operations.keys().copied().collect();
         for id in ids {
@@ -550,7 +608,15 @@ impl Inner {
                 continue;
             };
             if let Work::Write { offset, data, durable } = operation.work {
-                self.write_some_sectors(env, offset, &data, durable);
+                match in_flight {
+                    InFlight::Random => self.write_some_sectors(env, offset, &data, durable),
+                    InFlight::Completed => {
+                        let durable = durable && !self.drop_durability;
+                        sectors(offset, &data)
+                            .for_each(|(at, sector)| self.write_sector(at, sector, durable));
+                    }
+                    InFlight::Lost => {}
+                }
             }
         }
         let flushes = std::mem::take(&mut self.operations).into_values();

@@ -30,9 +30,17 @@ const PATIENCE: Duration = Duration::from_mins(10);
 /// readable, fully redundant and free of leaks.
 pub(super) async fn reckon(context: &Rc<Context>) {
     let process = LocalSet::new();
+    // The disk that was left behind may come back when the last head serves.
+    let behind = context.behind.get().filter(|_| context.env.chance(1, 2));
     heal_all(context);
+    if let Some(index) = behind {
+        context.world.devices.borrow()[index].vanish();
+        context.faulty.borrow_mut().insert(index);
+    }
     let body = async {
         let Some(running) = start(context).await else { return };
+        running.node.heal();
+        super::nemesis::heal(context).await;
         if context.world.config.overcommitted
             && let Err(why) = fill_up(context, &running).await
         {
@@ -52,7 +60,13 @@ pub(super) async fn reckon(context: &Rc<Context>) {
     };
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
         note_slots(context);
-        context.fail("the end does not come: something waits for ever".into());
+        // Damage is the better answer to why, if there is any.
+        let damage = scrub(context).await.err();
+        let waiting = context.world.waiting.borrow().clone();
+        context.fail(damage.unwrap_or(format!("in the end, for ever: {waiting}")));
+    }
+    if let Some(index) = overlapping(context) {
+        context.fail(format!("disk {index} was given a write over another that was under way"));
     }
     context.world.stop_devices(false);
 }
@@ -64,12 +78,19 @@ fn note_slots(context: &Context) {
     context.note(&format!("slots: {slots:?}"));
 }
 
+/// A device that was given two writes to the same place at once.
+fn overlapping(context: &Context) -> Option<usize> {
+    let devices = context.world.devices.borrow();
+    devices.iter().position(|device| device.fault_counts().overlapping_writes > 0)
+}
+
 async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
     let target = HeadTarget(running.head.clone());
     for at in (0..context.sectors()).step_by(usize::try_from(STEP).expect("small")) {
         let count = STEP.min(context.sectors() - at);
         let bytes = usize::try_from(count).expect("small") * SECTOR;
         let start = context.world.oracle.borrow_mut().begin_read();
+        *context.world.waiting.borrow_mut() = format!("a read of sector {at}");
         let pieces = target
             .read(at * SECTOR as u64, bytes)
             .await
@@ -148,29 +169,48 @@ async fn write(context: &Context, target: &HeadTarget, at: u64) -> Result<(), Ta
     result
 }
 
-/// Waits for full redundancy and checks every invariant.
+/// Waits for full redundancy and checks every invariant. What is found late in the end, or was
+/// closed a moment ago, is still being repaired or sealed: it gets the time for it.
 async fn settle(context: &Context, running: &Running) -> Result<(), String> {
-    let head = &running.head;
-    let mut reduced = head.reduced();
-    let narrow = || {
-        let (healthy, width, full) = head.log_width();
-        width < full || healthy < usize::from(width)
-    };
-    for _ in 0..200 {
-        if reduced.0 == 0 && !narrow() {
+    let mut result = Ok(());
+    for _ in 0..20 {
+        result = settle_once(context, running).await;
+        if result.is_ok() {
             break;
         }
-        sleep(Duration::from_millis(250)).await;
-        reduced = head.reduced();
+        sleep(Duration::from_millis(500)).await;
     }
-    if reduced.0 > 0 && damaged_tables(context) {
+    if result.is_err() && damaged_tables(context) {
         // Both copies of a table page are gone: the operator replaces the disk.
         context.cover("a disk with damaged tables");
         return Ok(());
     }
-    if reduced.0 > 0 {
-        return Err(format!("{} segments stay reduced", reduced.0));
+    result?;
+    if context.hurt.borrow().is_empty() {
+        scrub(context).await?;
     }
+    context.cover("reckoned");
+    Ok(())
+}
+
+async fn settle_once(context: &Context, running: &Running) -> Result<(), String> {
+    let head = &running.head;
+    let narrow = || {
+        let (healthy, width, full) = head.log_width();
+        width < full || healthy < usize::from(width)
+    };
+    *context.world.waiting.borrow_mut() = "full redundancy".into();
+    for _ in 0..40 {
+        if head.reduced().0 == 0 && !narrow() {
+            break;
+        }
+        sleep(Duration::from_millis(250)).await;
+    }
+    let (reduced, _) = head.reduced();
+    if reduced > 0 {
+        return Err(format!("{reduced} segments stay reduced"));
+    }
+    *context.world.waiting.borrow_mut() = "a checkpoint".into();
     for _ in 0..3 {
         head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
     }
@@ -191,28 +231,8 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         let disk = disk.as_ref().ok_or(format!("disk {index} cannot be opened"))?;
         disk.check().map_err(|e| format!("disk {index}: {e}"))?;
     }
-    let mut leaks = head.check_leaks().await;
-    for _ in 0..10 {
-        if leaks.is_ok() {
-            break;
-        }
-        // Garbage collection may have been opening a segment just now.
-        sleep(Duration::from_millis(200)).await;
-        head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
-        leaks = head.check_leaks().await;
-    }
-    if let Err(why) = leaks {
-        if damaged_tables(context) {
-            context.cover("a disk with damaged tables");
-            return Ok(());
-        }
-        return Err(why);
-    }
-    if context.hurt.borrow().is_empty() {
-        scrub(context).await?;
-    }
-    context.cover("reckoned");
-    Ok(())
+    head.check_shards().await?;
+    head.check_leaks().await
 }
 
 /// Whether a disk whose content was hurt cannot tell any more what it holds.
@@ -224,11 +244,15 @@ fn damaged_tables(context: &Context) -> bool {
     })
 }
 
-/// Where no content was ever hurt, every block of every shard matches its checksum and its parity.
+/// On disks whose content was never hurt, every block of every shard matches its checksum, and the
+/// parity its data where all shards lie on such.
 async fn scrub(context: &Context) -> Result<(), String> {
     let mut segments: BTreeMap<SegmentId, Vec<(ShardInfo, Bytes)>> = BTreeMap::new();
     for index in 0..context.world.config.disks {
         let Some(disk) = context.world.disk(index) else { continue };
+        if context.hurt.borrow().contains(&index) {
+            continue;
+        }
         let held = disk.list(context.world.volume).map_err(|e| e.to_string())?;
         let sealed =
             held.shards.into_iter().filter(|i| i.state == ShardState::Sealed && i.blocks > 0);

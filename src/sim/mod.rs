@@ -1,5 +1,6 @@
 //! The simulation: the real code of a node on simulated devices, in virtual time, from one seed.
 
+mod ahead;
 pub mod client;
 pub mod device;
 mod ends;

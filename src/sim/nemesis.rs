@@ -25,8 +25,8 @@ pub(super) async fn run(context: Rc<Context>) {
             continue;
         }
         match env.random_below(34) {
-            0..=3 => store(&context),
-            4..=11 => heal(&context).await,
+            0..=4 => store(&context),
+            5..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
             13 => go_beyond(&context).await,
             14 => go_for_long(&context),
@@ -152,6 +152,7 @@ fn store(context: &Context) {
         faults.heal();
         return;
     }
+    let chance = 200 + env.random_below(800);
     match env.random_below(4) {
         0 => {
             context.cover_noted("store away");
@@ -159,15 +160,15 @@ fn store(context: &Context) {
         }
         1 => {
             context.cover_noted("store outcome unknown, applied");
-            faults.unknown_applied.set(300);
+            faults.unknown_applied.set(chance);
         }
         2 => {
             context.cover_noted("store outcome unknown, lost");
-            faults.unknown_lost.set(300);
+            faults.unknown_lost.set(chance);
         }
         _ => {
             context.cover_noted("store outcome unknown, late");
-            faults.unknown_late.set(300);
+            faults.unknown_late.set(chance);
             faults.late.set(Duration::from_millis(500));
         }
     }
@@ -228,7 +229,7 @@ fn stall(context: &Context, index: usize) -> &'static str {
             "read errors"
         }
         4 => {
-            device.delay_next_write(size / 4, Duration::from_millis(200 + env.random_below(2000)));
+            device.delay_next_write(size / 4, Duration::from_millis(200 + env.random_below(4000)));
             return "stuck write";
         }
         _ => {
@@ -342,6 +343,9 @@ pub(super) async fn heal(context: &Context) {
     for index in faulty {
         reopen(context, index).await;
         context.faulty.borrow_mut().remove(&index);
+        if context.behind.get() == Some(index) {
+            context.behind.set(None);
+        }
         context.cover_noted("healed");
     }
 }
@@ -354,13 +358,7 @@ async fn reopen(context: &Context, index: usize) {
     if registered && open.is_some() {
         return;
     }
-    if open.is_none() {
-        if let Some(disk) = context.world.disk(index) {
-            disk.close("to be opened again").await;
-        }
-        let disk = context.world.open_disk(index).await;
-        context.world.disks.borrow_mut()[index] = disk;
-    }
+    context.world.ensure_open(index).await;
     for node in context.nodes.borrow().iter() {
         node.registry.remove(id);
         context.world.connect(node, index);

@@ -55,8 +55,13 @@ fn cut_off(context: &Context, old: &Running) {
     };
     context.cover_noted(&format!("rival head; the old one is cut off from: {what}"));
     if env.chance(1, 2) {
-        context.cover_noted("the old head loses the store");
-        old.node.faults.unavailable.set(true);
+        if env.chance(1, 2) {
+            context.cover_noted("the old head loses the store");
+            old.node.faults.unavailable.set(true);
+        } else {
+            context.cover_noted("what the old head tells the store is lost");
+            old.node.faults.unknown_lost.set(1000);
+        }
     }
 }
 
@@ -73,8 +78,11 @@ pub(super) async fn challenge(context: &Rc<Context>, old: &Rc<Running>) {
     sleep(Duration::from_millis(env.random_below(2) * env.random_below(lease))).await;
     let node = context.world.node();
     context.nodes.borrow_mut().push(node.clone());
-    if env.chance(1, 6) {
+    if env.chance(1, 3) {
         node.link.delay.set(Duration::from_millis(env.random_below(20)));
+    }
+    if env.chance(1, 3) {
+        reach_few(context, &node);
     }
     let Some(running) = take_over(context, &node).await else {
         old.node.heal();
@@ -83,12 +91,42 @@ pub(super) async fn challenge(context: &Rc<Context>, old: &Rc<Running>) {
     context.heads.borrow_mut().push(running.clone());
     spawn_clients(context, &running);
     sleep(Duration::from_millis(env.random_below(lease))).await;
-    if env.chance(1, 3) && context.faulty.borrow().is_empty() {
+    if env.chance(1, 2) && context.faulty.borrow().is_empty() {
         restart_disks(context, Some(&old.node)).await;
     }
     old.node.heal();
     sleep(Duration::from_millis(env.random_below(2 * lease))).await;
     context.quiet_below.set(0);
+}
+
+/// For a while the rival reaches so few disks that it has to wait.
+fn reach_few(context: &Rc<Context>, node: &Rc<Node>) {
+    let (env, config) = (&context.env, &context.world.config);
+    let least = usize::from(config.scheme.parity) + 1;
+    let Some(most) = config.disks.checked_sub(least).filter(|most| *most > 0) else { return };
+    let pick = |n: usize| usize::try_from(env.random_below(n as u64)).expect("a few disks");
+    let reached = 1 + pick(most);
+    let first = pick(config.disks);
+    let away: Vec<usize> =
+        (first + reached..first + config.disks).map(|index| index % config.disks).collect();
+    context.cover_noted("a rival reaches few disks");
+    for &index in &away {
+        node.registry.remove(context.world.ids[index]);
+    }
+    let (context, node) = (context.clone(), node.clone());
+    let time = Duration::from_millis(env.random_below(1000));
+    tokio::task::spawn_local(async move {
+        sleep(time).await;
+        for &index in &away {
+            context.world.connect(&node, index);
+        }
+        let heads = context.heads.borrow().clone();
+        for running in heads.iter().filter(|running| Rc::ptr_eq(&running.node, &node)) {
+            for &index in &away {
+                running.head.disk_returned(context.world.ids[index]).await;
+            }
+        }
+    });
 }
 
 async fn take_over(context: &Rc<Context>, node: &Rc<Node>) -> Option<Rc<Running>> {
@@ -115,8 +153,7 @@ pub(super) async fn restart_disks(context: &Context, first: Option<&Rc<Node>>) {
     let open: Vec<_> = (0..count).filter_map(|index| context.world.disk(index)).collect();
     join_all(open.iter().map(|disk| disk.close("restart"))).await;
     for index in 0..count {
-        let disk = context.world.open_disk(index).await;
-        context.world.disks.borrow_mut()[index] = disk;
+        context.world.ensure_open(index).await;
     }
     if let Some(node) = first {
         (0..count).for_each(|index| context.world.connect(node, index));

@@ -62,6 +62,8 @@ pub(super) struct Context {
     /// No fault hurts content in this run.
     pub(super) gentle: bool,
     pub(super) stop: Cell<bool>,
+    /// A disk that was left behind when the last life ended.
+    pub(super) behind: Cell<Option<usize>>,
     /// Nodes of this life.
     pub(super) nodes: RefCell<Vec<Rc<Node>>>,
     /// Heads of this life, oldest first.
@@ -182,6 +184,7 @@ async fn run_seed(seed: u64) -> Report {
         narrow_disks: RefCell::default(),
         gentle,
         stop: Cell::new(false),
+        behind: Cell::new(None),
         nodes: RefCell::default(),
         heads: RefCell::default(),
         quiet_below: Cell::new(0),
@@ -211,7 +214,9 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
     context.nodes.borrow_mut().clear();
     context.heads.borrow_mut().clear();
     context.quiet_below.set(0);
-    if context.faulty.borrow().len() > usize::from(context.world.config.scheme.parity) {
+    let (config, faulty) = (&context.world.config, context.faulty.borrow().len());
+    let parity = usize::from(config.scheme.parity);
+    if faulty > parity || config.disks - faulty <= parity {
         // Too many disks are away: the take-over waits until they are back.
         let context = context.clone();
         let pause = Duration::from_millis(context.env.random_below(3000));
@@ -236,6 +241,7 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
             Err(error) => {
                 context.cover_noted("takeover failed, tried again");
                 context.note(&error);
+                *context.world.waiting.borrow_mut() = format!("the take-over: {error}");
             }
         }
         heal_all(context);
@@ -266,6 +272,10 @@ async fn live(context: &Rc<Context>, life: u64) {
     let orderly = env.chance(1, 4);
     context.stop.set(false);
     let early = env.chance(1, 5);
+    let get_ahead = env.chance(2, 3) && !orderly;
+    // What went on without a disk may end before it has gone far.
+    let short = context.behind.get().is_some() && env.chance(2, 3);
+    let served = Duration::from_millis(50 + env.random_below(if short { 150 } else { 3000 }));
     let limit = Duration::from_millis(if early { env.random_below(400) } else { 60_000 });
     let body = async {
         let Some(running) = start(context).await else { return };
@@ -275,7 +285,7 @@ async fn live(context: &Rc<Context>, life: u64) {
         if env.chance(1, 2) {
             context.spawn(super::rivals::run(context.clone()));
         }
-        sleep(Duration::from_millis(50 + env.random_below(3000))).await;
+        sleep(served).await;
         if orderly && context.failure.borrow().is_none() {
             end_in_order(context).await;
         }
@@ -285,7 +295,12 @@ async fn live(context: &Rc<Context>, life: u64) {
         context.cover("crash during start or at a random time");
     }
     context.cover(if power_cut { "power cut" } else { "crash" });
+    let mut ahead = None;
+    if get_ahead {
+        ahead = process.run_until(super::ahead::get_ahead(context)).await;
+    }
     context.world.stop_devices(power_cut);
+    super::ahead::leave_behind(context, ahead);
     context.tasks.borrow_mut().clear();
     context.heads.borrow_mut().clear();
     drop(process);
@@ -321,6 +336,7 @@ pub(super) fn heal_all(context: &Context) {
     context.nodes.borrow().iter().for_each(|node| node.heal());
     context.faulty.borrow_mut().clear();
     context.long.borrow_mut().clear();
+    context.behind.set(None);
 }
 
 async fn client_loop(context: Rc<Context>, running: Rc<Running>, number: usize) {

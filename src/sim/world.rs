@@ -62,6 +62,8 @@ pub struct World {
     pub ids: Vec<DiskId>,
     /// The metadata store's content.
     pub store: MemoryStore,
+    /// Held by whoever opens the disk of a device: two at once would hurt each other.
+    opening: Vec<tokio::sync::Mutex<()>>,
     /// Its open disks, by the index of the device.
     pub disks: RefCell<Vec<Option<Rc<Disk>>>>,
     /// The volume.
@@ -70,6 +72,8 @@ pub struct World {
     pub oracle: RefCell<Oracle>,
     /// Disks that are gone for good.
     pub retired: RefCell<BTreeSet<usize>>,
+    /// What is being waited for, should it be for ever.
+    pub waiting: RefCell<String>,
 }
 
 /// What one node reaches: disks and store, each over a way of its own.
@@ -139,19 +143,33 @@ impl World {
             devices: RefCell::new(devices),
             ids,
             store,
+            opening: (0..disks).map(|_| tokio::sync::Mutex::default()).collect(),
             disks: RefCell::new(vec![None; disks]),
             volume,
             oracle: RefCell::default(),
             retired: RefCell::default(),
+            waiting: RefCell::default(),
         }
     }
 
     /// Opens the disks that can be opened. Must run inside the `LocalSet` that is the process.
     pub async fn open_disks(&self) {
         for index in 0..self.ids.len() {
-            let disk = self.open_disk(index).await;
-            self.disks.borrow_mut()[index] = disk;
+            self.ensure_open(index).await;
         }
+    }
+
+    /// Opens a disk, if it can be opened and is not open already.
+    pub async fn ensure_open(&self, index: usize) {
+        let _alone = self.opening[index].lock().await;
+        if let Some(disk) = self.disk(index) {
+            if disk.offline_reason().is_none() {
+                return;
+            }
+            disk.close("to be opened again").await;
+        }
+        let disk = self.open_disk(index).await;
+        self.disks.borrow_mut()[index] = disk;
     }
 
     /// A node that reaches every open disk.
@@ -160,6 +178,18 @@ impl World {
         if self.env.chance(1, 3) {
             node.link.usual_delay.set(Duration::from_millis(1 + self.env.random_below(15)));
             node.link.heal();
+        }
+        if self.env.chance(1, 5) {
+            // From the first swap on, the outcome of some is not known.
+            let chance = 200 + self.env.random_below(600);
+            match self.env.random_below(4) {
+                0 => node.faults.unknown_applied.set(chance),
+                1 => {
+                    node.faults.unknown_late.set(chance);
+                    node.faults.late.set(Duration::from_millis(300));
+                }
+                _ => node.faults.unknown_lost.set(chance),
+            }
         }
         (0..self.ids.len()).for_each(|index| self.connect(&node, index));
         node
@@ -186,7 +216,9 @@ impl World {
             config: self.config.head.clone(),
             pool: PoolPolicy { scheme: self.config.scheme, min_size: self.config.min_size },
         };
-        let head = take_over(context, self.volume, self.config.volume_bytes, &|_| ())
+        let wait = |why: &str| *self.waiting.borrow_mut() = format!("the take-over: {why}");
+        wait("it does not end");
+        let head = take_over(context, self.volume, self.config.volume_bytes, &wait)
             .await
             .map_err(|error| error.to_string())?;
         self.oracle.borrow_mut().recovered();

@@ -8,7 +8,7 @@ use super::index::count_all;
 use super::overlay::Target;
 use super::rules;
 use crate::id::{DiskId, SegmentId};
-use crate::shard::SegmentKind;
+use crate::shard::{SegmentKind, ShardState};
 
 impl Head {
     /// Checks that who fences the log set meets every log segment that the root in force does not
@@ -78,6 +78,37 @@ impl Head {
             Some(id) => Err(format!("the index refers to segment {id}, which is not listed")),
             None => Ok(()),
         }
+    }
+
+    /// Checks that every shard which counts as whole is on its disk, sealed at the length of its
+    /// segment. Nothing may be written meanwhile.
+    ///
+    /// # Errors
+    /// A shard that is not, in words.
+    pub async fn check_shards(self: &Rc<Self>) -> Result<(), String> {
+        let _lock = self.checkpoint_lock.lock().await;
+        let mut held: BTreeMap<(DiskId, SegmentId, u64), (ShardState, u32)> = BTreeMap::new();
+        for disk in self.disks.ids() {
+            let Some(client) = self.disks.client(disk) else { continue };
+            let found = client.list(self.volume).await.map_err(|e| format!("list {disk}: {e}"))?;
+            held.extend(found.shards.into_iter().map(|info| {
+                ((disk, info.spec.segment, info.spec.creation), (info.state, info.blocks))
+            }));
+        }
+        let state = self.state.borrow();
+        for segment in state.table.segments.values().filter(|s| s.sealed) {
+            for (index, member) in segment.members.iter().enumerate() {
+                let found = held.get(&(member.disk, segment.id, member.creation));
+                let whole = found == Some(&(ShardState::Sealed, segment.blocks));
+                if segment.missing >> index & 1 == 0 && !whole {
+                    return Err(format!(
+                        "shard {index} of segment {} counts as whole, {} blocks long, but disk {} has {found:?}",
+                        segment.id, segment.blocks, member.disk,
+                    ));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Checks that the disks hold exactly the shards that the table lists. Nothing may be written

@@ -24,9 +24,9 @@ use crate::id::{BLOCK_BYTES, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
 use crate::limits::SEGMENT_RANGE;
 use crate::meta::{MetaError, schema};
 use crate::planted::{Bug, bug};
-use crate::segment::record::{Entry, Header};
+use crate::segment::record::{CheckpointPlace, Entry, Header};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, MIRROR_BYTES_MAX, SegmentKind, ShardError, ShardInfo};
+use crate::shard::{Authority, MIRROR_BYTES_MAX, SegmentKind, ShardError, ShardInfo, ShardState};
 
 /// How long one disk may take to answer a fence before the take-over goes on to ask again.
 const FENCE_PATIENCE: Duration = Duration::from_secs(2);
@@ -390,11 +390,30 @@ async fn newer_checkpoint(
         let newer = CheckpointRef { epoch: root.epoch, place, scheme: info.spec.scheme, members };
         // The root's stays what it was if the newer one cannot be read.
         return match load_checkpoint(disks, volume, newer.clone()).await {
-            Ok(_) => newer,
-            Err(_) => root.clone(),
+            Ok((snapshot, _)) if !is_cut(&snapshot, place, listing) => newer,
+            _ => root.clone(),
         };
     }
     root.clone()
+}
+
+/// Whether a shard that a checkpoint counts on was sealed shorter than it says: by a take-over that
+/// did not hear of the checkpoint, settled its segments by an older one, and was cut short itself.
+/// The older one is the root's still, and nothing that it needs was deleted.
+fn is_cut(snapshot: &Snapshot, place: CheckpointPlace, listing: &Listing) -> bool {
+    snapshot.table.segments.values().any(|segment| {
+        let own = if segment.id == place.segment { place.block + place.blocks } else { 0 };
+        let blocks = segment.blocks.max(own);
+        segment.members.iter().enumerate().any(|(index, member)| {
+            let held = listing.get(&segment.id).and_then(|held| held.get(&member.disk));
+            segment.missing >> index & 1 == 0
+                && held.is_some_and(|info| {
+                    info.spec.creation == member.creation
+                        && info.state == ShardState::Sealed
+                        && info.blocks < blocks
+                })
+        })
+    })
 }
 
 async fn first_header(
@@ -462,7 +481,7 @@ impl Head {
             }
             state.table.freed.iter().copied().collect()
         };
-        if freed.is_empty() {
+        if freed.is_empty() || bug(Bug::ReplayOtherEpoch) {
             return Ok(());
         }
         if self.state.borrow().root.checkpoint.as_ref() != Some(base) {

@@ -165,8 +165,9 @@ pub(super) async fn replay(
             held.iter().any(|(&disk, info)| {
                 let shard = ShardRef { disk, creation: info.spec.creation };
                 info.spec.kind == SegmentKind::Log
-                    && (info.epoch == epoch || bug(Bug::ReplayOtherEpoch))
-                    && !head.state.borrow().table.freed.contains(&(**id, shard))
+                    && (bug(Bug::ReplayOtherEpoch)
+                        || (info.epoch == epoch
+                            && !head.state.borrow().table.freed.contains(&(**id, shard))))
             })
         })
         .map(|(id, _)| *id)
@@ -177,7 +178,7 @@ pub(super) async fn replay(
         let sealed =
             held.values().find(|info| info.state == ShardState::Sealed).map(|info| info.blocks);
         let closure = closed.get(&id).copied();
-        let end = closure.or(sealed);
+        let end = closure.or(sealed.filter(|_| !bug(Bug::ReplayOtherEpoch)));
         head.know_log(id, held);
         let begin = if id == from.0 { from.1 } else { 0 };
         let walked =
@@ -440,7 +441,10 @@ pub(super) async fn settle(
                 (info.blocks == blocks && !segment.is_damaged(index))
                     || bug(Bug::StaleShardAccepted)
             }
-            Some(_) => seal_closed(disks, authority, segment, index, blocks, None).await,
+            Some(_) => {
+                seal_closed(disks, authority, segment, index, blocks, None).await
+                    || bug(Bug::StaleShardAccepted)
+            }
         };
         if !whole {
             tracing::info!(
@@ -482,7 +486,7 @@ pub(super) async fn seal_closed(
     let Some(crcs) = truth.map(<[u32]>::to_vec).or(own) else { return false };
     let seal = client.seal(authority, segment.id, blocks, Some(crcs.into()));
     match tokio::time::timeout(PATIENCE, seal).await {
-        Ok(Ok(())) => whole || bug(Bug::StaleShardAccepted),
+        Ok(Ok(())) => whole,
         other => {
             tracing::warn!(%disk, segment = %segment.id, ?other, "a shard could not be sealed");
             false
