@@ -97,7 +97,15 @@ pub(super) async fn mirror(disks: &Disks, authority: Authority, root: &Root) -> 
         let client = disks.client(disk)?;
         let mirror = mirror.clone();
         Some(async move {
-            let request = client.mirror(authority, mirror);
+            let request = async {
+                match client.mirror(authority, mirror.clone()).await {
+                    // It came after the take-over: it is fenced, and the mirror with it.
+                    Err(ShardError::Gone | ShardError::Invalid(_)) => {
+                        client.fence(authority, Some(mirror)).await.map(|_| ())
+                    }
+                    result => result,
+                }
+            };
             match tokio::time::timeout(MIRROR_PATIENCE, request).await {
                 Ok(Ok(())) => Some(disk),
                 Ok(Err(error @ ShardError::Fenced(_))) => {
@@ -392,6 +400,8 @@ impl Head {
         state.open_sets.retain(|id, _| *id >= log);
         drop(state);
         self.wake.notify_one();
+        // While it was pending, the set was not looked at.
+        self.width_wanted.notify_waiters();
     }
 
     /// What the newest root's set can shrink to if only these disks are reachable.
