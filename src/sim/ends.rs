@@ -9,7 +9,7 @@ use tokio::task::LocalSet;
 use tokio::time::sleep;
 
 use super::oracle::{Outcome, SECTOR};
-use super::run::{Context, heal_all, start};
+use super::run::{Context, NEVER, heal_all, start};
 use super::world::Running;
 use crate::export::{BlockTarget, TargetError};
 use crate::id::{BLOCK_SIZE, SegmentId};
@@ -30,8 +30,11 @@ const PATIENCE: Duration = Duration::from_mins(10);
 /// readable, fully redundant and free of leaks.
 pub(super) async fn reckon(context: &Rc<Context>) {
     let process = LocalSet::new();
-    // The disk that was left behind may come back when the last head serves.
-    let behind = context.behind.get().filter(|_| context.env.chance(1, 2));
+    // The disk that was left behind may come back when the last head serves. Where the log may have
+    // been narrow, a take-over may need every one of its disks; elsewhere it shrinks the log now.
+    let wide = context.world.config.head.shrink_after == NEVER;
+    let behind = context.behind.get().filter(|_| wide && context.env.chance(1, 2));
+    context.world.ending.set(true);
     heal_all(context);
     if let Some(index) = behind {
         context.world.devices.borrow()[index].vanish();

@@ -25,7 +25,7 @@ use crate::volume::head::HeadConfig;
 use crate::volume::target::HeadTarget;
 
 /// Longer than any run.
-const NEVER: Duration = Duration::from_hours(10);
+pub(super) const NEVER: Duration = Duration::from_hours(10);
 
 /// How often each fault struck in each state, for the coverage report.
 pub type Coverage = BTreeMap<String, u64>;

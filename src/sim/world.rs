@@ -1,7 +1,7 @@
 //! A simulated cluster: disks, metadata store, one volume, the nodes that run its heads, and what
 //! the oracle knows of it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
@@ -24,6 +24,9 @@ use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
 use crate::volume::rules::{LogSet, Member, log_domains};
 use crate::volume::takeover::take_over;
+
+/// When the log shrinks once nothing is struck any more.
+const SHRINK_AFTER_IN_THE_END: Duration = Duration::from_millis(500);
 
 /// What a simulated world is made of.
 #[derive(Debug, Clone)]
@@ -72,6 +75,8 @@ pub struct World {
     pub oracle: RefCell<Oracle>,
     /// Disks that are gone for good.
     pub retired: RefCell<BTreeSet<usize>>,
+    /// Nothing is struck any more: the log may shrink although content was hurt.
+    pub ending: Cell<bool>,
     /// What is being waited for, should it be for ever.
     pub waiting: RefCell<String>,
 }
@@ -148,6 +153,7 @@ impl World {
             volume,
             oracle: RefCell::default(),
             retired: RefCell::default(),
+            ending: Cell::new(false),
             waiting: RefCell::default(),
         }
     }
@@ -209,11 +215,15 @@ impl World {
     /// # Errors
     /// Why the take-over failed, in words; it may be tried again.
     pub async fn take_over(&self, node: &Rc<Node>) -> Result<Rc<Running>, String> {
+        let mut config = self.config.head.clone();
+        if self.ending.get() {
+            config.shrink_after = config.shrink_after.min(SHRINK_AFTER_IN_THE_END);
+        }
         let context = HeadContext {
             env: self.env.clone(),
             disks: node.registry.clone(),
             store: Rc::new(self.store.client(node.faults.clone())),
-            config: self.config.head.clone(),
+            config,
             pool: PoolPolicy { scheme: self.config.scheme, min_size: self.config.min_size },
         };
         let wait = |why: &str| *self.waiting.borrow_mut() = format!("the take-over: {why}");
