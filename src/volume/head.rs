@@ -183,6 +183,7 @@ pub(super) struct Chain {
 }
 
 /// All that changes.
+#[allow(clippy::struct_excessive_bools, reason = "each says something else")]
 pub(super) struct State {
     pub(super) size: u64,
     pub(super) tree: Tree,

@@ -328,7 +328,7 @@ fn state_of(
         lost: BTreeSet::new(),
         starved_at: None,
         merged_lsn: snapshot.lsn,
-        checkpoint: checkpoint.clone(),
+        checkpoint,
         listed: Vec::new(),
         log_blocks: 0,
         lease: BTreeMap::new(),
