@@ -74,4 +74,5 @@ planted! {
     move_ignores_newer: MoveIgnoresNewer,
     parity_of_old_stripe: ParityOfOldStripe,
     fence_too_few: FenceTooFew,
+    width_ignores_open_segments: WidthIgnoresOpenSegments,
 }

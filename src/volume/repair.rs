@@ -21,7 +21,9 @@ use crate::segment::fetch::{FetchError, Source};
 use crate::segment::open::{CONTROL_PATIENCE, OpenSegment, frame};
 use crate::segment::record::{Entry, Header};
 use crate::shard::disks::Target;
-use crate::shard::{Append, SegmentKind, ShardError, ShardSpec, SlotClass, VolumeOnDisk};
+use crate::shard::{
+    Append, SegmentKind, ShardError, ShardInfo, ShardSpec, SlotClass, VolumeOnDisk,
+};
 
 /// Pause after a round that could not repair everything, unless a disk comes back.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -442,6 +444,15 @@ impl Head {
     async fn reseal(&self, id: SegmentId, index: usize) {
         let Some(segment) = self.state.borrow().table.segments.get(&id).cloned() else { return };
         let blocks = segment.blocks;
+        // A shard that was given up may still be there under its old creation, to be deleted.
+        let member = segment.members[index];
+        let Some(client) = self.disks.client(member.disk) else { return };
+        let held = tokio::time::timeout(CONTROL_PATIENCE, client.list(self.volume)).await;
+        let there =
+            |info: &ShardInfo| info.spec.segment == id && info.spec.creation == member.creation;
+        if !matches!(held, Ok(Ok(held)) if held.shards.iter().any(there)) {
+            return;
+        }
         if !walk::seal_closed(&self.disks, self.authority, &segment, index, blocks, None).await {
             return;
         }
