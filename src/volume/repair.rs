@@ -29,6 +29,9 @@ use crate::shard::{
 const PAUSE: Duration = Duration::from_millis(500);
 /// Pause between two looks whether a segment that was left is sealed.
 const SEAL_POLL: Duration = Duration::from_millis(10);
+/// How often a disk that came back is asked what it holds, and the pause between.
+const FENCES_MAX: u32 = 20;
+const FENCE_PAUSE: Duration = Duration::from_millis(500);
 
 /// Repairs whenever it is wanted, until the head stops.
 pub(super) async fn run(head: Rc<Head>) {
@@ -217,7 +220,8 @@ impl Head {
                 let Some(entry) = state.table.segments.get_mut(&segment.id) else {
                     return Ok(false);
                 };
-                if entry.members[shard] != old {
+                // It may have been found whole meanwhile.
+                if entry.members[shard] != old || entry.missing >> shard & 1 == 0 {
                     return Ok(false);
                 }
                 entry.members[shard] = fresh;
@@ -239,6 +243,7 @@ impl Head {
             let fresh = ShardRef { disk: old.disk, creation: self.env.random_u64() };
             if let Some(entry) = state.table.segments.get_mut(&segment.id)
                 && entry.members[shard] == old
+                && entry.missing >> shard & 1 == 1
             {
                 entry.members[shard] = fresh;
                 state.table.freed.insert((segment.id, old));
@@ -471,16 +476,29 @@ impl Head {
         self.state.borrow_mut().lost.remove(&disk);
         self.width_wanted.notify_waiters();
         self.leave_and_wait(disk).await;
-        let Some(client) = self.disks.client(disk) else { return };
-        let mirror = self.state.borrow().root.mirror();
-        let fence = client.fence(self.authority, Some(mirror));
-        let Ok(Ok(held)) = tokio::time::timeout(CONTROL_PATIENCE, fence).await else { return };
+        let Some(held) = self.fence_returned(disk).await else { return };
         for (id, index) in self.take_stock(disk, &held) {
             self.reseal(id, index).await;
         }
         self.repair_wanted.notify_one();
         self.checkpoint_wanted.notify_one();
         self.wake.notify_one();
+    }
+
+    /// Fences a disk that came back and asks what it holds, again while it does not answer.
+    async fn fence_returned(&self, disk: DiskId) -> Option<VolumeOnDisk> {
+        for _ in 0..FENCES_MAX {
+            let client = self.disks.client(disk).filter(|_| self.is_serving())?;
+            let mirror = self.state.borrow().root.mirror();
+            let fence = client.fence(self.authority, Some(mirror));
+            match tokio::time::timeout(CONTROL_PATIENCE, fence).await {
+                Ok(Ok(held)) => return Some(held),
+                Ok(Err(error)) => tracing::debug!(%disk, %error, "a disk that came back refuses"),
+                Err(_) => tracing::debug!(%disk, "a disk that came back does not answer"),
+            }
+            tokio::time::sleep(FENCE_PAUSE).await;
+        }
+        None
     }
 
     /// Compares what a disk holds with the table; the shards that it closed and may hold whole.
