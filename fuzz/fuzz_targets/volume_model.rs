@@ -37,6 +37,7 @@ fn config(choice: u8) -> WorldConfig {
         io_timeout: Duration::from_secs(60),
         large_write_blocks: 2 + usize::from(choice >> 4),
         pending_bytes_max: 256 << 10,
+        ..HeadConfig::default()
     };
     WorldConfig {
         scheme,
@@ -45,6 +46,8 @@ fn config(choice: u8) -> WorldConfig {
         slot_bytes: 64 << 10,
         volume_bytes: VOLUME_BYTES as u64,
         overcommitted: false,
+        log_disks: scheme.width() + 1,
+        min_size: 1,
         latency: Duration::from_micros(50)..Duration::from_millis(1),
         head,
     }
