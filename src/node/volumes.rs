@@ -183,15 +183,17 @@ impl Node {
             match take_over(self.head_context(&slot), slot.id, size, &waiting).await {
                 Ok(head) => {
                     pause = RETRY.0;
-                    self.tell_missed(&head, started).await;
                     tracing::info!(
                         volume = slot.name(), epoch = %head.authority.epoch,
                         after_ms = started.elapsed().as_millis(), "serving"
                     );
                     slot.why.borrow_mut().take();
                     slot.failed.set(false);
-                    *slot.head.borrow_mut() = Some(head);
+                    // First it is one of those that hear of disks, then it is told what it missed.
+                    *slot.head.borrow_mut() = Some(head.clone());
                     slot.changed.notify_waiters();
+                    self.tell_missed(&head, started).await;
+                    drop(head);
                     slot.gone().await;
                 }
                 Err(error) => {

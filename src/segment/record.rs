@@ -172,7 +172,7 @@ impl Entry {
         if end.is_none_or(|end| end > 1 << 52) {
             return Err(RecordError::Entry);
         }
-        Ok(match raw.kind {
+        let entry = match raw.kind {
             1 => Self::Write { lba, blocks },
             2 => Self::Zero { lba, blocks: a, allocated: raw.flags & 1 != 0 },
             3 => Self::Place { lba, blocks, addr: address(a)? },
@@ -189,7 +189,13 @@ impl Entry {
             8 => Self::Page { level: raw.flags, number: lba },
             9 => Self::Table { blocks },
             _ => return Err(RecordError::Entry),
-        })
+        };
+        // What this version does not use is zero.
+        if entry.encode().as_bytes() == raw.as_bytes() {
+            Ok(entry)
+        } else {
+            Err(RecordError::Entry)
+        }
     }
 
     /// Blocks of the record's payload that belong to the entry.

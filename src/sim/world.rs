@@ -2,10 +2,12 @@
 //! the oracle knows of it.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::client::{FaultyClient, Link};
 use super::device::{SimConfig, SimDevice};
@@ -90,6 +92,8 @@ pub struct Node {
     pub link: Rc<Link>,
     /// Faults between its head and the store.
     pub faults: Rc<Faults>,
+    /// When each disk was connected last.
+    connected: RefCell<BTreeMap<DiskId, Instant>>,
 }
 
 impl Node {
@@ -97,6 +101,11 @@ impl Node {
     pub fn heal(&self) {
         self.link.heal();
         self.faults.heal();
+    }
+
+    fn connected_since(&self, since: Instant) -> Vec<DiskId> {
+        let connected = self.connected.borrow();
+        connected.iter().filter(|(_, at)| **at > since).map(|(id, _)| *id).collect()
     }
 }
 
@@ -208,6 +217,7 @@ impl World {
         let domain = u32::try_from(index).expect("a few disks");
         let client = FaultyClient::new(disk, node.link.clone(), self.env.clone());
         node.registry.add(Rc::new(client), domain, info);
+        node.connected.borrow_mut().insert(self.ids[index], Instant::now());
     }
 
     /// Takes over the volume on a node.
@@ -228,11 +238,20 @@ impl World {
         };
         let wait = |why: &str| *self.waiting.borrow_mut() = format!("the take-over: {why}");
         wait("it does not end");
+        let since = Instant::now();
         let head = take_over(context, self.volume, self.config.volume_bytes, &wait)
             .await
             .map_err(|error| error.to_string())?;
         self.oracle.borrow_mut().recovered();
         self.retired.borrow().iter().for_each(|index| head.disk_removed(self.ids[*index]));
+        // As a node does: disks that came back meanwhile may not have been heard.
+        let missed = node.connected_since(since);
+        let told = head.clone();
+        tokio::task::spawn_local(async move {
+            for disk in missed {
+                told.disk_returned(disk).await;
+            }
+        });
         Ok(Rc::new(Running { node: node.clone(), head }))
     }
 

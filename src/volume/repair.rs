@@ -272,22 +272,53 @@ impl Head {
         source.without |= 1 << shard;
         let mut at = 0;
         while at < segment.blocks {
-            let header = self.any_header(&source, segment, shard, at).await?;
-            let first = at + header.header_blocks;
-            if header.payload_blocks > 0 {
-                let mut findings = Vec::new();
-                let read = source
-                    .read(&self.disks, shard, first, header.payload_blocks, &mut |f| {
-                        findings.push(f);
-                    })
-                    .await;
-                // What nobody holds whole is moved instead (garbage collection).
-                self.note_findings(&findings);
-                read?;
-            }
-            at += header.blocks();
+            at += self.read_record(&source, segment, shard, at).await?.0.blocks();
         }
         Ok(())
+    }
+
+    /// The record at block `at` as shard `shard` is to hold it, header and payload. Copies that no
+    /// sealed shard delivers are taken as they lie on the disks: those of a member that was closed
+    /// before it had all, or whose stored checksums are lost, are as good.
+    async fn read_record(
+        &self,
+        source: &Source,
+        segment: &Segment,
+        shard: usize,
+        at: u32,
+    ) -> Result<(Header, Bytes), HeadError> {
+        let error = match self.sealed_record(source, segment, shard, at).await {
+            Err(HeadError::Fetch(error @ FetchError::TooFew { .. })) => error,
+            other => return other,
+        };
+        let copies = segment.scheme.data == 1 && segment.kind != SegmentKind::Data;
+        let members = (0..source.members.len()).filter(|i| source.without >> i & 1 == 0);
+        let members = members.map(|i| source.members[i]);
+        if !copies {
+            return Err(error.into());
+        }
+        let copied = walk::copied_record(&self.disks, self.volume, segment, members, at);
+        copied.await.ok_or(error.into())
+    }
+
+    async fn sealed_record(
+        &self,
+        source: &Source,
+        segment: &Segment,
+        shard: usize,
+        at: u32,
+    ) -> Result<(Header, Bytes), HeadError> {
+        let header = self.any_header(source, segment, shard, at).await?;
+        let first = at + header.header_blocks;
+        if header.payload_blocks == 0 {
+            return Ok((header, Bytes::new()));
+        }
+        let mut findings = Vec::new();
+        let hear = &mut |finding| findings.push(finding);
+        let read = source.read(&self.disks, shard, first, header.payload_blocks, hear).await;
+        // What nobody holds whole is moved instead (garbage collection).
+        self.note_findings(&findings);
+        Ok((header, read?))
     }
 
     /// Creates, fills and seals a shard.
@@ -346,18 +377,13 @@ impl Head {
         at: u32,
     ) -> Result<(Vec<Bytes>, Vec<u32>), HeadError> {
         let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
-        let mut header = self.any_header(&source, segment, shard, at).await?;
+        let (mut header, data) = self.read_record(&source, segment, shard, at).await?;
         let copies = segment.scheme.data == 1 && segment.kind != SegmentKind::Data;
         header.shard = if copies { 0 } else { u8::try_from(shard).expect("at most 20") };
         let salt = Salt::new(self.volume, segment.id, segment.scheme, shard);
         let first = at + header.header_blocks;
-        let mut payload = Vec::new();
-        if header.payload_blocks > 0 {
-            let data =
-                source.read(&self.disks, shard, first, header.payload_blocks, &mut |_| ()).await?;
-            header.crcs = (first..).zip(raw_crcs(&data)).map(|(b, c)| salt.apply(b, c)).collect();
-            payload.push(data);
-        }
+        header.crcs = (first..).zip(raw_crcs(&data)).map(|(b, c)| salt.apply(b, c)).collect();
+        let payload = if data.is_empty() { vec![] } else { vec![data] };
         Ok(frame(salt, &header, &payload))
     }
 

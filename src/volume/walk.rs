@@ -150,6 +150,34 @@ impl Members {
     }
 }
 
+/// The record at `block` of a log or meta segment, header and payload, as it lies on any of these
+/// disks, whatever their tables say of it: records carry the checksums of their payload, and what
+/// was ever written at a place of a segment is the same on every member.
+pub(super) async fn copied_record(
+    disks: &Disks,
+    volume: VolumeId,
+    segment: &Segment,
+    members: impl Iterator<Item = DiskId>,
+    block: u32,
+) -> Option<(Header, Bytes)> {
+    let salt = Salt::new(volume, segment.id, segment.scheme, 0);
+    for disk in members {
+        let mut raw = Raw::new(disks, volume, segment.id, disk);
+        let Some(header) = raw.header(block, 0).await else { continue };
+        if block + header.blocks() <= segment.blocks && raw.payload_ok(salt, &header).await {
+            let first = block + header.header_blocks;
+            let payload = match header.payload_blocks {
+                0 => Some(Bytes::new()),
+                count => raw.blocks(first, count).await,
+            };
+            if let Some(payload) = payload {
+                return Some((header, payload));
+            }
+        }
+    }
+    None
+}
+
 /// Applies all records of `epoch` after `from`, of LSN `start + 1` and on.
 pub(super) async fn replay(
     head: &Head,
