@@ -29,8 +29,12 @@ impl From<Malformed> for Problem {
     }
 }
 
+/// What is stored goes to a segment that no page of the input can name: an address is written once.
+const STORED: SegmentId = SegmentId(1 << 20);
+
 struct Arbitrary {
     pages: Vec<Bytes>,
+    stored: Vec<Bytes>,
     loads: Cell<u32>,
 }
 
@@ -58,7 +62,7 @@ impl Arbitrary {
             }
             Bytes::from(page)
         });
-        Self { pages: pages.collect(), loads: Cell::new(0) }
+        Self { pages: pages.collect(), stored: Vec::new(), loads: Cell::new(0) }
     }
 }
 
@@ -69,15 +73,18 @@ impl Pages for Arbitrary {
         if self.loads.get() > LOADS_MAX {
             return Err(Problem::Enough);
         }
+        if addr.segment == STORED {
+            return Ok(self.stored[addr.block as usize].clone());
+        }
         Ok(self.pages[addr.block as usize % self.pages.len()].clone())
     }
 }
 
 impl PageSink for Arbitrary {
     async fn store(&mut self, _: u8, _: u64, page: Bytes) -> Result<BlockAddr, Problem> {
-        let block = u32::try_from(self.pages.len()).expect("few pages");
-        self.pages.push(page);
-        Ok(BlockAddr { segment: SegmentId(1), block })
+        let block = u32::try_from(self.stored.len()).expect("few pages");
+        self.stored.push(page);
+        Ok(BlockAddr { segment: STORED, block })
     }
 }
 

@@ -458,6 +458,22 @@ mod tests {
         ]
     }
 
+    #[test]
+    fn what_an_entry_does_not_use_is_zero() {
+        let mut bytes = sample(vec![Entry::Page { level: 1, number: 1 << 52 }], 1).encode();
+        assert_eq!(Header::decode(&bytes), Err(RecordError::Entry), "one page too far");
+        bytes = sample(vec![Entry::Page { level: 1, number: 7 }], 1).encode();
+        assert!(Header::decode(&bytes).is_ok());
+        for at in [HEADER_BYTES + 2, HEADER_BYTES + ENTRY_BYTES - 1] {
+            let mut changed = bytes.to_vec();
+            changed[at] = 1;
+            changed[4..8].fill(0);
+            let crc = crc32fast::hash(&changed);
+            changed[4..8].copy_from_slice(&crc.to_le_bytes());
+            assert_eq!(Header::decode(&changed), Err(RecordError::Entry), "byte {at}");
+        }
+    }
+
     proptest! {
         #[test]
         fn round_trip(entries in prop::collection::vec(entry(), 0..RECORD_ENTRIES_MAX), payload in 0u32..512) {
