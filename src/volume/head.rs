@@ -504,7 +504,7 @@ impl Head {
                 return;
             }
             if state.releasing {
-                tracing::info!(volume = %self.volume, epoch = %self.authority.epoch, "released");
+                tracing::info!(volume = %self.volume, epoch = %self.authority.epoch, why, "head ends");
             } else {
                 tracing::warn!(volume = %self.volume, epoch = %self.authority.epoch, why, "head stops");
             }

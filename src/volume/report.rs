@@ -63,6 +63,7 @@ impl Head {
 
     /// Stops serving at once, without a last checkpoint: the volume was deleted.
     pub fn abandon(&self, why: &str) {
+        self.state.borrow_mut().releasing = true;
         self.stop(why);
     }
 }

@@ -24,6 +24,7 @@ use super::session::{End, Patience, SessionError, serve};
 use super::tls::TlsMode;
 use crate::export::ExportDirectory;
 use crate::limits::{CONNECTIONS_MAX, SERVER_BYTES_MAX};
+use crate::obs::throttle::Throttle;
 
 /// Connections beyond the limit that are told so; further ones are just closed.
 const REFUSALS_MAX: u64 = 32;
@@ -76,6 +77,8 @@ pub(super) struct Shared {
     metrics: Rc<NbdMetrics>,
     budget: Rc<Budget>,
     refusing: Cell<u64>,
+    /// Of what clients make the log tell.
+    log: Throttle,
     stop: watch::Receiver<bool>,
 }
 
@@ -116,6 +119,7 @@ impl Server {
             config,
             metrics: Rc::default(),
             refusing: Cell::new(0),
+            log: Throttle::default(),
             stop,
         };
         Self { shared: Rc::new(shared) }
@@ -150,7 +154,9 @@ impl Server {
             return;
         }
         add(&metrics.connections_refused, 1);
-        tracing::warn!(peer, limit, "NBD connection refused: too many connections");
+        if self.logs() {
+            tracing::warn!(peer, limit, "NBD connection refused: too many connections");
+        }
         if self.shared.refusing.get() < REFUSALS_MAX {
             let _refusing = Gauge::new(&self.shared.refusing);
             let text = format!("the server has its limit of {limit} connections");
@@ -179,7 +185,9 @@ impl Server {
                     });
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept an NBD connection");
+                    if self.logs() {
+                        tracing::warn!(%error, "cannot accept an NBD connection");
+                    }
                     sleep(ACCEPT_PAUSE).await;
                 }
             }
@@ -195,6 +203,11 @@ impl Server {
             tracing::warn!("NBD connections are cut off: they did not end in time");
             connections.shutdown().await;
         }
+    }
+
+    /// Whether one more line about connections may be logged.
+    fn logs(&self) -> bool {
+        self.shared.log.passes("NBD connections")
     }
 
     /// Handshake, perhaps TLS, transmission.
@@ -262,7 +275,9 @@ impl Server {
             reason = limit => reason.to_owned(),
         };
         add(&self.shared.metrics.handshakes_failed, 1);
-        tracing::warn!(peer, reason, "NBD handshake failed");
+        if self.logs() {
+            tracing::warn!(peer, reason, "NBD handshake failed");
+        }
         None
     }
 
@@ -272,7 +287,9 @@ impl Server {
     {
         let Agreed { name, target, structured, allocation } = agreed;
         let export = name.as_str();
-        tracing::info!(peer, export, tls, structured, "NBD client attached");
+        if self.logs() {
+            tracing::info!(peer, export, tls, structured, "NBD client attached");
+        }
         let connection = Rc::new(Connection {
             target,
             structured,
@@ -285,13 +302,18 @@ impl Server {
         let config = &self.shared.config;
         let patience = Patience { stall: config.stall_timeout, drain: config.drain_timeout };
         let result = serve(&mut stream, connection, patience, self.shared.stopped()).await;
+        if let Err(error) = &result
+            && !matches!(error, SessionError::Io(_))
+        {
+            add(&self.shared.metrics.protocol_errors, 1);
+        }
         match &result {
+            _ if !self.logs() => {}
             Ok(end) => tracing::info!(peer, export, ?end, "NBD client detached"),
             Err(SessionError::Io(error)) => {
                 tracing::info!(peer, export, %error, "NBD connection broke");
             }
             Err(error) => {
-                add(&self.shared.metrics.protocol_errors, 1);
                 tracing::warn!(peer, export, %error, "NBD connection closed");
             }
         }
