@@ -90,7 +90,10 @@ impl Head {
     /// Repairs log segments that a take-over found incomplete, as far as disks are there for it.
     pub(super) async fn repair_tail(self: &Rc<Self>, segments: Vec<SegmentId>) {
         for id in segments {
-            let missing = self.state.borrow().table.segments.get(&id).map_or(0, |s| s.missing);
+            // Data segments may be large and many: they are repaired while the volume is served.
+            let log = |s: &&Segment| s.kind == SegmentKind::Log;
+            let missing =
+                self.state.borrow().table.segments.get(&id).filter(log).map_or(0, |s| s.missing);
             for shard in (0..32).filter(|i| missing >> i & 1 == 1) {
                 if let Err(error) = self.rebuild(id, shard).await {
                     tracing::warn!(volume = %self.volume, segment = %id, shard, %error,

@@ -62,6 +62,16 @@ pub enum TakeOverError {
         /// The highest acknowledged one.
         acked: Lsn,
     },
+    /// The log goes on with a record that this version does not understand.
+    #[error(
+        "block {block} of log segment {segment} holds a record of a newer version: run the newer sds"
+    )]
+    Newer {
+        /// The segment.
+        segment: SegmentId,
+        /// Where the record lies, blocks.
+        block: u32,
+    },
     /// Disks were fenced but then did not yield their records, and one of them could hold the end
     /// of the log.
     #[error("disks {0:?} do not yield the records they hold")]
@@ -161,7 +171,8 @@ async fn fence_all(
         let fences = wanted.difference(&answered).copied().collect::<Vec<_>>();
         let requests =
             fences.into_iter().map(|disk| fence_one(&context.disks, authority, root, disk));
-        for (disk, shards) in join_all(requests).await.into_iter().flatten() {
+        for fence in join_all(requests).await {
+            let Some((disk, shards)) = fence? else { continue };
             answered.insert(disk);
             mirrored.insert(disk);
             for info in shards {
@@ -222,23 +233,25 @@ async fn fence_one(
     authority: Authority,
     root: &Root,
     disk: DiskId,
-) -> Option<(DiskId, Vec<ShardInfo>)> {
-    let client = disks.client(disk)?;
+) -> Result<Option<(DiskId, Vec<ShardInfo>)>, TakeOverError> {
+    let Some(client) = disks.client(disk) else { return Ok(None) };
     if bug(Bug::SkipFence) {
-        let held = client.list(authority.volume).await.ok()?;
-        return Some((disk, held.shards));
+        let held = client.list(authority.volume).await;
+        return Ok(held.ok().map(|held| (disk, held.shards)));
     }
     // The mirror counts for the log set only; a disk outside it is fenced all the same.
     let fence = client.fence(authority, Some(root.mirror()));
     match tokio::time::timeout(FENCE_PATIENCE, fence).await {
-        Ok(Ok(held)) => Some((disk, held.shards)),
+        Ok(Ok(held)) => Ok(Some((disk, held.shards))),
+        // Whoever fenced it swapped the root before.
+        Ok(Err(ShardError::Fenced(epoch))) if epoch > authority.epoch => Err(TakeOverError::Lost),
         Ok(Err(error)) => {
             tracing::warn!(%disk, %error, "fence refused");
-            None
+            Ok(None)
         }
         Err(_) => {
             disks.report(disk, &ShardError::Unreachable);
-            None
+            Ok(None)
         }
     }
 }
@@ -276,9 +289,10 @@ async fn recover(
         head.adopt_orphans(listing);
         return Ok(head);
     };
-    head.finish_deletions(&checkpoint).await?;
     head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
     let replay = head.replay(listing, &fenced, epoch, log).await?;
+    // The replay must still know what the checkpoint lists as freed: the disks offer it no less.
+    head.finish_deletions(&checkpoint).await?;
     let lengths = &replay.lengths;
     head.settle_kind(listing, SegmentKind::Data, &checkpoint, lengths).await;
     head.settle_kind(listing, SegmentKind::Log, &checkpoint, lengths).await;
@@ -501,6 +515,9 @@ impl Head {
     ) -> Result<Replay, TakeOverError> {
         let start = self.state.borrow().acked;
         let replay = walk::replay(self, listing, epoch, from, start).await;
+        if let Some((segment, block)) = replay.newer {
+            return Err(TakeOverError::Newer { segment, block });
+        }
         let read = fenced - &replay.unread;
         if !rules::heard_enough(&self.state.borrow().root.set, fenced, &read)
             && !bug(Bug::SkipFence)
