@@ -37,6 +37,9 @@ const RETRY_MAX: Duration = Duration::from_mins(1);
 /// How long a disk may take to tell its superblock, or to write it.
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a disk may take to tell its tables.
+const OPEN_PATIENCE: Duration = Duration::from_mins(1);
+
 /// A disk of the node, open or not.
 pub(super) struct DiskSlot {
     pub(super) id: DiskId,
@@ -335,9 +338,10 @@ impl Node {
         device: Rc<dyn BlockDevice>,
     ) -> Result<(), Refusal> {
         let detachable = Rc::new(Detachable::new(device));
-        match Disk::open(detachable.clone()).await {
-            Ok(disk) => self.serve_disk(slot, disk, detachable),
-            Err(error) => refused(Shown::Failed, error.to_string()),
+        match timeout(OPEN_PATIENCE, Disk::open(detachable.clone())).await {
+            Ok(Ok(disk)) => self.serve_disk(slot, disk, detachable),
+            Ok(Err(error)) => refused(Shown::Failed, error.to_string()),
+            Err(_) => refused(Shown::Failed, "its tables cannot be read: it does not answer"),
         }
     }
 
@@ -382,7 +386,7 @@ impl Node {
         let result = self.reopen_unguarded(slot).await;
         slot.busy.set(false);
         if result.is_ok() {
-            join_all(self.heads().iter().map(|head| head.disk_returned(slot.id))).await;
+            self.tell_returned(slot.id);
             self.mirror_catalog().await;
         }
         result
@@ -422,6 +426,14 @@ impl Node {
             device.detach();
             slot.busy.set(false);
         });
+    }
+
+    /// Tells every head that a disk came back. What the heads then ask of it waits for nobody: it
+    /// may hang.
+    pub(super) fn tell_returned(&self, disk: DiskId) {
+        for head in self.heads() {
+            tokio::task::spawn_local(async move { head.disk_returned(disk).await });
+        }
     }
 
     /// Tells every head that what was on a disk is to be rebuilt.
@@ -472,10 +484,16 @@ impl Node {
         if slot.down_since.get().elapsed() < slot.retry_after() {
             return;
         }
-        match self.reopen(slot).await {
-            Ok(()) => {}
-            Err((state, reason)) => slot.down(state, &reason),
-        }
+        // No other disk waits for this one.
+        let (node, slot) = (self.clone(), slot.clone());
+        tokio::task::spawn_local(async move {
+            if let Err((state, reason)) = node.reopen(&slot).await
+                && !slot.is_online()
+                && slot.record.borrow().state != DiskState::Offline
+            {
+                slot.down(state, &reason);
+            }
+        });
     }
 
     /// Why a disk that is online cannot stay so.

@@ -224,9 +224,7 @@ impl Node {
             slot.state.set(Shown::Online);
             slot.reason.borrow_mut().take();
             self.registry.set_draining(id, false);
-            for head in self.heads() {
-                head.disk_returned(id).await;
-            }
+            self.tell_returned(id);
         }
         if !slot.is_online() {
             self.reopen(&slot).await.map_err(|(state, why)| {

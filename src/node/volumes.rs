@@ -192,7 +192,7 @@ impl Node {
                     // First it is one of those that hear of disks, then it is told what it missed.
                     *slot.head.borrow_mut() = Some(head.clone());
                     slot.changed.notify_waiters();
-                    self.tell_missed(&head, started).await;
+                    self.tell_missed(&head, started);
                     drop(head);
                     slot.gone().await;
                 }
@@ -232,12 +232,13 @@ impl Node {
     }
 
     /// Tells a new head which disks went and came while it took over.
-    async fn tell_missed(&self, head: &Rc<Head>, since: Instant) {
+    fn tell_missed(&self, head: &Rc<Head>, since: Instant) {
         for slot in self.slots() {
             if !slot.is_online() || slot.state.get() == DiskState::Draining {
                 head.disk_lost(slot.id);
             } else if slot.up_since.get() >= since {
-                head.disk_returned(slot.id).await;
+                let (head, disk) = (head.clone(), slot.id);
+                tokio::task::spawn_local(async move { head.disk_returned(disk).await });
             }
         }
     }

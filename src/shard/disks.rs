@@ -30,12 +30,16 @@ struct Entry {
     suspect_until: Option<Instant>,
     /// It is being emptied.
     draining: bool,
+    /// Tells this coming of the disk from others.
+    arrival: u64,
     info: DiskInfo,
 }
 
 /// The disks of a node (later: of the cluster), shared by its heads.
 pub struct Disks {
     known: RefCell<BTreeMap<DiskId, Entry>>,
+    /// Counts the disks that came.
+    arrivals: Cell<u64>,
     /// Counts the changes of what is known of their fill.
     version: Cell<u64>,
     /// Smallest slot of the disks that are up, bytes.
@@ -51,6 +55,7 @@ impl Default for Disks {
     fn default() -> Self {
         Self {
             known: RefCell::default(),
+            arrivals: Cell::new(0),
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
             heads: Cell::new(0),
@@ -84,7 +89,9 @@ pub struct Target {
 impl Disks {
     /// Adds a disk in a failure domain, or replaces its client.
     pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
-        let entry = Entry { client, domain, suspect_until: None, draining: false, info };
+        let arrival = self.arrivals.get() + 1;
+        self.arrivals.set(arrival);
+        let entry = Entry { client, domain, suspect_until: None, draining: false, arrival, info };
         self.known.borrow_mut().insert(entry.info.id, entry);
         self.fill_changed();
         self.changed.notify_waiters();
@@ -200,6 +207,11 @@ impl Disks {
     /// The client of a disk; none if it is down.
     pub fn client(&self, disk: DiskId) -> Option<Rc<dyn ShardClient>> {
         self.known.borrow().get(&disk).map(|entry| entry.client.clone())
+    }
+
+    /// Which coming of a disk this is: another one each time it is added. None if it is down.
+    pub fn arrival(&self, disk: DiskId) -> Option<u64> {
+        self.known.borrow().get(&disk).map(|entry| entry.arrival)
     }
 
     /// Whether the disk is up, failed nothing lately and is to stay.

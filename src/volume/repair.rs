@@ -497,13 +497,18 @@ impl Head {
         }
     }
 
-    /// Hears that a disk came back: what it holds intact counts again; the rest is repaired.
+    /// Hears that a disk came back: what it holds intact counts again; the rest is repaired. Ends
+    /// early if it goes again; whoever sees it return tells of it anew.
     pub async fn disk_returned(self: &Rc<Self>, disk: DiskId) {
+        let arrival = self.disks.arrival(disk);
         self.state.borrow_mut().lost.remove(&disk);
         self.width_wanted.notify_waiters();
         self.leave_and_wait(disk).await;
-        let Some(held) = self.fence_returned(disk).await else { return };
+        let Some(held) = self.fence_returned(disk, arrival).await else { return };
         for (id, index) in self.take_stock(disk, &held) {
+            if self.disks.arrival(disk) != arrival {
+                return;
+            }
             self.reseal(id, index).await;
         }
         self.repair_wanted.notify_one();
@@ -511,9 +516,13 @@ impl Head {
         self.wake.notify_one();
     }
 
-    /// Fences a disk that came back and asks what it holds, again while it does not answer.
-    async fn fence_returned(&self, disk: DiskId) -> Option<VolumeOnDisk> {
+    /// Fences a disk that came back and asks what it holds, again while it does not answer; none
+    /// if it goes again.
+    async fn fence_returned(&self, disk: DiskId, arrival: Option<u64>) -> Option<VolumeOnDisk> {
         for _ in 0..FENCES_MAX {
+            if self.disks.arrival(disk) != arrival {
+                return None;
+            }
             let client = self.disks.client(disk).filter(|_| self.is_serving())?;
             let mirror = self.state.borrow().root.mirror();
             let fence = client.fence(self.authority, Some(mirror));
