@@ -55,7 +55,7 @@ pub struct HeadConfig {
     pub lease: Duration,
     /// How much later than the first member of an append another may be.
     pub straggler: Duration,
-    /// How long writes wait for enough disks before they fail.
+    /// How long requests wait for enough disks before they fail.
     pub io_timeout: Duration,
     /// Writes of at least so many blocks go to data segments directly.
     pub large_write_blocks: usize,
@@ -647,10 +647,17 @@ impl Head {
     }
 
     /// Makes sure that the head may serve a read that was taken up just now.
+    ///
+    /// # Errors
+    /// The head has stopped, or too few disks answer for as long as requests wait.
     pub(super) async fn ensure_lease(&self) -> Result<(), TargetError> {
+        let since = Instant::now();
         while !self.lease_valid() {
             if self.state.borrow().stopped.is_some() {
                 return Err(TargetError::Stopped);
+            }
+            if since.elapsed() >= self.config.io_timeout {
+                return Err(TargetError::Io("too few disks answer for a read lease".into()));
             }
             self.probe_all().await;
             if !self.lease_valid() {

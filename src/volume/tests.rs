@@ -5,17 +5,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::task::LocalSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::head::HeadConfig;
 use super::root::Root;
 use super::target::HeadTarget;
 use crate::env::Env;
-use crate::export::BlockTarget;
+use crate::export::{BlockTarget, TargetError};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
 use crate::meta::{MetaStore, schema};
 use crate::segment::fetch::{Finding, Problem};
 use crate::shard::{Scheme, ShardError};
+use crate::sim::device::SimDevice;
 use crate::sim::world::{Node, Running, World, WorldConfig};
 
 fn config() -> WorldConfig {
@@ -129,11 +130,11 @@ fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
     with_head(async |world, running| {
         let before = stored_root(world).await;
         // Swapped, but mirrored on a single disk of two that are needed.
-        world.devices.borrow()[1..].iter().for_each(crate::sim::device::SimDevice::hang);
+        world.devices.borrow()[1..].iter().for_each(SimDevice::hang);
         let first = running.head.describe(serde_json::json!("first"));
         assert!(timeout(Duration::from_secs(1), first).await.is_err(), "it cannot be in force");
         assert_eq!(stored_root(world).await.sequence, before.sequence + 1);
-        world.devices.borrow().iter().for_each(crate::sim::device::SimDevice::heal);
+        world.devices.borrow().iter().for_each(SimDevice::heal);
         running.head.describe(serde_json::json!("second")).await.expect("nothing is wrong");
         let root = stored_root(world).await;
         assert_eq!(root.sequence, before.sequence + 2);
@@ -143,6 +144,24 @@ fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
             let mirror = held.mirror.expect("mirrored");
             assert_eq!(Root::decode(&mirror.data).expect("a root"), root, "on disk {index}");
         }
+    });
+}
+
+#[test]
+fn without_disks_reads_fail_in_the_end_as_writes_do() {
+    with_head(async |world, running| {
+        write(running, 0, 1).await;
+        world.ids.iter().for_each(|disk| running.node.registry.remove(*disk));
+        let target = HeadTarget(running.head.clone());
+        // The lease that is held runs out first.
+        sleep(Duration::from_secs(2)).await;
+        let since = Instant::now();
+        let read = timeout(Duration::from_mins(5), target.read(0, BLOCK_SIZE)).await;
+        assert!(matches!(read, Ok(Err(TargetError::Io(_)))), "{read:?}");
+        let patience = HeadConfig::default().io_timeout;
+        assert!(since.elapsed() >= patience && since.elapsed() < patience * 2);
+        (0..world.ids.len()).for_each(|index| world.connect(&running.node, index));
+        assert_eq!(target.read(0, BLOCK_SIZE).await.expect("served again").concat()[0], 1);
     });
 }
 
