@@ -486,8 +486,13 @@ impl Writer {
             }
             Err(OpenError::NoSpace) => {
                 head.checkpoint_wanted.notify_one();
-                if !self.refuse_clients() {
-                    head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
+                self.refuse_clients();
+                let waits = {
+                    let state = head.state.borrow();
+                    !(state.queue.is_empty() && state.pending.is_empty())
+                };
+                if waits {
+                    self.note_stall(&TargetError::NoSpace);
                     tokio::time::sleep(TICK).await;
                 }
                 false
@@ -499,30 +504,34 @@ impl Writer {
         }
     }
 
-    /// Fails what waits of clients for want of space. Tells whether there was any.
-    fn refuse_clients(&self) -> bool {
+    /// Fails what waits of clients for want of space.
+    fn refuse_clients(&self) {
         let failed = self.head.state.borrow_mut().fail_pending(SlotClass::Client);
-        let any = !failed.is_empty();
         for op in failed {
             op.finish(Err(TargetError::NoSpace));
         }
         self.head.applied.notify_waiters();
-        any
+    }
+
+    /// Notes that no segment can be opened. What has waited for one too long is answered.
+    fn note_stall(&self, error: &TargetError) {
+        let head = &self.head;
+        let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < head.config.io_timeout {
+            return;
+        }
+        let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
+        for op in failed {
+            op.finish(Err(error.clone()));
+        }
+        head.state.borrow_mut().answer_queued(error);
+        head.applied.notify_waiters();
     }
 
     async fn wait_for_disks(&self, why: &str) {
         let head = &self.head;
-        let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
         head.note_starved();
-        if since.elapsed() >= head.config.io_timeout {
-            let error = TargetError::Io(why.to_owned());
-            let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
-            for op in failed {
-                op.finish(Err(error.clone()));
-            }
-            head.state.borrow_mut().answer_queued(&error);
-            head.applied.notify_waiters();
-        }
+        self.note_stall(&TargetError::Io(why.to_owned()));
         // Whichever comes first; both only mean to try again.
         let changed = head.disks.changed.notified();
         drop(tokio::time::timeout(TICK * 2, changed).await);

@@ -12,10 +12,10 @@ use super::root::Root;
 use super::target::HeadTarget;
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
-use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
+use crate::id::{BLOCK_BYTES, BLOCK_SIZE, Epoch, HeadId, SegmentId, VolumeId};
 use crate::meta::{MetaStore, schema};
 use crate::segment::fetch::{Finding, Problem};
-use crate::shard::{Scheme, ShardError};
+use crate::shard::{Authority, Scheme, SegmentKind, ShardError, ShardSpec, SlotClass};
 use crate::sim::device::SimDevice;
 use crate::sim::world::{Node, Running, World, WorldConfig};
 
@@ -162,6 +162,59 @@ fn without_disks_reads_fail_in_the_end_as_writes_do() {
         assert!(since.elapsed() >= patience && since.elapsed() < patience * 2);
         (0..world.ids.len()).for_each(|index| world.connect(&running.node, index));
         assert_eq!(target.read(0, BLOCK_SIZE).await.expect("served again").concat()[0], 1);
+    });
+}
+
+/// Takes every free slot of the disks for another volume.
+async fn fill_disks(world: &World, running: &Running) {
+    let volume = VolumeId::from_bytes([9; 16]);
+    let authority = Authority { volume, epoch: Epoch(1), head: HeadId::from_bytes([9; 16]) };
+    for disk in &world.ids {
+        let client = running.node.registry.client(*disk).expect("up");
+        client.fence(authority, None).await.expect("nobody else has it");
+        let mut segment = 0;
+        loop {
+            segment += 1;
+            let spec = ShardSpec {
+                volume,
+                segment: SegmentId(segment),
+                creation: 1,
+                kind: SegmentKind::Log,
+                scheme: Scheme::replicated(1),
+                index: 0,
+                members: vec![*disk],
+            };
+            match client.create(authority, spec, SlotClass::Checkpoint).await {
+                Ok(()) => {}
+                Err(ShardError::NoSpace) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_its_place_in_the_log_is_answered_where_there_is_no_space() {
+    with_head(async |world, running| {
+        write(running, 0, 1).await;
+        fill_disks(world, running).await;
+        let member = running.head.state.borrow().log.as_ref().expect("open").shards[0].disk;
+        let index = world.ids.iter().position(|id| *id == member).expect("ours");
+        // The append lags, the log fails over, and finds no slot. A trim waits behind it.
+        world.devices.borrow()[index].hang();
+        let target = HeadTarget(running.head.clone());
+        let data = Bytes::from(vec![2; BLOCK_SIZE]);
+        let both = async {
+            let trim = async {
+                sleep(Duration::from_secs(2)).await;
+                target.zero(0, BLOCK_BYTES, true).await
+            };
+            tokio::join!(target.write(BLOCK_BYTES, data), trim)
+        };
+        let (written, trimmed) =
+            timeout(Duration::from_mins(5), both).await.expect("both are answered");
+        assert_eq!(written, Err(TargetError::NoSpace));
+        assert_eq!(trimmed, Err(TargetError::NoSpace));
     });
 }
 
