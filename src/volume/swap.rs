@@ -128,6 +128,8 @@ pub(super) struct Swaps {
     pub(super) wanted: Notify,
     /// A checkpoint was wanted that can wait until the root names the last one.
     deferred: Cell<bool>,
+    /// The last swap that was tried was not made.
+    failed: Cell<bool>,
 }
 
 /// Makes the root name the newest checkpoint whenever there is one, until the head stops. While
@@ -177,8 +179,9 @@ impl Head {
             self.delete_freed(&listed).await;
         }
         let head = self.clone();
-        let swapped = self.in_task(async move { head.swap_steps(change).await });
-        let mut listed = swapped.await?;
+        let swapped = self.in_task(async move { head.swap_steps(change).await }).await;
+        self.swaps.failed.set(matches!(swapped, Err(HeadError::Meta(_))));
+        let mut listed = swapped?;
         listed.retain(|shard| self.state.borrow().table.freed.contains(shard));
         self.delete_freed(&listed).await;
         self.published();
@@ -201,6 +204,13 @@ impl Head {
             self.swaps.wanted.notify_one();
         }
         waits
+    }
+
+    /// Whether the root cannot be swapped now, and does not name the newest checkpoint: another one
+    /// would be made in vain.
+    pub(super) fn swaps_in_vain(&self) -> bool {
+        let state = self.state.borrow();
+        self.swaps.failed.get() && state.checkpoint != state.root.checkpoint
     }
 
     /// Swaps the root with a change of its own; it names the newest checkpoint besides, and is in

@@ -97,8 +97,12 @@ fn while_the_store_is_away_only_the_swap_is_tried_again() {
         running.head.checkpoint_wanted.notify_one();
         sleep(Duration::from_secs(1)).await;
         let made = running.head.stats.checkpoints.get();
-        for _ in 0..60 {
+        for second in 0..60 {
             running.head.checkpoint_wanted.notify_one();
+            // The log set is to be renewed too, which takes a checkpoint.
+            if second >= 10 {
+                running.head.disk_lost(world.ids[0]);
+            }
             sleep(Duration::from_secs(1)).await;
         }
         assert_eq!(running.head.stats.checkpoints.get(), made, "tables are written in vain");
@@ -106,6 +110,8 @@ fn while_the_store_is_away_only_the_swap_is_tried_again() {
         sleep(Duration::from_secs(5)).await;
         assert!(running.head.stats.checkpoints.get() > made, "the one that waited is made");
         assert_eq!(named(world).await, running.head.report().checkpoint_sequence);
+        let set = stored_root(world).await.set;
+        assert!(set.domain_of(world.ids[0]).is_none(), "then the set is renewed: {set:?}");
     });
 }
 
