@@ -306,10 +306,10 @@ impl Head {
     /// now on; the root does when the store allows ([`Head::publish`]).
     pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
-        if self.space.reserve.borrow().is_some() {
+        if self.owes_reserve() {
             // What the last one took of the reserve comes back when the root names it.
             self.publish().await?;
-            self.space.reserve.borrow_mut().take();
+            self.reserve_is_back();
         }
         let before = self.begin_checkpoint();
         let result = self.checkpoint_locked().await;

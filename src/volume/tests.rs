@@ -171,6 +171,23 @@ fn without_disks_reads_fail_in_the_end_as_writes_do() {
     });
 }
 
+#[test]
+fn a_checkpoint_without_its_root_keeps_the_reserve_from_others_for_a_while_only() {
+    with_head(async |_, running| {
+        let head = &running.head;
+        write(running, 0, 1).await;
+        running.node.faults.unavailable.set(true);
+        head.store_checkpoint().await.expect("the disks are there");
+        head.take_checkpoint_reserve().await;
+        let reserve = running.node.registry.checkpoint_reserve();
+        let permit = timeout(Duration::from_secs(30), reserve).await;
+        drop(permit.expect("another volume gets it"));
+        head.store_checkpoint().await.expect_err("it would take of the reserve once more");
+        running.node.heal();
+        head.checkpoint().await.expect("nothing is wrong");
+    });
+}
+
 /// Takes every free slot of the disks for another volume.
 async fn fill_disks(world: &World, running: &Running) {
     let volume = VolumeId::from_bytes([9; 16]);
