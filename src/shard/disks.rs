@@ -219,6 +219,15 @@ impl Disks {
         self.known.borrow().get(&disk).is_some_and(Entry::healthy)
     }
 
+    /// Domains in which a healthy disk that `allowed` admits has a slot for clients, as far as is
+    /// known.
+    pub fn domains_with_room(&self, allowed: impl Fn(DiskId) -> bool) -> usize {
+        let disks = self.known.borrow();
+        let usable = disks.values().filter(|e| e.healthy() && e.free_for(SlotClass::Client) > 0);
+        let usable = usable.filter(|e| allowed(e.info.id));
+        usable.map(|e| e.domain).collect::<std::collections::BTreeSet<u32>>().len()
+    }
+
     /// The failure domain of a disk that is up.
     pub fn domain(&self, disk: DiskId) -> Option<u32> {
         self.known.borrow().get(&disk).map(|entry| entry.domain)

@@ -419,6 +419,11 @@ impl Head {
     /// that shard, so that nothing can be appended to it nor read from it until it is sealed.
     fn leave(self: &Rc<Self>, disk: DiskId) {
         self.leave_dense(disk);
+        self.leave_copies(disk);
+    }
+
+    /// The same of log and meta segments.
+    fn leave_copies(self: &Rc<Self>, disk: DiskId) {
         let on_disk = |segment: &OpenSegment| segment.shards.iter().any(|s| s.disk == disk);
         // Whoever makes a checkpoint now notices by itself.
         if let Ok(_lock) = self.checkpoint_lock.try_lock() {
@@ -587,12 +592,22 @@ impl Head {
     /// Hears that a disk is gone for longer: its shards are rebuilt elsewhere. To be repeated while
     /// the disk is away, because segments are sealed meanwhile.
     pub fn disk_lost(self: &Rc<Self>, disk: DiskId) {
-        self.leave(disk);
+        // A disk that is up and only meant to go is left where others can take its place: the next
+        // segments would lie there again, and there would be no end of it.
+        let up = self.disks.client(disk).is_some();
+        let elsewhere = || self.disks.domains_with_room(|other| other != disk);
+        if !up || elsewhere() >= self.pool.scheme.width() {
+            self.leave_dense(disk);
+        }
+        let leaves = !up || self.can_log_without(disk);
+        if leaves {
+            self.leave_copies(disk);
+        }
         self.width_wanted.notify_waiters();
         let mut state = self.state.borrow_mut();
         state.lost.insert(disk);
         let there = |log: &Rc<OpenSegment>| log.shards.iter().any(|shard| shard.disk == disk);
-        if state.log.as_ref().is_some_and(there) {
+        if leaves && state.log.as_ref().is_some_and(there) {
             // It may be up and only be meant to go.
             state.roll_log = true;
             self.wake.notify_one();
@@ -606,6 +621,17 @@ impl Head {
         }
         drop(state);
         self.repair_wanted.notify_one();
+    }
+
+    /// Whether a log segment could be opened, as wide as it should be, on healthy disks that are not
+    /// this one.
+    fn can_log_without(&self, disk: DiskId) -> bool {
+        let state = self.state.borrow();
+        let least = usize::from(self.pool.min_size);
+        state.pairs().into_iter().chain(&state.planned).all(|set| {
+            let allowed = |other| other != disk && set.domain_of(other).is_some();
+            self.disks.domains_with_room(allowed) >= least.max(set.width().into())
+        })
     }
 
     /// Whether anything still needs a segment: the index, a checkpoint, or the replay from it.

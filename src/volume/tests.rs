@@ -188,6 +188,44 @@ fn a_checkpoint_without_its_root_keeps_the_reserve_from_others_for_a_while_only(
     });
 }
 
+#[test]
+fn a_disk_that_cannot_be_emptied_costs_no_segments() {
+    with_head(async |world, running| {
+        // Two copies, and two disks of four are all there is.
+        for disk in &world.ids[2..] {
+            running.node.registry.remove(*disk);
+            running.head.disk_lost(*disk);
+        }
+        for lba in 0..8 {
+            write(running, lba, 1).await;
+        }
+        let leaving = world.ids[0];
+        running.node.registry.set_draining(leaving, true);
+        let opened = || running.head.state.borrow().next_segment;
+        let before = opened();
+        for second in 0..60 {
+            running.head.disk_lost(leaving);
+            write(running, second % 8, 2).await;
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!(opened() - before < 20, "{} segments were opened", opened() - before);
+        // With a third disk in the log set it is left.
+        running.node.registry.set_draining(leaving, false);
+        world.connect(&running.node, 2);
+        for disk in [0, 2] {
+            running.head.disk_returned(world.ids[disk]).await;
+        }
+        sleep(Duration::from_secs(20)).await;
+        running.node.registry.set_draining(leaving, true);
+        for second in 0..60 {
+            running.head.disk_lost(leaving);
+            write(running, second % 8, 3).await;
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!(!running.head.uses_disk(leaving), "the disk is not emptied");
+    });
+}
+
 /// Takes every free slot of the disks for another volume.
 async fn fill_disks(world: &World, running: &Running) {
     let volume = VolumeId::from_bytes([9; 16]);
