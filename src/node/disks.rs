@@ -322,6 +322,7 @@ impl Node {
             size_bytes: probe.geometry.size_bytes,
             state: DiskState::Online,
             added_at_unix_s: (self.options.unix_seconds)(),
+            removing: false,
         };
         self.schema.add_disk(&record).await.map_err(|e| failed(e.to_string()))?;
         self.next_domain.set(domain + 1);
@@ -372,7 +373,19 @@ impl Node {
         let domain = slot.record.borrow().domain;
         self.registry.add(client, domain, info);
         tracing::info!(disk = %slot.id, path = slot.path(), domain, "disk online");
+        if slot.record.borrow().state == DiskState::Draining {
+            self.begin_draining(slot);
+        }
         Ok(())
+    }
+
+    /// Has a disk that is up avoided and emptied.
+    pub(super) fn begin_draining(&self, slot: &DiskSlot) {
+        let removing = slot.record.borrow().removing;
+        let why = if removing { "an operator removes it" } else { "an operator empties it" };
+        slot.state.set(Shown::Draining);
+        *slot.reason.borrow_mut() = Some(why.to_owned());
+        self.registry.set_draining(slot.id, true);
     }
 
     /// Tries to bring a disk back that is down; then offers it to every head.
@@ -456,6 +469,7 @@ impl Node {
         for disk in self.removed.borrow().iter() {
             self.tell_removed(*disk);
         }
+        self.go_on_removing();
         self.registry.refresh().await;
     }
 

@@ -61,7 +61,11 @@ impl Node {
             id: slot.id,
             path: record.path.clone(),
             state: slot.state.get(),
-            state_reason: slot.reason.borrow().clone(),
+            state_reason: slot.reason.borrow().as_ref().map(|reason| match slot.state.get() {
+                DiskState::Draining if used == 0 => format!("{reason}; it is empty"),
+                DiskState::Draining => format!("{reason}; {used} slots are still in use"),
+                _ => reason.clone(),
+            }),
             size: record.size_bytes,
             slot_bytes: record.slot_bytes,
             slots,

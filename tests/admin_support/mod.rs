@@ -177,6 +177,9 @@ impl State {
             Command::DiskOffline { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Offline)));
             }
+            Command::DiskDrain { disk, reply } => {
+                drop(reply.send(self.set_disk(disk, DiskState::Draining)));
+            }
             Command::DiskOnline { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Online)));
             }
