@@ -31,6 +31,7 @@ use crate::env::Env;
 use crate::export::TargetError;
 use crate::id::{BLOCK_SIZE, DiskId, Lsn, SegmentId, VolumeId};
 use crate::meta::{MetaError, MetaStore};
+use crate::obs::throttle::Throttle;
 use crate::segment::BlockAddr;
 use crate::segment::fetch::{FetchError, Finding, Source};
 use crate::segment::open::OpenSegment;
@@ -284,6 +285,8 @@ pub struct Head {
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     pub(super) dense: super::dense::Dense,
     pub(super) space: super::space::Space,
+    /// Bounds how often it is logged that a block is bad.
+    findings_told: Throttle,
     /// Counts this head among those that share the disks.
     _member: Member,
     /// Counters.
@@ -492,6 +495,7 @@ impl Head {
             torn: RefCell::default(),
             dense: super::dense::Dense::default(),
             space: super::space::Space::default(),
+            findings_told: Throttle::default(),
             stats: HeadStats::default(),
         })
     }
@@ -598,10 +602,13 @@ impl Head {
             let grave = match &finding.problem {
                 Problem::Corrupt(block) => {
                     add(&self.stats.corrupt_blocks, 1);
-                    tracing::warn!(
-                        volume = %self.volume, segment = %finding.segment, disk = %finding.disk,
-                        block, "a block does not match its checksum",
-                    );
+                    // Each read meets a block that cannot be repaired.
+                    if self.findings_told.passes("blocks that do not match their checksum") {
+                        tracing::warn!(
+                            volume = %self.volume, segment = %finding.segment, disk = %finding.disk,
+                            block, "a block does not match its checksum",
+                        );
+                    }
                     true
                 }
                 Problem::Disk(error) => {

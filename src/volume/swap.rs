@@ -39,6 +39,8 @@ pub(super) enum Swapped {
     Ours(u64),
     /// Somebody else changed it.
     Lost,
+    /// There is none any more: the volume was deleted.
+    Gone,
 }
 
 /// Swaps the root from `revision` to `new`, until the outcome is known.
@@ -66,7 +68,7 @@ pub(super) async fn swap(
                     let ours = Root::decode(&found.value).is_ok_and(|r| r.token() == new.token());
                     return Ok(if ours { Swapped::Ours(found.revision) } else { Swapped::Lost });
                 }
-                Ok(None) => return Ok(Swapped::Lost),
+                Ok(None) => return Ok(Swapped::Gone),
                 Err(_) => in_doubt = true,
             },
             Err(MetaError::Unavailable(why)) if !in_doubt => {
@@ -358,6 +360,11 @@ impl Head {
                 drop(state);
                 self.stop("another head swapped the root");
                 Err(HeadError::Stopped("another head swapped the root".into()))
+            }
+            Swapped::Gone => {
+                drop(state);
+                self.abandon("the volume was deleted");
+                Err(HeadError::Stopped("the volume was deleted".into()))
             }
             Swapped::Ours(revision) => {
                 state.root_revision = revision;

@@ -13,7 +13,7 @@ use super::target::HeadTarget;
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE, Epoch, HeadId, SegmentId, VolumeId};
-use crate::meta::{MetaStore, schema};
+use crate::meta::{MetaStore, Txn, schema};
 use crate::segment::fetch::{Finding, Problem};
 use crate::shard::{Authority, Scheme, SegmentKind, ShardError, ShardSpec, SlotClass};
 use crate::sim::device::SimDevice;
@@ -128,6 +128,16 @@ fn a_head_that_stops_leaves_a_swap_in_doubt() {
         running.head.abandon("deleted");
         let ended = timeout(Duration::from_millis(1), swap).await.expect("it ends at once");
         assert_eq!(ended.expect("no panic"), Err("the head stopped: deleted".into()));
+    });
+}
+
+#[test]
+fn a_swap_of_a_deleted_volume_says_so() {
+    with_head(async |world, running| {
+        let gone = Txn::new().delete(schema::root_key(world.volume));
+        world.store.txn(gone).await.expect("no faults here");
+        let error = running.head.describe(serde_json::json!("new")).await.expect_err("no root");
+        assert_eq!(error.to_string(), "the head stopped: the volume was deleted");
     });
 }
 
