@@ -16,6 +16,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout};
 
+use super::counts::DiskCounts;
 use super::opener::{Detachable, OpenFailure, open_patiently};
 use super::{Node, NodeError};
 use crate::admin::types::DiskState as Shown;
@@ -58,6 +59,8 @@ pub(super) struct DiskSlot {
     short_lives: Cell<u32>,
     /// Failed writes that were looked into.
     failed_writes: Cell<u64>,
+    /// What it counted the other times it was open.
+    past: Cell<DiskCounts>,
 }
 
 impl DiskSlot {
@@ -77,6 +80,7 @@ impl DiskSlot {
             told_lost: Cell::new(false),
             short_lives: Cell::new(0),
             failed_writes: Cell::new(0),
+            past: Cell::default(),
         }
     }
 
@@ -96,6 +100,12 @@ impl DiskSlot {
     /// The disk as it was last open, for its counters.
     pub(super) fn last_disk(&self) -> Option<Rc<Disk>> {
         self.client.borrow().as_ref().map(|client| client.current())
+    }
+
+    /// What it has counted since the node started.
+    pub(super) fn counted(&self) -> DiskCounts {
+        let past = self.past.get();
+        self.last_disk().map_or(past, |disk| past.and(&disk))
     }
 
     pub(super) fn is_online(&self) -> bool {
@@ -358,7 +368,9 @@ impl Node {
         let known = slot.client.borrow().clone();
         let client = match known {
             Some(client) => {
+                let before = client.current();
                 client.replace(disk).map_err(failed)?;
+                slot.past.set(slot.past.get().and(&before));
                 client
             }
             None => Rc::new(LocalClient::new(disk)),

@@ -12,14 +12,8 @@ use crate::admin::types::{
     Capacity, Disk, DiskErrors, DiskLatency, DiskState, FailureDomain as Shown, Pool, Redundancy,
     RepairProgress, Status, Volume, VolumeState,
 };
-use crate::disk::OperationStats;
 use crate::id::DiskId;
 use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
-
-/// Mean latency, microseconds.
-fn mean_us(stats: &OperationStats) -> u64 {
-    stats.latency_us_sum.get() / (stats.count.get() + stats.errors.get()).max(1)
-}
 
 impl Node {
     pub(super) fn status(&self) -> Status {
@@ -46,17 +40,11 @@ impl Node {
         let last = slot.last_disk();
         let free = last.as_ref().map_or(0, |disk| disk.slot_counts().free);
         let used = slots.saturating_sub(free);
-        let (errors, latency) = last.as_ref().map_or_else(Default::default, |disk| {
-            let stats = disk.stats();
-            let io = [&stats.appends, &stats.reads, &stats.table_writes, &stats.table_reads]
-                .iter()
-                .map(|operation| operation.errors.get())
-                .sum();
-            let checksum = stats.damaged_pages.get();
-            let latency =
-                DiskLatency { append_us: mean_us(&stats.appends), read_us: mean_us(&stats.reads) };
-            (DiskErrors { io, checksum, timeout: 0 }, latency)
-        });
+        let counted = slot.counted();
+        let errors =
+            DiskErrors { io: counted.io_errors, checksum: counted.damaged_pages, timeout: 0 };
+        let latency =
+            DiskLatency { append_us: counted.appends.mean_us(), read_us: counted.reads.mean_us() };
         Disk {
             id: slot.id,
             path: record.path.clone(),
