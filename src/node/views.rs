@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::Node;
+use super::counts::DiskCounts;
 use super::disks::DiskSlot;
 use super::pools::shown_scheme;
 use super::volumes::VolumeSlot;
@@ -41,8 +42,13 @@ impl Node {
         let free = last.as_ref().map_or(0, |disk| disk.slot_counts().free);
         let used = slots.saturating_sub(free);
         let counted = slot.counted();
-        let errors =
-            DiskErrors { io: counted.io_errors, checksum: counted.damaged_pages, timeout: 0 };
+        let since_open =
+            last.as_ref().map(|disk| DiskCounts::default().and(disk)).unwrap_or_default();
+        let errors = |counted: &DiskCounts| DiskErrors {
+            io: counted.io_errors,
+            checksum: counted.damaged_pages,
+            timeout: 0,
+        };
         let latency =
             DiskLatency { append_us: counted.appends.mean_us(), read_us: counted.reads.mean_us() };
         Disk {
@@ -59,7 +65,8 @@ impl Node {
             slots,
             slots_used: used,
             used: u64::from(used) * record.slot_bytes,
-            errors,
+            errors: errors(&counted),
+            recent_errors: errors(&since_open),
             latency,
         }
     }
@@ -227,6 +234,7 @@ fn unusable_disk(path: &str, reason: &str) -> Disk {
         slots_used: 0,
         used: 0,
         errors: DiskErrors::default(),
+        recent_errors: DiskErrors::default(),
         latency: DiskLatency::default(),
     }
 }

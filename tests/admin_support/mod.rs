@@ -103,6 +103,7 @@ fn disk(n: u8, path: String) -> Disk {
         slots_used: 100,
         used: 100 * (4 << 20),
         errors: DiskErrors::default(),
+        recent_errors: DiskErrors::default(),
         latency: DiskLatency { append_us: 85, read_us: 60 },
     }
 }
