@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
@@ -21,6 +21,8 @@ use crate::segment::slot_blocks;
 
 /// How long a disk that failed a request is avoided for new segments.
 pub const SUSPECT_FOR: Duration = Duration::from_secs(5);
+/// Deletions of shards that are under way at once.
+pub const DELETES_MAX: usize = 64;
 /// How long a disk may take to tell its fill.
 const INFO_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -47,6 +49,7 @@ pub struct Disks {
     heads: Cell<u32>,
     checkpoint_reserve: Arc<Semaphore>,
     gc_passes: Arc<Semaphore>,
+    deletes: Semaphore,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
 }
@@ -61,6 +64,7 @@ impl Default for Disks {
             heads: Cell::new(0),
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
+            deletes: Semaphore::new(DELETES_MAX),
             changed: Notify::new(),
         }
     }
@@ -148,6 +152,11 @@ impl Disks {
     /// The permit of the one pass of garbage collection that may run.
     pub async fn gc_pass(&self) -> Option<OwnedSemaphorePermit> {
         self.gc_passes.clone().acquire_owned().await.ok()
+    }
+
+    /// The permit of one of the deletions that may be under way.
+    pub async fn delete_permit(&self) -> Option<SemaphorePermit<'_>> {
+        self.deletes.acquire().await.ok()
     }
 
     /// Notes that a slot of a disk was taken.

@@ -18,6 +18,7 @@ use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
+use super::discard::delete_shards;
 use super::head::{Flight, Head, Op, add, table_entry};
 use super::rules::{self, LogSet};
 use super::segtab::ShardRef;
@@ -26,7 +27,7 @@ use crate::id::{Lsn, SegmentId};
 use crate::limits::{RECORD_ENTRIES_MAX, RECORD_PAYLOAD_BLOCKS_MAX};
 use crate::planted::{Bug, bug};
 use crate::segment::checksum::Salt;
-use crate::segment::open::{CONTROL_PATIENCE, OpenError, OpenRequest, OpenSegment, frame};
+use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
 use crate::segment::record::{Entry, Header, header_blocks};
 use crate::shard::{SegmentKind, ShardError, ShardResult, SlotClass};
 
@@ -708,16 +709,7 @@ impl Head {
 
     /// Deletes shards that nothing durable names and waits for it, a moment at most.
     pub(super) async fn discard_now(&self, shards: Vec<(SegmentId, ShardRef)>) {
-        let deletes = shards.into_iter().filter_map(|(segment, shard)| {
-            let client = self.disks.client(shard.disk)?;
-            Some(async move {
-                let delete = client.delete(self.authority, segment, shard.creation);
-                if tokio::time::timeout(CONTROL_PATIENCE, delete).await.is_err() {
-                    tracing::debug!(%segment, disk = %shard.disk, "not deleted yet");
-                }
-            })
-        });
-        futures_util::future::join_all(deletes).await;
+        delete_shards(&self.disks, self.authority, shards, |_| {}).await;
         self.disks.refresh().await;
     }
 
@@ -725,22 +717,20 @@ impl Head {
     /// is needed for it. They are listed as freed until the disk confirms.
     pub(super) fn discard(&self, shards: Vec<(SegmentId, ShardRef)>) {
         // A nil disk stands for a shard that was never created.
-        for (segment, shard) in shards.into_iter().filter(|(_, shard)| !shard.disk.is_nil()) {
-            self.state.borrow_mut().table.freed.insert((segment, shard));
-            let Some(client) = self.disks.client(shard.disk) else { continue };
-            let (authority, this) = (self.authority, self.this.clone());
-            tokio::task::spawn_local(async move {
-                let delete = client.delete(authority, segment, shard.creation);
-                let result = tokio::time::timeout(CONTROL_PATIENCE, delete).await;
-                let confirmed = matches!(result, Ok(Ok(()) | Err(ShardError::Gone)));
-                if let Some(head) = this.upgrade().filter(|_| confirmed) {
-                    if result == Ok(Ok(())) {
-                        head.disks.gave(shard.disk);
-                    }
-                    head.state.borrow_mut().table.freed.remove(&(segment, shard));
-                }
-            });
+        let shards: Vec<_> = shards.into_iter().filter(|(_, s)| !s.disk.is_nil()).collect();
+        if shards.is_empty() {
+            return;
         }
+        self.state.borrow_mut().table.freed.extend(&shards);
+        let (disks, authority, this) = (self.disks.clone(), self.authority, self.this.clone());
+        tokio::task::spawn_local(async move {
+            let confirmed = |shard| {
+                if let Some(head) = this.upgrade() {
+                    head.state.borrow_mut().table.freed.remove(&shard);
+                }
+            };
+            delete_shards(&disks, authority, shards, confirmed).await;
+        });
     }
 
     /// Seals a closed segment and notes the members that could not be.
