@@ -113,6 +113,8 @@ fn disks() {
     assert_eq!(code(client.disk(disk.id)), ErrorCode::NotFound);
     assert_eq!(code(client.offline_disk(disk.id)), ErrorCode::NotFound);
     assert_eq!(client.offline_disk(disk_id(0)).unwrap().state, DiskState::Offline);
+    assert_eq!(code(client.drain_disk(disk.id)), ErrorCode::NotFound);
+    assert_eq!(client.drain_disk(disk_id(1)).unwrap().state, DiskState::Draining);
     assert_eq!(client.online_disk(disk_id(0)).unwrap().state, DiskState::Online);
 }
 

@@ -126,11 +126,16 @@ operations! {
     /// path; `no_space` if it is too small.
     disk_add = DiskAdd { request: AddDisk } -> Disk;
     /// Takes a disk out of the node for good. `confirmation_required` if it holds data and
-    /// `force` is not set; `conflict` if data would be lost even so.
+    /// `force` is not set; `conflict` if data would be lost even so, or while it is being emptied:
+    /// it is removed afterwards.
     disk_remove = DiskRemove { disk: DiskId, force: bool } -> Removed;
     /// Takes a disk out of service until it is put online again; succeeds if it is offline.
     disk_offline = DiskOffline { disk: DiskId } -> Disk;
-    /// Opens a disk again that is offline, failed or missing; succeeds if it is online.
+    /// Has all data leave a disk, which stays in the node, until it is put online again; returns at
+    /// once. `conflict` if the disk is not online.
+    disk_drain = DiskDrain { disk: DiskId } -> Disk;
+    /// Opens a disk again that is offline, failed or missing, and keeps one that drains; succeeds if
+    /// it is online.
     disk_online = DiskOnline { disk: DiskId } -> Disk;
 
     /// All pools, sorted by name.

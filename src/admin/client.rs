@@ -129,6 +129,10 @@ impl Client {
     pub fn offline_disk(&self, disk: DiskId) -> Result<Disk, ClientError> {
         self.call(Method::PUT, &format!("/v1/disks/{disk}/offline"))
     }
+    /// Has all data leave a disk.
+    pub fn drain_disk(&self, disk: DiskId) -> Result<Disk, ClientError> {
+        self.call(Method::PUT, &format!("/v1/disks/{disk}/drain"))
+    }
     /// Puts a disk into service again.
     pub fn online_disk(&self, disk: DiskId) -> Result<Disk, ClientError> {
         self.call(Method::PUT, &format!("/v1/disks/{disk}/online"))

@@ -84,9 +84,9 @@ fn total_capacity(disks: &[Disk]) -> Capacity {
 fn assess_disk(disk: &Disk) -> Option<Reason> {
     let because = disk.state_reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
     let message = match disk.state {
-        DiskState::Online if disk.errors.total() > 0 => format!(
-            "had errors since the start: {} I/O, {} checksum, {} time-out",
-            disk.errors.io, disk.errors.checksum, disk.errors.timeout
+        DiskState::Online if disk.recent_errors.total() > 0 => format!(
+            "had errors since it was opened: {} I/O, {} checksum, {} time-out",
+            disk.recent_errors.io, disk.recent_errors.checksum, disk.recent_errors.timeout
         ),
         DiskState::Online => return None,
         DiskState::Slow => format!("is much slower than its peers{because}"),
@@ -179,6 +179,7 @@ mod tests {
             slots_used: 10,
             used: 10 << 20,
             errors: DiskErrors::default(),
+            recent_errors: DiskErrors::default(),
             latency: DiskLatency::default(),
         }
     }
@@ -262,7 +263,7 @@ mod tests {
     #[test]
     fn a_disk_that_had_errors_is_named() {
         let mut bad = disk(DiskState::Online);
-        bad.errors.checksum = 1;
+        bad.recent_errors.checksum = 1;
         let health = assess(&[disk(DiskState::Online), bad], &[], &[]);
         assert_eq!(health.health, HealthLevel::Warning);
         assert_eq!(health.reasons[0].subject, "disk /d");

@@ -56,6 +56,7 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
         routes::disk::show,
         routes::disk::remove,
         routes::disk::offline,
+        routes::disk::drain,
         routes::disk::online,
         routes::pool::list,
         routes::pool::create,
@@ -89,6 +90,7 @@ pub fn router(backend: Arc<dyn AdminBackend>) -> Router {
         .route("/v1/disks", get(disk::list).post(disk::add))
         .route("/v1/disks/{disk}", get(disk::show).delete(disk::remove))
         .route("/v1/disks/{disk}/offline", put(disk::offline))
+        .route("/v1/disks/{disk}/drain", put(disk::drain))
         .route("/v1/disks/{disk}/online", put(disk::online))
         .route("/v1/pools", get(pool::list).post(pool::create))
         .route("/v1/pools/{pool}", get(pool::show).delete(pool::remove))

@@ -227,6 +227,9 @@ pub struct Disk {
     pub used: u64,
     /// Errors since the node started.
     pub errors: DiskErrors,
+    /// Those of them since the disk was last opened, which count for its health.
+    #[serde(default)]
+    pub recent_errors: DiskErrors,
     /// Mean latencies since the node started.
     pub latency: DiskLatency,
 }

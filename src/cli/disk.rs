@@ -38,7 +38,7 @@ pub(super) enum DiskVerb {
         /// Id, beginning of an id, or path
         disk: String,
     },
-    /// Takes a disk out of the node for good
+    /// Takes a disk out of the node for good, once it is empty
     #[command(visible_alias = "delete")]
     Rm {
         /// Id, beginning of an id, or path
@@ -52,7 +52,12 @@ pub(super) enum DiskVerb {
         /// Id, beginning of an id, or path
         disk: String,
     },
-    /// Opens a disk again that is offline, failed or missing
+    /// Has all data leave a disk, which stays in the node; `disk online` takes it back
+    Drain {
+        /// Id, beginning of an id, or path
+        disk: String,
+    },
+    /// Opens a disk again that is offline, failed or missing, and keeps one that is being drained
     Online {
         /// Id, beginning of an id, or path
         disk: String,
@@ -77,6 +82,9 @@ pub(super) fn run(verb: &DiskVerb, client: &Client, out: &mut Output) -> Result<
         }
         DiskVerb::Offline { disk } => {
             out.show(&client.offline_disk(find(client, disk)?)?, state)?;
+        }
+        DiskVerb::Drain { disk } => {
+            out.show(&client.drain_disk(find(client, disk)?)?, state)?;
         }
         DiskVerb::Online { disk } => out.show(&client.online_disk(find(client, disk)?)?, state)?,
     }

@@ -127,7 +127,7 @@ pub enum DiskState {
     Online,
     /// Not used, by order of an operator; may come back.
     Offline,
-    /// Read from, no longer written to; its shards are moved elsewhere.
+    /// In use, but avoided for new segments; its shards are moved elsewhere.
     Draining,
     /// Gone for good. Kept as evidence for deletions and recoveries that must hear of it.
     Removed,
@@ -164,6 +164,9 @@ pub struct DiskRecord {
     pub state: DiskState,
     /// When it was added: seconds since 1970, for people only.
     pub added_at_unix_s: u64,
+    /// It is removed as soon as it is empty. Records of earlier versions lack it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removing: bool,
 }
 
 impl Record for DiskRecord {
@@ -179,6 +182,9 @@ impl Record for DiskRecord {
         }
         if !(limits::SLOT_BYTES_MIN..=limits::SLOT_BYTES_MAX).contains(&self.slot_bytes) {
             return Err(format!("slots of {} bytes", self.slot_bytes));
+        }
+        if self.removing && !matches!(self.state, DiskState::Draining | DiskState::Offline) {
+            return Err(format!("it is {} and to be removed", self.state));
         }
         Ok(())
     }
@@ -443,7 +449,10 @@ mod tests {
                 size_bytes,
                 state: DiskState::Draining,
                 added_at_unix_s: 1,
+                removing: size_bytes % 2 == 0,
             };
+            let kept = encode(&DiskRecord { removing: false, ..record.clone() }).unwrap();
+            prop_assert!(!String::from_utf8_lossy(&kept).contains("removing"), "as it was before");
             prop_assert_eq!(decode::<DiskRecord>(&encode(&record).unwrap()).unwrap(), record);
         }
     }

@@ -34,6 +34,7 @@ impl Node {
                 send(reply, self.remove_disk(disk, force).await);
             }
             Command::DiskOffline { disk, reply } => send(reply, self.disk_offline(disk).await),
+            Command::DiskDrain { disk, reply } => send(reply, self.disk_drain(disk).await),
             Command::DiskOnline { disk, reply } => send(reply, self.disk_online(disk).await),
             Command::PoolList { reply } => send(reply, Ok(self.views().1)),
             Command::PoolShow { pool, reply } => send(reply, self.show_pool(&pool)),

@@ -16,6 +16,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout};
 
+use super::counts::DiskCounts;
 use super::opener::{Detachable, OpenFailure, open_patiently};
 use super::{Node, NodeError};
 use crate::admin::types::DiskState as Shown;
@@ -37,6 +38,9 @@ const RETRY_MAX: Duration = Duration::from_mins(1);
 /// How long a disk may take to tell its superblock, or to write it.
 const PROBE_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a disk may take to tell its tables.
+const OPEN_PATIENCE: Duration = Duration::from_mins(1);
+
 /// A disk of the node, open or not.
 pub(super) struct DiskSlot {
     pub(super) id: DiskId,
@@ -55,6 +59,8 @@ pub(super) struct DiskSlot {
     short_lives: Cell<u32>,
     /// Failed writes that were looked into.
     failed_writes: Cell<u64>,
+    /// What it counted the other times it was open.
+    past: Cell<DiskCounts>,
 }
 
 impl DiskSlot {
@@ -74,6 +80,7 @@ impl DiskSlot {
             told_lost: Cell::new(false),
             short_lives: Cell::new(0),
             failed_writes: Cell::new(0),
+            past: Cell::default(),
         }
     }
 
@@ -93,6 +100,12 @@ impl DiskSlot {
     /// The disk as it was last open, for its counters.
     pub(super) fn last_disk(&self) -> Option<Rc<Disk>> {
         self.client.borrow().as_ref().map(|client| client.current())
+    }
+
+    /// What it has counted since the node started.
+    pub(super) fn counted(&self) -> DiskCounts {
+        let past = self.past.get();
+        self.last_disk().map_or(past, |disk| past.and(&disk))
     }
 
     pub(super) fn is_online(&self) -> bool {
@@ -319,6 +332,7 @@ impl Node {
             size_bytes: probe.geometry.size_bytes,
             state: DiskState::Online,
             added_at_unix_s: (self.options.unix_seconds)(),
+            removing: false,
         };
         self.schema.add_disk(&record).await.map_err(|e| failed(e.to_string()))?;
         self.next_domain.set(domain + 1);
@@ -335,9 +349,10 @@ impl Node {
         device: Rc<dyn BlockDevice>,
     ) -> Result<(), Refusal> {
         let detachable = Rc::new(Detachable::new(device));
-        match Disk::open(detachable.clone()).await {
-            Ok(disk) => self.serve_disk(slot, disk, detachable),
-            Err(error) => refused(Shown::Failed, error.to_string()),
+        match timeout(OPEN_PATIENCE, Disk::open(detachable.clone())).await {
+            Ok(Ok(disk)) => self.serve_disk(slot, disk, detachable),
+            Ok(Err(error)) => refused(Shown::Failed, error.to_string()),
+            Err(_) => refused(Shown::Failed, "its tables cannot be read: it does not answer"),
         }
     }
 
@@ -353,7 +368,9 @@ impl Node {
         let known = slot.client.borrow().clone();
         let client = match known {
             Some(client) => {
+                let before = client.current();
                 client.replace(disk).map_err(failed)?;
+                slot.past.set(slot.past.get().and(&before));
                 client
             }
             None => Rc::new(LocalClient::new(disk)),
@@ -368,7 +385,19 @@ impl Node {
         let domain = slot.record.borrow().domain;
         self.registry.add(client, domain, info);
         tracing::info!(disk = %slot.id, path = slot.path(), domain, "disk online");
+        if slot.record.borrow().state == DiskState::Draining {
+            self.begin_draining(slot);
+        }
         Ok(())
+    }
+
+    /// Has a disk that is up avoided and emptied.
+    pub(super) fn begin_draining(&self, slot: &DiskSlot) {
+        let removing = slot.record.borrow().removing;
+        let why = if removing { "an operator removes it" } else { "an operator empties it" };
+        slot.state.set(Shown::Draining);
+        *slot.reason.borrow_mut() = Some(why.to_owned());
+        self.registry.set_draining(slot.id, true);
     }
 
     /// Tries to bring a disk back that is down; then offers it to every head.
@@ -382,7 +411,7 @@ impl Node {
         let result = self.reopen_unguarded(slot).await;
         slot.busy.set(false);
         if result.is_ok() {
-            join_all(self.heads().iter().map(|head| head.disk_returned(slot.id))).await;
+            self.tell_returned(slot.id);
             self.mirror_catalog().await;
         }
         result
@@ -424,6 +453,14 @@ impl Node {
         });
     }
 
+    /// Tells every head that a disk came back. What the heads then ask of it waits for nobody: it
+    /// may hang.
+    pub(super) fn tell_returned(&self, disk: DiskId) {
+        for head in self.heads() {
+            tokio::task::spawn_local(async move { head.disk_returned(disk).await });
+        }
+    }
+
     /// Tells every head that what was on a disk is to be rebuilt.
     pub(super) fn tell_lost(&self, disk: DiskId) {
         for head in self.heads() {
@@ -444,6 +481,7 @@ impl Node {
         for disk in self.removed.borrow().iter() {
             self.tell_removed(*disk);
         }
+        self.go_on_removing();
         self.registry.refresh().await;
     }
 
@@ -472,10 +510,16 @@ impl Node {
         if slot.down_since.get().elapsed() < slot.retry_after() {
             return;
         }
-        match self.reopen(slot).await {
-            Ok(()) => {}
-            Err((state, reason)) => slot.down(state, &reason),
-        }
+        // No other disk waits for this one.
+        let (node, slot) = (self.clone(), slot.clone());
+        tokio::task::spawn_local(async move {
+            if let Err((state, reason)) = node.reopen(&slot).await
+                && !slot.is_online()
+                && slot.record.borrow().state != DiskState::Offline
+            {
+                slot.down(state, &reason);
+            }
+        });
     }
 
     /// Why a disk that is online cannot stay so.

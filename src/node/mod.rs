@@ -21,6 +21,7 @@
 
 mod catalog;
 mod commands;
+mod counts;
 pub mod daemon;
 mod descriptors;
 pub mod dev;

@@ -17,7 +17,7 @@ use crate::admin::types::{
 };
 use crate::disk::{DiskOpenError, Geometry};
 use crate::id::{BLOCK_BYTES, DiskId, PoolId};
-use crate::meta::record::{DiskState, FailureDomain, PoolRecord};
+use crate::meta::record::{DiskRecord, DiskState, FailureDomain, PoolRecord};
 use crate::shard::Scheme;
 
 /// How long an order to remove a disk waits until the disk is empty: less than a command may take.
@@ -188,8 +188,21 @@ impl Node {
     }
 
     async fn set_disk_state(&self, id: DiskId, state: DiskState) -> Result<(), ApiError> {
-        let change = |record: &mut crate::meta::record::DiskRecord| {
+        self.update_disk(id, |record| {
             record.state = state;
+            // Who takes a disk out of service that is being removed does not want it back.
+            record.removing &= state == DiskState::Offline;
+        })
+        .await
+    }
+
+    async fn update_disk(
+        &self,
+        id: DiskId,
+        change: impl Fn(&mut DiskRecord),
+    ) -> Result<(), ApiError> {
+        let change = |record: &mut DiskRecord| {
+            change(record);
             Ok(())
         };
         let record = self.schema.update_disk(id, change).await.map_err(api_error)?;
@@ -215,6 +228,24 @@ impl Node {
         Ok(Self::view_disk(&slot))
     }
 
+    /// Has every volume leave a disk, which stays in the node; over restarts, until it is put online.
+    pub(super) async fn disk_drain(self: &Rc<Self>, id: DiskId) -> Result<Disk, ApiError> {
+        let _lock = self.changes.lock().await;
+        let slot = self.find_disk(id)?;
+        if !slot.is_online() {
+            return Err(ApiError::conflict(format!(
+                "disk {id} is {}: nothing can be moved from it",
+                slot.state.get()
+            ))
+            .with_hint("what is on it is rebuilt from other disks while it is away"));
+        }
+        self.update_disk(id, |record| record.state = DiskState::Draining).await?;
+        self.begin_draining(&slot);
+        self.tell_lost(id);
+        self.mirror_catalog().await;
+        Ok(Self::view_disk(&slot))
+    }
+
     /// Puts a disk into service again.
     pub(super) async fn disk_online(self: &Rc<Self>, id: DiskId) -> Result<Disk, ApiError> {
         let _lock = self.changes.lock().await;
@@ -224,9 +255,7 @@ impl Node {
             slot.state.set(Shown::Online);
             slot.reason.borrow_mut().take();
             self.registry.set_draining(id, false);
-            for head in self.heads() {
-                head.disk_returned(id).await;
-            }
+            self.tell_returned(id);
         }
         if !slot.is_online() {
             self.reopen(&slot).await.map_err(|(state, why)| {
@@ -250,6 +279,10 @@ impl Node {
         id: DiskId,
         force: bool,
     ) -> Result<Removed, ApiError> {
+        if !self.disks.borrow().contains_key(&id) && self.removed.borrow().contains(&id) {
+            // It was being emptied when it was last asked for, and is gone since.
+            return Ok(Removed { kind: "disk".into(), name: id.to_string() });
+        }
         let slot = self.find_disk(id)?;
         let holds = slot.disk().is_none_or(|disk| disk.volume_counts().0 > 0);
         if holds && !force {
@@ -264,41 +297,88 @@ impl Node {
         }
         self.empty_disk(&slot).await?;
         let _lock = self.changes.lock().await;
+        self.finish_removal(&slot).await?;
+        Ok(Removed { kind: "disk".into(), name: id.to_string() })
+    }
+
+    /// Removes a disk that nobody needs. The caller holds the lock on changes.
+    async fn finish_removal(self: &Rc<Self>, slot: &Rc<DiskSlot>) -> Result<(), ApiError> {
+        let id = slot.id;
+        if self.removed.borrow().contains(&id) {
+            return Ok(());
+        }
         self.check_removable(id)?;
         self.set_disk_state(id, DiskState::Removed).await?;
         self.removed.borrow_mut().insert(id);
         if slot.is_online() {
-            self.take_down(&slot, Shown::Offline, "removed by an operator");
+            self.take_down(slot, Shown::Offline, "removed by an operator");
         }
         self.disks.borrow_mut().remove(&id);
         self.tell_removed(id);
         self.mirror_catalog().await;
-        Ok(Removed { kind: "disk".into(), name: id.to_string() })
+        Ok(())
     }
 
-    /// Has every volume leave a disk, and waits for it. Until the disk is put online again it stays
-    /// so if that takes too long.
+    /// Removes the disks that are empty by now of those that an operator wants to be removed.
+    pub(super) fn go_on_removing(self: &Rc<Self>) {
+        for slot in self.slots() {
+            if !slot.record.borrow().removing || !self.users_of(slot.id).is_empty() {
+                continue;
+            }
+            let node = self.clone();
+            tokio::task::spawn_local(async move {
+                // Whoever changes something now leaves it for the next look.
+                let Ok(_lock) = node.changes.try_lock() else { return };
+                let wanted = slot.record.borrow().removing && node.users_of(slot.id).is_empty();
+                if wanted && let Err(error) = node.finish_removal(&slot).await {
+                    tracing::debug!(disk = %slot.id, %error, "not removed yet");
+                }
+            });
+        }
+    }
+
+    /// The volumes that need a disk, as far as they can tell.
+    fn users_of(&self, disk: DiskId) -> Vec<String> {
+        let volumes = self.volumes.borrow();
+        let uses =
+            |volume: &&Rc<VolumeSlot>| volume.serving().is_none_or(|head| head.uses_disk(disk));
+        volumes.values().filter(uses).map(|volume| volume.name()).collect()
+    }
+
+    /// Has every volume leave a disk that is to be removed, and waits for it. If that takes too long
+    /// it goes on, over restarts too, until the disk is gone or put online again.
     async fn empty_disk(self: &Rc<Self>, slot: &Rc<DiskSlot>) -> Result<(), ApiError> {
-        let users = || {
-            let volumes = self.volumes.borrow();
-            let uses = |volume: &&Rc<VolumeSlot>| {
-                volume.serving().is_none_or(|head| head.uses_disk(slot.id))
-            };
-            volumes.values().filter(uses).map(|volume| volume.name()).collect::<Vec<_>>()
-        };
-        if slot.is_online() && !users().is_empty() {
-            slot.state.set(Shown::Draining);
-            *slot.reason.borrow_mut() = Some("an operator removes it".into());
-            self.registry.set_draining(slot.id, true);
+        let users = || self.users_of(slot.id);
+        let drained = !users().is_empty();
+        if drained {
+            let _lock = self.changes.lock().await;
+            self.update_disk(slot.id, |record| {
+                record.removing = true;
+                if record.state == DiskState::Online {
+                    record.state = DiskState::Draining;
+                }
+            })
+            .await?;
+            if slot.is_online() {
+                self.begin_draining(slot);
+            }
         }
         let empty = async {
-            while !users().is_empty() {
+            while !users().is_empty() && slot.record.borrow().removing {
                 self.tell_lost(slot.id);
                 sleep(EMPTY_POLL).await;
             }
         };
-        if timeout(EMPTY_PATIENCE, empty).await.is_ok() {
+        let ended = timeout(EMPTY_PATIENCE, empty).await.is_ok();
+        let given_up = drained && {
+            let removed = self.removed.borrow().contains(&slot.id);
+            !(removed || slot.record.borrow().removing)
+        };
+        if ended && !given_up {
             return Ok(());
+        }
+        if given_up {
+            return Err(ApiError::conflict(format!("disk {} was put online again", slot.id)));
         }
         Err(ApiError::conflict(format!(
             "disk {} still has data of {}, which is being rebuilt on the other disks",
@@ -306,8 +386,8 @@ impl Node {
             users().join(", ")
         ))
         .with_hint(format!(
-            "repeat the command later; if no other disk can take the data, add one first; \
-             `sdsctl disk online {}` keeps the disk",
+            "it is removed as soon as it is empty; if no other disk can take the data, add one \
+             first; `sdsctl disk online {}` keeps the disk",
             slot.id
         )))
     }

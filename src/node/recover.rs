@@ -346,6 +346,7 @@ impl Evidence {
                 size_bytes: there.size_bytes,
                 state: DiskState::Online,
                 added_at_unix_s: 0,
+                removing: false,
             };
             self.disks.insert(id, record);
         }

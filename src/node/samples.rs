@@ -49,7 +49,8 @@ impl Node {
 
 fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
     let view = Node::view_disk(slot);
-    let mut sample = DiskSample {
+    let counted = slot.counted();
+    DiskSample {
         disk: view.id.to_string(),
         path: view.path,
         state: view.state,
@@ -59,28 +60,19 @@ fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
         io_errors: view.errors.io,
         checksum_errors: view.errors.checksum,
         timeout_errors: view.errors.timeout,
-        appends: 0,
-        append_bytes: 0,
-        append_us: 0,
-        reads: 0,
-        read_bytes: 0,
-        read_us: 0,
+        appends: counted.appends.count,
+        append_bytes: counted.appends.bytes,
+        append_us: counted.appends.latency_us,
+        reads: counted.reads.count,
+        read_bytes: counted.reads.bytes,
+        read_us: counted.reads.latency_us,
         flushes: 0,
-    };
-    if let Some(disk) = slot.last_disk() {
-        let stats = disk.stats();
-        sample.appends = stats.appends.count.get();
-        sample.append_bytes = stats.appends.bytes.get();
-        sample.append_us = stats.appends.latency_us_sum.get();
-        sample.reads = stats.reads.count.get();
-        sample.read_bytes = stats.reads.bytes.get();
-        sample.read_us = stats.reads.latency_us_sum.get();
     }
-    sample
 }
 
 fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
     let head = slot.serving();
+    let counted = slot.counted();
     let report = head.as_ref().map(|head| head.report());
     VolumeSample {
         volume: slot.name(),
@@ -90,9 +82,9 @@ fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
         write_bytes: slot.stats.write_bytes.get(),
         read_latency: slot.stats.reads.snapshot(),
         write_latency: slot.stats.writes.snapshot(),
-        log_records: head.as_ref().map_or(0, |head| head.stats.records.get()),
+        log_records: counted.records,
         checkpoint_sequence: report.as_ref().map_or(0, |report| report.checkpoint_sequence),
-        failovers: head.as_ref().map_or(0, |head| head.stats.failovers.get()),
+        failovers: counted.failovers,
         reduced_segments: head.as_ref().map_or(0, |head| head.reduced().0 as u64),
     }
 }

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::Node;
+use super::counts::DiskCounts;
 use super::disks::DiskSlot;
 use super::pools::shown_scheme;
 use super::volumes::VolumeSlot;
@@ -12,14 +13,8 @@ use crate::admin::types::{
     Capacity, Disk, DiskErrors, DiskLatency, DiskState, FailureDomain as Shown, Pool, Redundancy,
     RepairProgress, Status, Volume, VolumeState,
 };
-use crate::disk::OperationStats;
 use crate::id::DiskId;
 use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
-
-/// Mean latency, microseconds.
-fn mean_us(stats: &OperationStats) -> u64 {
-    stats.latency_us_sum.get() / (stats.count.get() + stats.errors.get()).max(1)
-}
 
 impl Node {
     pub(super) fn status(&self) -> Status {
@@ -46,28 +41,32 @@ impl Node {
         let last = slot.last_disk();
         let free = last.as_ref().map_or(0, |disk| disk.slot_counts().free);
         let used = slots.saturating_sub(free);
-        let (errors, latency) = last.as_ref().map_or_else(Default::default, |disk| {
-            let stats = disk.stats();
-            let io = [&stats.appends, &stats.reads, &stats.table_writes, &stats.table_reads]
-                .iter()
-                .map(|operation| operation.errors.get())
-                .sum();
-            let checksum = stats.damaged_pages.get();
-            let latency =
-                DiskLatency { append_us: mean_us(&stats.appends), read_us: mean_us(&stats.reads) };
-            (DiskErrors { io, checksum, timeout: 0 }, latency)
-        });
+        let counted = slot.counted();
+        let since_open =
+            last.as_ref().map(|disk| DiskCounts::default().and(disk)).unwrap_or_default();
+        let errors = |counted: &DiskCounts| DiskErrors {
+            io: counted.io_errors,
+            checksum: counted.damaged_pages,
+            timeout: 0,
+        };
+        let latency =
+            DiskLatency { append_us: counted.appends.mean_us(), read_us: counted.reads.mean_us() };
         Disk {
             id: slot.id,
             path: record.path.clone(),
             state: slot.state.get(),
-            state_reason: slot.reason.borrow().clone(),
+            state_reason: slot.reason.borrow().as_ref().map(|reason| match slot.state.get() {
+                DiskState::Draining if used == 0 => format!("{reason}; it is empty"),
+                DiskState::Draining => format!("{reason}; {used} slots are still in use"),
+                _ => reason.clone(),
+            }),
             size: record.size_bytes,
             slot_bytes: record.slot_bytes,
             slots,
             slots_used: used,
             used: u64::from(used) * record.slot_bytes,
-            errors,
+            errors: errors(&counted),
+            recent_errors: errors(&since_open),
             latency,
         }
     }
@@ -235,6 +234,7 @@ fn unusable_disk(path: &str, reason: &str) -> Disk {
         slots_used: 0,
         used: 0,
         errors: DiskErrors::default(),
+        recent_errors: DiskErrors::default(),
         latency: DiskLatency::default(),
     }
 }

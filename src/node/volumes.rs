@@ -38,6 +38,22 @@ const DROP_PATIENCE: Duration = Duration::from_secs(10);
 /// Least share of the index cache that a head gets, bytes.
 const CACHE_BYTES_MIN: usize = 1 << 20;
 
+/// What heads count, of all heads that a volume had.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Counted {
+    pub(super) records: u64,
+    pub(super) failovers: u64,
+}
+
+impl Counted {
+    fn and(self, head: &Head) -> Self {
+        Self {
+            records: self.records + head.stats.records.get(),
+            failovers: self.failovers + head.stats.failovers.get(),
+        }
+    }
+}
+
 /// A volume that this node serves, or tries to.
 pub(super) struct VolumeSlot {
     pub(super) id: VolumeId,
@@ -55,6 +71,8 @@ pub(super) struct VolumeSlot {
     /// Attached clients.
     pub(super) attached: Cell<u32>,
     pub(super) stats: TargetStats,
+    /// What heads counted that are gone.
+    past: Cell<Counted>,
     task: RefCell<Option<AbortHandle>>,
 }
 
@@ -71,6 +89,7 @@ impl VolumeSlot {
             closing: Cell::new(false),
             attached: Cell::new(0),
             stats: TargetStats::default(),
+            past: Cell::default(),
             task: RefCell::default(),
         })
     }
@@ -91,8 +110,19 @@ impl VolumeSlot {
         if current.as_ref().is_some_and(|there| Rc::ptr_eq(there, head)) && !head.is_serving() {
             current.take();
             drop(current);
+            self.keep_counts(head);
             self.changed.notify_waiters();
         }
+    }
+
+    fn keep_counts(&self, gone: &Head) {
+        self.past.set(self.past.get().and(gone));
+    }
+
+    /// What all heads of the volume have counted since the node started.
+    pub(super) fn counted(&self) -> Counted {
+        let past = self.past.get();
+        self.head.borrow().as_ref().map_or(past, |head| past.and(head))
     }
 
     /// Looks whether the head still serves.
@@ -111,7 +141,11 @@ impl VolumeSlot {
             task.abort();
         }
         self.changed.notify_waiters();
-        self.head.borrow_mut().take()
+        let head = self.head.borrow_mut().take();
+        if let Some(head) = &head {
+            self.keep_counts(head);
+        }
+        head
     }
 
     /// Stops serving in order.
@@ -192,7 +226,7 @@ impl Node {
                     // First it is one of those that hear of disks, then it is told what it missed.
                     *slot.head.borrow_mut() = Some(head.clone());
                     slot.changed.notify_waiters();
-                    self.tell_missed(&head, started).await;
+                    self.tell_missed(&head, started);
                     drop(head);
                     slot.gone().await;
                 }
@@ -232,12 +266,13 @@ impl Node {
     }
 
     /// Tells a new head which disks went and came while it took over.
-    async fn tell_missed(&self, head: &Rc<Head>, since: Instant) {
+    fn tell_missed(&self, head: &Rc<Head>, since: Instant) {
         for slot in self.slots() {
             if !slot.is_online() || slot.state.get() == DiskState::Draining {
                 head.disk_lost(slot.id);
             } else if slot.up_since.get() >= since {
-                head.disk_returned(slot.id).await;
+                let (head, disk) = (head.clone(), slot.id);
+                tokio::task::spawn_local(async move { head.disk_returned(disk).await });
             }
         }
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
@@ -21,6 +21,8 @@ use crate::segment::slot_blocks;
 
 /// How long a disk that failed a request is avoided for new segments.
 pub const SUSPECT_FOR: Duration = Duration::from_secs(5);
+/// Deletions of shards that are under way at once.
+pub const DELETES_MAX: usize = 64;
 /// How long a disk may take to tell its fill.
 const INFO_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -30,12 +32,16 @@ struct Entry {
     suspect_until: Option<Instant>,
     /// It is being emptied.
     draining: bool,
+    /// Tells this coming of the disk from others.
+    arrival: u64,
     info: DiskInfo,
 }
 
 /// The disks of a node (later: of the cluster), shared by its heads.
 pub struct Disks {
     known: RefCell<BTreeMap<DiskId, Entry>>,
+    /// Counts the disks that came.
+    arrivals: Cell<u64>,
     /// Counts the changes of what is known of their fill.
     version: Cell<u64>,
     /// Smallest slot of the disks that are up, bytes.
@@ -43,6 +49,7 @@ pub struct Disks {
     heads: Cell<u32>,
     checkpoint_reserve: Arc<Semaphore>,
     gc_passes: Arc<Semaphore>,
+    deletes: Semaphore,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
 }
@@ -51,11 +58,13 @@ impl Default for Disks {
     fn default() -> Self {
         Self {
             known: RefCell::default(),
+            arrivals: Cell::new(0),
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
             heads: Cell::new(0),
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
+            deletes: Semaphore::new(DELETES_MAX),
             changed: Notify::new(),
         }
     }
@@ -84,7 +93,9 @@ pub struct Target {
 impl Disks {
     /// Adds a disk in a failure domain, or replaces its client.
     pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
-        let entry = Entry { client, domain, suspect_until: None, draining: false, info };
+        let arrival = self.arrivals.get() + 1;
+        self.arrivals.set(arrival);
+        let entry = Entry { client, domain, suspect_until: None, draining: false, arrival, info };
         self.known.borrow_mut().insert(entry.info.id, entry);
         self.fill_changed();
         self.changed.notify_waiters();
@@ -141,6 +152,11 @@ impl Disks {
     /// The permit of the one pass of garbage collection that may run.
     pub async fn gc_pass(&self) -> Option<OwnedSemaphorePermit> {
         self.gc_passes.clone().acquire_owned().await.ok()
+    }
+
+    /// The permit of one of the deletions that may be under way.
+    pub async fn delete_permit(&self) -> Option<SemaphorePermit<'_>> {
+        self.deletes.acquire().await.ok()
     }
 
     /// Notes that a slot of a disk was taken.
@@ -202,9 +218,23 @@ impl Disks {
         self.known.borrow().get(&disk).map(|entry| entry.client.clone())
     }
 
+    /// Which coming of a disk this is: another one each time it is added. None if it is down.
+    pub fn arrival(&self, disk: DiskId) -> Option<u64> {
+        self.known.borrow().get(&disk).map(|entry| entry.arrival)
+    }
+
     /// Whether the disk is up, failed nothing lately and is to stay.
     pub fn is_healthy(&self, disk: DiskId) -> bool {
         self.known.borrow().get(&disk).is_some_and(Entry::healthy)
+    }
+
+    /// Domains in which a healthy disk that `allowed` admits has a slot for clients, as far as is
+    /// known.
+    pub fn domains_with_room(&self, allowed: impl Fn(DiskId) -> bool) -> usize {
+        let disks = self.known.borrow();
+        let usable = disks.values().filter(|e| e.healthy() && e.free_for(SlotClass::Client) > 0);
+        let usable = usable.filter(|e| allowed(e.info.id));
+        usable.map(|e| e.domain).collect::<std::collections::BTreeSet<u32>>().len()
     }
 
     /// The failure domain of a disk that is up.

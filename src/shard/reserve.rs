@@ -18,7 +18,9 @@
 //!    (`src/volume/space.rs`); the volumes of a pool share the bound, so what they hold back
 //!    altogether fits too. One checkpoint of a pool at a time uses the reserve; it has its permit
 //!    until its swap is done and the slots of the pages and the table that it replaces are free
-//!    again, and gives back what it took when it fails. While space is short it also rewrites the
+//!    again, and gives back what it took when it fails. Where its swap takes longer than others can
+//!    wait (the store or the disks of that volume are away), they get the permit with less behind
+//!    it, and its own volume makes no other checkpoint. While space is short it also rewrites the
 //!    pages of sparse meta segments, so that one volume's checkpoints take no more and more.
 //! 2. **Trims** need a log segment, and so does everything that has its number in the log already
 //!    (`TRIM_SLOTS_MIN`: one being filled, one that the checkpoint under way will free). When these
@@ -27,7 +29,8 @@
 //!    before it moves anything, and is cut to what it got; its moves are logged with the
 //!    reserve of 2. One pass of a pool runs at a time, until its checkpoint has freed its victims,
 //!    which are more slots than it filled (`src/volume/gc.rs`). So a pass that finds its reserve
-//!    whole leaves it whole.
+//!    whole leaves it whole. A checkpoint that takes too long is not waited for by others: they
+//!    are cut to what is left.
 //! 4. **Repair** takes a slot for each shard that it builds elsewhere; the old one comes back after
 //!    a checkpoint, or never, if its disk is lost. It may not use what garbage collection needs.
 //! 5. **Clients** get what is left. Where garbage collection can gain nothing, they get "no space".

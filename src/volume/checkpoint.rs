@@ -10,6 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::join_all;
 
+use super::discard::delete_shards;
 use super::head::{Head, HeadError, add, table_entry};
 use super::index::{self, PageSink, Pages, Relocate, Tree};
 use super::overlay::{Extent, Overlay, Target};
@@ -306,10 +307,10 @@ impl Head {
     /// now on; the root does when the store allows ([`Head::publish`]).
     pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
-        if self.space.reserve.borrow().is_some() {
+        if self.owes_reserve() {
             // What the last one took of the reserve comes back when the root names it.
             self.publish().await?;
-            self.space.reserve.borrow_mut().take();
+            self.reserve_is_back();
         }
         let before = self.begin_checkpoint();
         let result = self.checkpoint_locked().await;
@@ -447,7 +448,7 @@ impl Head {
     /// Asks the disks to delete shards that the root's checkpoint lists as freed.
     pub(super) async fn delete_freed(&self, freed: &[(SegmentId, ShardRef)]) {
         // Until it is listed as sealed, a log segment keeps the copies it was written to.
-        let freed: Vec<_> = {
+        let freed: Vec<(SegmentId, ShardRef)> = {
             let state = self.state.borrow();
             let log = |s: &Segment| s.kind == SegmentKind::Log;
             let kept = |id: &SegmentId| {
@@ -455,23 +456,10 @@ impl Head {
             };
             freed.iter().copied().filter(|(id, _)| !kept(id)).collect()
         };
-        let deletes = freed.into_iter().filter_map(|(segment, shard)| {
-            let client = self.disks.client(shard.disk)?;
-            Some(async move {
-                let delete = client.delete(self.authority, segment, shard.creation);
-                let result = tokio::time::timeout(APPEND_PATIENCE, delete).await;
-                matches!(result, Ok(Ok(()) | Err(ShardError::Gone))).then_some((segment, shard))
-            })
-        });
-        // A bounded number at a time: a trim of a large volume frees thousands at once.
-        let mut results = Vec::new();
-        let mut deletes = deletes.peekable();
-        while deletes.peek().is_some() {
-            results.extend(join_all(deletes.by_ref().take(64)).await);
-        }
-        for confirmed in results.into_iter().flatten() {
-            self.state.borrow_mut().table.freed.remove(&confirmed);
-        }
+        let confirmed = |shard: (SegmentId, ShardRef)| {
+            self.state.borrow_mut().table.freed.remove(&shard);
+        };
+        delete_shards(&self.disks, self.authority, freed, confirmed).await;
         self.disks.refresh().await;
         self.wake.notify_one();
     }

@@ -9,6 +9,7 @@
 //! Meta segments are emptied by having the next checkpoint rewrite the pages in them.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
@@ -31,6 +32,8 @@ use crate::shard::{SegmentKind, SlotClass};
 
 /// Segments cleaned in one pass.
 const VICTIMS_MAX: usize = 8;
+/// For how long a volume keeps others from cleaning while it waits for its checkpoint.
+const FREE_PATIENCE: Duration = Duration::from_secs(10);
 /// Pages that one checkpoint rewrites to empty meta segments.
 const PAGES_MOVED_MAX: u32 = 512;
 /// Blocks moved by one append.
@@ -53,8 +56,8 @@ const ROOM_LEFT: u32 = 2;
 pub(super) async fn run(head: Rc<Head>) {
     loop {
         head.gc_wanted.notified().await;
-        // Held until the checkpoint has freed what was emptied.
-        let _pass = head.disks.gc_pass().await;
+        // Held until the checkpoint has freed what was emptied, but not for ever.
+        let pass = head.disks.gc_pass().await;
         if !head.is_serving() {
             return;
         }
@@ -63,7 +66,7 @@ pub(super) async fn run(head: Rc<Head>) {
         match collected {
             Ok(0) => head.round_ended(),
             Ok(_) => {
-                if let Err(error) = head.checkpoint().await {
+                if let Err(error) = head.free_emptied(pass).await {
                     tracing::debug!(volume = %head.volume, %error, "nothing freed yet");
                     head.checkpoint_wanted.notify_one();
                 }
@@ -102,6 +105,18 @@ fn usable(room: u32) -> u32 {
 }
 
 impl Head {
+    /// Makes the checkpoint that frees what a pass emptied. If it takes too long, because the store
+    /// or the disks of this volume do not answer, other volumes get their turn meanwhile.
+    async fn free_emptied<P>(self: &Rc<Self>, pass: P) -> Result<(), HeadError> {
+        let mut checkpoint = std::pin::pin!(self.checkpoint());
+        if let Ok(result) = tokio::time::timeout(FREE_PATIENCE, &mut checkpoint).await {
+            return result;
+        }
+        tracing::debug!(volume = %self.volume, "what was emptied is not freed yet");
+        drop(pass);
+        checkpoint.await
+    }
+
     /// Chooses meta segments whose pages the next checkpoint is to rewrite.
     pub(super) async fn choose_meta_victims(&self) {
         let victims: Vec<Segment> = {

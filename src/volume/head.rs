@@ -31,6 +31,7 @@ use crate::env::Env;
 use crate::export::TargetError;
 use crate::id::{BLOCK_SIZE, DiskId, Lsn, SegmentId, VolumeId};
 use crate::meta::{MetaError, MetaStore};
+use crate::obs::throttle::Throttle;
 use crate::segment::BlockAddr;
 use crate::segment::fetch::{FetchError, Finding, Source};
 use crate::segment::open::OpenSegment;
@@ -55,7 +56,7 @@ pub struct HeadConfig {
     pub lease: Duration,
     /// How much later than the first member of an append another may be.
     pub straggler: Duration,
-    /// How long writes wait for enough disks before they fail.
+    /// How long requests wait for enough disks before they fail.
     pub io_timeout: Duration,
     /// Writes of at least so many blocks go to data segments directly.
     pub large_write_blocks: usize,
@@ -284,6 +285,8 @@ pub struct Head {
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     pub(super) dense: super::dense::Dense,
     pub(super) space: super::space::Space,
+    /// Bounds how often it is logged that a block is bad.
+    findings_told: Throttle,
     /// Counts this head among those that share the disks.
     _member: Member,
     /// Counters.
@@ -492,6 +495,7 @@ impl Head {
             torn: RefCell::default(),
             dense: super::dense::Dense::default(),
             space: super::space::Space::default(),
+            findings_told: Throttle::default(),
             stats: HeadStats::default(),
         })
     }
@@ -598,10 +602,13 @@ impl Head {
             let grave = match &finding.problem {
                 Problem::Corrupt(block) => {
                     add(&self.stats.corrupt_blocks, 1);
-                    tracing::warn!(
-                        volume = %self.volume, segment = %finding.segment, disk = %finding.disk,
-                        block, "a block does not match its checksum",
-                    );
+                    // Each read meets a block that cannot be repaired.
+                    if self.findings_told.passes("blocks that do not match their checksum") {
+                        tracing::warn!(
+                            volume = %self.volume, segment = %finding.segment, disk = %finding.disk,
+                            block, "a block does not match its checksum",
+                        );
+                    }
                     true
                 }
                 Problem::Disk(error) => {
@@ -647,10 +654,17 @@ impl Head {
     }
 
     /// Makes sure that the head may serve a read that was taken up just now.
+    ///
+    /// # Errors
+    /// The head has stopped, or too few disks answer for as long as requests wait.
     pub(super) async fn ensure_lease(&self) -> Result<(), TargetError> {
+        let since = Instant::now();
         while !self.lease_valid() {
             if self.state.borrow().stopped.is_some() {
                 return Err(TargetError::Stopped);
+            }
+            if since.elapsed() >= self.config.io_timeout {
+                return Err(TargetError::Io("too few disks answer for a read lease".into()));
             }
             self.probe_all().await;
             if !self.lease_valid() {

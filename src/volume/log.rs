@@ -18,6 +18,7 @@ use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
+use super::discard::delete_shards;
 use super::head::{Flight, Head, Op, add, table_entry};
 use super::rules::{self, LogSet};
 use super::segtab::ShardRef;
@@ -26,7 +27,7 @@ use crate::id::{Lsn, SegmentId};
 use crate::limits::{RECORD_ENTRIES_MAX, RECORD_PAYLOAD_BLOCKS_MAX};
 use crate::planted::{Bug, bug};
 use crate::segment::checksum::Salt;
-use crate::segment::open::{CONTROL_PATIENCE, OpenError, OpenRequest, OpenSegment, frame};
+use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
 use crate::segment::record::{Entry, Header, header_blocks};
 use crate::shard::{SegmentKind, ShardError, ShardResult, SlotClass};
 
@@ -486,8 +487,13 @@ impl Writer {
             }
             Err(OpenError::NoSpace) => {
                 head.checkpoint_wanted.notify_one();
-                if !self.refuse_clients() {
-                    head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
+                self.refuse_clients();
+                let waits = {
+                    let state = head.state.borrow();
+                    !(state.queue.is_empty() && state.pending.is_empty())
+                };
+                if waits {
+                    self.note_stall(&TargetError::NoSpace);
                     tokio::time::sleep(TICK).await;
                 }
                 false
@@ -499,30 +505,34 @@ impl Writer {
         }
     }
 
-    /// Fails what waits of clients for want of space. Tells whether there was any.
-    fn refuse_clients(&self) -> bool {
+    /// Fails what waits of clients for want of space.
+    fn refuse_clients(&self) {
         let failed = self.head.state.borrow_mut().fail_pending(SlotClass::Client);
-        let any = !failed.is_empty();
         for op in failed {
             op.finish(Err(TargetError::NoSpace));
         }
         self.head.applied.notify_waiters();
-        any
+    }
+
+    /// Notes that no segment can be opened. What has waited for one too long is answered.
+    fn note_stall(&self, error: &TargetError) {
+        let head = &self.head;
+        let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < head.config.io_timeout {
+            return;
+        }
+        let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
+        for op in failed {
+            op.finish(Err(error.clone()));
+        }
+        head.state.borrow_mut().answer_queued(error);
+        head.applied.notify_waiters();
     }
 
     async fn wait_for_disks(&self, why: &str) {
         let head = &self.head;
-        let since = *head.state.borrow_mut().stalled_since.get_or_insert_with(Instant::now);
         head.note_starved();
-        if since.elapsed() >= head.config.io_timeout {
-            let error = TargetError::Io(why.to_owned());
-            let failed = head.state.borrow_mut().fail_pending(SlotClass::Checkpoint);
-            for op in failed {
-                op.finish(Err(error.clone()));
-            }
-            head.state.borrow_mut().answer_queued(&error);
-            head.applied.notify_waiters();
-        }
+        self.note_stall(&TargetError::Io(why.to_owned()));
         // Whichever comes first; both only mean to try again.
         let changed = head.disks.changed.notified();
         drop(tokio::time::timeout(TICK * 2, changed).await);
@@ -699,16 +709,7 @@ impl Head {
 
     /// Deletes shards that nothing durable names and waits for it, a moment at most.
     pub(super) async fn discard_now(&self, shards: Vec<(SegmentId, ShardRef)>) {
-        let deletes = shards.into_iter().filter_map(|(segment, shard)| {
-            let client = self.disks.client(shard.disk)?;
-            Some(async move {
-                let delete = client.delete(self.authority, segment, shard.creation);
-                if tokio::time::timeout(CONTROL_PATIENCE, delete).await.is_err() {
-                    tracing::debug!(%segment, disk = %shard.disk, "not deleted yet");
-                }
-            })
-        });
-        futures_util::future::join_all(deletes).await;
+        delete_shards(&self.disks, self.authority, shards, |_| {}).await;
         self.disks.refresh().await;
     }
 
@@ -716,22 +717,20 @@ impl Head {
     /// is needed for it. They are listed as freed until the disk confirms.
     pub(super) fn discard(&self, shards: Vec<(SegmentId, ShardRef)>) {
         // A nil disk stands for a shard that was never created.
-        for (segment, shard) in shards.into_iter().filter(|(_, shard)| !shard.disk.is_nil()) {
-            self.state.borrow_mut().table.freed.insert((segment, shard));
-            let Some(client) = self.disks.client(shard.disk) else { continue };
-            let (authority, this) = (self.authority, self.this.clone());
-            tokio::task::spawn_local(async move {
-                let delete = client.delete(authority, segment, shard.creation);
-                let result = tokio::time::timeout(CONTROL_PATIENCE, delete).await;
-                let confirmed = matches!(result, Ok(Ok(()) | Err(ShardError::Gone)));
-                if let Some(head) = this.upgrade().filter(|_| confirmed) {
-                    if result == Ok(Ok(())) {
-                        head.disks.gave(shard.disk);
-                    }
-                    head.state.borrow_mut().table.freed.remove(&(segment, shard));
-                }
-            });
+        let shards: Vec<_> = shards.into_iter().filter(|(_, s)| !s.disk.is_nil()).collect();
+        if shards.is_empty() {
+            return;
         }
+        self.state.borrow_mut().table.freed.extend(&shards);
+        let (disks, authority, this) = (self.disks.clone(), self.authority, self.this.clone());
+        tokio::task::spawn_local(async move {
+            let confirmed = |shard| {
+                if let Some(head) = this.upgrade() {
+                    head.state.borrow_mut().table.freed.remove(&shard);
+                }
+            };
+            delete_shards(&disks, authority, shards, confirmed).await;
+        });
     }
 
     /// Seals a closed segment and notes the members that could not be.

@@ -7,6 +7,7 @@
 pub mod check;
 pub mod checkpoint;
 mod dense;
+mod discard;
 mod gc;
 pub mod head;
 pub mod index;

@@ -422,6 +422,11 @@ impl Head {
     /// that shard, so that nothing can be appended to it nor read from it until it is sealed.
     fn leave(self: &Rc<Self>, disk: DiskId) {
         self.leave_dense(disk);
+        self.leave_copies(disk);
+    }
+
+    /// The same of log and meta segments.
+    fn leave_copies(self: &Rc<Self>, disk: DiskId) {
         let on_disk = |segment: &OpenSegment| segment.shards.iter().any(|s| s.disk == disk);
         // Whoever makes a checkpoint now notices by itself.
         if let Ok(_lock) = self.checkpoint_lock.try_lock() {
@@ -500,13 +505,18 @@ impl Head {
         }
     }
 
-    /// Hears that a disk came back: what it holds intact counts again; the rest is repaired.
+    /// Hears that a disk came back: what it holds intact counts again; the rest is repaired. Ends
+    /// early if it goes again; whoever sees it return tells of it anew.
     pub async fn disk_returned(self: &Rc<Self>, disk: DiskId) {
+        let arrival = self.disks.arrival(disk);
         self.state.borrow_mut().lost.remove(&disk);
         self.width_wanted.notify_waiters();
         self.leave_and_wait(disk).await;
-        let Some(held) = self.fence_returned(disk).await else { return };
+        let Some(held) = self.fence_returned(disk, arrival).await else { return };
         for (id, index) in self.take_stock(disk, &held) {
+            if self.disks.arrival(disk) != arrival {
+                return;
+            }
             self.reseal(id, index).await;
         }
         self.repair_wanted.notify_one();
@@ -514,9 +524,13 @@ impl Head {
         self.wake.notify_one();
     }
 
-    /// Fences a disk that came back and asks what it holds, again while it does not answer.
-    async fn fence_returned(&self, disk: DiskId) -> Option<VolumeOnDisk> {
+    /// Fences a disk that came back and asks what it holds, again while it does not answer; none
+    /// if it goes again.
+    async fn fence_returned(&self, disk: DiskId, arrival: Option<u64>) -> Option<VolumeOnDisk> {
         for _ in 0..FENCES_MAX {
+            if self.disks.arrival(disk) != arrival {
+                return None;
+            }
             let client = self.disks.client(disk).filter(|_| self.is_serving())?;
             let mirror = self.state.borrow().root.mirror();
             let fence = client.fence(self.authority, Some(mirror));
@@ -581,12 +595,22 @@ impl Head {
     /// Hears that a disk is gone for longer: its shards are rebuilt elsewhere. To be repeated while
     /// the disk is away, because segments are sealed meanwhile.
     pub fn disk_lost(self: &Rc<Self>, disk: DiskId) {
-        self.leave(disk);
+        // A disk that is up and only meant to go is left where others can take its place: the next
+        // segments would lie there again, and there would be no end of it.
+        let up = self.disks.client(disk).is_some();
+        let elsewhere = || self.disks.domains_with_room(|other| other != disk);
+        if !up || elsewhere() >= self.pool.scheme.width() {
+            self.leave_dense(disk);
+        }
+        let leaves = !up || self.can_log_without(disk);
+        if leaves {
+            self.leave_copies(disk);
+        }
         self.width_wanted.notify_waiters();
         let mut state = self.state.borrow_mut();
         state.lost.insert(disk);
         let there = |log: &Rc<OpenSegment>| log.shards.iter().any(|shard| shard.disk == disk);
-        if state.log.as_ref().is_some_and(there) {
+        if leaves && state.log.as_ref().is_some_and(there) {
             // It may be up and only be meant to go.
             state.roll_log = true;
             self.wake.notify_one();
@@ -600,6 +624,17 @@ impl Head {
         }
         drop(state);
         self.repair_wanted.notify_one();
+    }
+
+    /// Whether a log segment could be opened, as wide as it should be, on healthy disks that are not
+    /// this one.
+    fn can_log_without(&self, disk: DiskId) -> bool {
+        let state = self.state.borrow();
+        let least = usize::from(self.pool.min_size);
+        state.pairs().into_iter().chain(&state.planned).all(|set| {
+            let allowed = |other| other != disk && set.domain_of(other).is_some();
+            self.disks.domains_with_room(allowed) >= least.max(set.width().into())
+        })
     }
 
     /// Whether anything still needs a segment: the index, a checkpoint, or the replay from it.

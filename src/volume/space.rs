@@ -17,6 +17,7 @@
 //! would make room for it.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Weak;
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit};
@@ -36,6 +37,8 @@ const SLOW_FROM_MIN: u32 = 8;
 const SLOW_FROM_PERCENT: u32 = 2;
 /// Extents that an overlay may always have.
 const EXTENTS_MIN: usize = 8;
+/// How long a checkpoint that used the reserve may wait for its root while others wait for it.
+const RESERVE_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a write that was refused space is tried again while there seems to be some.
 pub(super) const TRIES: usize = 8;
 
@@ -54,8 +57,14 @@ pub(super) struct Space {
     /// Meta segments that the checkpoint under way has opened.
     pub(super) opened: RefCell<Vec<SegmentId>>,
     /// Held while a checkpoint uses the checkpoints' reserve, until the root names it and what it
-    /// freed is deleted.
+    /// freed is deleted, or that has taken longer than others are to wait.
     pub(super) reserve: RefCell<Option<OwnedSemaphorePermit>>,
+    /// Counts how often it was taken.
+    grants: Cell<u64>,
+    /// Whether a checkpoint has used the reserve that no root names yet.
+    owes: Cell<bool>,
+    /// Whether a checkpoint is being made.
+    making: Cell<bool>,
 }
 
 /// Headroom from which on writes are delayed, where a domain has so many slots.
@@ -195,11 +204,27 @@ impl Head {
         if self.space.reserve.borrow().is_none() {
             let permit = self.disks.checkpoint_reserve().await;
             *self.space.reserve.borrow_mut() = permit;
+            self.space.owes.set(true);
+            let grant = self.space.grants.get() + 1;
+            self.space.grants.set(grant);
+            tokio::task::spawn_local(lend(self.this.clone(), grant));
         }
+    }
+
+    /// Whether the last checkpoint has used the checkpoints' reserve and no root names it yet.
+    pub(super) fn owes_reserve(&self) -> bool {
+        self.space.owes.get()
+    }
+
+    /// What the last checkpoint took of the checkpoints' reserve is back.
+    pub(super) fn reserve_is_back(&self) {
+        self.space.owes.set(false);
+        self.space.reserve.borrow_mut().take();
     }
 
     /// A checkpoint begins. Tells the number of the newest durable one.
     pub(super) fn begin_checkpoint(&self) -> u64 {
+        self.space.making.set(true);
         self.space.opened.borrow_mut().clear();
         self.state.borrow().checkpoint_place().sequence
     }
@@ -207,6 +232,7 @@ impl Head {
     /// A checkpoint ended. If it failed, the segments that it opened and that nothing refers to are
     /// given back.
     pub(super) fn end_checkpoint(&self, before: u64) {
+        self.space.making.set(false);
         let opened = std::mem::take(&mut *self.space.opened.borrow_mut());
         if self.state.borrow().checkpoint_place().sequence != before {
             return;
@@ -226,7 +252,7 @@ impl Head {
             }
         }
         self.discard(unused);
-        self.space.reserve.borrow_mut().take();
+        self.reserve_is_back();
     }
 
     /// The root names a checkpoint, and what that freed is deleted: if none is newer, the
@@ -237,7 +263,25 @@ impl Head {
             state.checkpoint == state.root.checkpoint
         };
         if newest && self.checkpoint_lock.try_lock().is_ok() {
-            self.space.reserve.borrow_mut().take();
+            self.reserve_is_back();
+        }
+    }
+}
+
+/// Lets others have the checkpoints' reserve when a checkpoint is made but its root does not come into
+/// force: one volume that cannot reach its disks or the store must not stop all. Until it does, this
+/// head makes no other checkpoint, so that it takes no more of the reserve than this once.
+async fn lend(head: Weak<Head>, grant: u64) {
+    loop {
+        tokio::time::sleep(RESERVE_PATIENCE).await;
+        let Some(head) = head.upgrade() else { return };
+        if head.space.grants.get() != grant || head.space.reserve.borrow().is_none() {
+            return;
+        }
+        if !head.space.making.get() {
+            tracing::warn!(volume = %head.volume, "the root does not name a checkpoint that used the reserve");
+            head.space.reserve.borrow_mut().take();
+            return;
         }
     }
 }

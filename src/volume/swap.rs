@@ -39,6 +39,8 @@ pub(super) enum Swapped {
     Ours(u64),
     /// Somebody else changed it.
     Lost,
+    /// There is none any more: the volume was deleted.
+    Gone,
 }
 
 /// Swaps the root from `revision` to `new`, until the outcome is known.
@@ -66,7 +68,7 @@ pub(super) async fn swap(
                     let ours = Root::decode(&found.value).is_ok_and(|r| r.token() == new.token());
                     return Ok(if ours { Swapped::Ours(found.revision) } else { Swapped::Lost });
                 }
-                Ok(None) => return Ok(Swapped::Lost),
+                Ok(None) => return Ok(Swapped::Gone),
                 Err(_) => in_doubt = true,
             },
             Err(MetaError::Unavailable(why)) if !in_doubt => {
@@ -128,6 +130,8 @@ pub(super) struct Swaps {
     pub(super) wanted: Notify,
     /// A checkpoint was wanted that can wait until the root names the last one.
     deferred: Cell<bool>,
+    /// The last swap that was tried was not made.
+    failed: Cell<bool>,
 }
 
 /// Makes the root name the newest checkpoint whenever there is one, until the head stops. While
@@ -177,8 +181,9 @@ impl Head {
             self.delete_freed(&listed).await;
         }
         let head = self.clone();
-        let swapped = self.in_task(async move { head.swap_steps(change).await });
-        let mut listed = swapped.await?;
+        let swapped = self.in_task(async move { head.swap_steps(change).await }).await;
+        self.swaps.failed.set(matches!(swapped, Err(HeadError::Meta(_))));
+        let mut listed = swapped?;
         listed.retain(|shard| self.state.borrow().table.freed.contains(shard));
         self.delete_freed(&listed).await;
         self.published();
@@ -201,6 +206,13 @@ impl Head {
             self.swaps.wanted.notify_one();
         }
         waits
+    }
+
+    /// Whether the root cannot be swapped now, and does not name the newest checkpoint: another one
+    /// would be made in vain.
+    pub(super) fn swaps_in_vain(&self) -> bool {
+        let state = self.state.borrow();
+        self.swaps.failed.get() && state.checkpoint != state.root.checkpoint
     }
 
     /// Swaps the root with a change of its own; it names the newest checkpoint besides, and is in
@@ -348,6 +360,11 @@ impl Head {
                 drop(state);
                 self.stop("another head swapped the root");
                 Err(HeadError::Stopped("another head swapped the root".into()))
+            }
+            Swapped::Gone => {
+                drop(state);
+                self.abandon("the volume was deleted");
+                Err(HeadError::Stopped("the volume was deleted".into()))
             }
             Swapped::Ours(revision) => {
                 state.root_revision = revision;

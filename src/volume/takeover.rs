@@ -5,6 +5,7 @@
 //! says for whom; when the log ends below what was acknowledged it fails with
 //! [`TakeOverError::Damaged`] instead of serving old data.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
@@ -139,6 +140,7 @@ async fn claim(
     match swap(&*context.store, &new, stored.revision).await? {
         Swapped::Ours(revision) => Ok((new, revision, old.released)),
         Swapped::Lost => Err(TakeOverError::Lost),
+        Swapped::Gone => Err(TakeOverError::NoRoot(volume)),
     }
 }
 
@@ -161,6 +163,7 @@ async fn fence_all(
     let mut answered: BTreeSet<DiskId> = BTreeSet::new();
     // Those that have the newest root.
     let mut mirrored: BTreeSet<DiskId> = BTreeSet::new();
+    let refusals = Refusals::default();
     let started = Instant::now();
     let mut tries = 0;
     loop {
@@ -169,8 +172,8 @@ async fn fence_all(
         let in_set = root.set.members().iter().map(|m| m.disk);
         wanted.extend(in_set.filter(|disk| context.disks.client(*disk).is_some()));
         let fences = wanted.difference(&answered).copied().collect::<Vec<_>>();
-        let requests =
-            fences.into_iter().map(|disk| fence_one(&context.disks, authority, root, disk));
+        let fence = |disk| fence_one(&context.disks, authority, root, disk, &refusals);
+        let requests = fences.into_iter().map(fence);
         for fence in join_all(requests).await {
             let Some((disk, shards)) = fence? else { continue };
             answered.insert(disk);
@@ -223,16 +226,21 @@ async fn shrink_claimed(
             Ok(Claimed { root: new, revision })
         }
         Ok(Swapped::Lost) => Err(TakeOverError::Lost),
+        Ok(Swapped::Gone) => Err(TakeOverError::NoRoot(new.volume)),
         // Nothing is in doubt: it is tried again.
         Err(_) => Ok(claimed),
     }
 }
+
+/// Why each disk refused a fence last: told once, however often it is asked.
+type Refusals = RefCell<BTreeMap<DiskId, String>>;
 
 async fn fence_one(
     disks: &Disks,
     authority: Authority,
     root: &Root,
     disk: DiskId,
+    refusals: &Refusals,
 ) -> Result<Option<(DiskId, Vec<ShardInfo>)>, TakeOverError> {
     let Some(client) = disks.client(disk) else { return Ok(None) };
     if bug(Bug::SkipFence) {
@@ -246,7 +254,11 @@ async fn fence_one(
         // Whoever fenced it swapped the root before.
         Ok(Err(ShardError::Fenced(epoch))) if epoch > authority.epoch => Err(TakeOverError::Lost),
         Ok(Err(error)) => {
-            tracing::warn!(%disk, %error, "fence refused");
+            let why = error.to_string();
+            let told = refusals.borrow_mut().insert(disk, why.clone());
+            if told.is_none_or(|told| told != why) {
+                tracing::warn!(volume = %authority.volume, %disk, %error, "fence refused");
+            }
             Ok(None)
         }
         Err(_) => {

@@ -5,17 +5,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::task::LocalSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::head::HeadConfig;
 use super::root::Root;
 use super::target::HeadTarget;
 use crate::env::Env;
-use crate::export::BlockTarget;
-use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
-use crate::meta::{MetaStore, schema};
+use crate::export::{BlockTarget, TargetError};
+use crate::id::{BLOCK_BYTES, BLOCK_SIZE, Epoch, HeadId, SegmentId, VolumeId};
+use crate::meta::{MetaStore, Txn, schema};
 use crate::segment::fetch::{Finding, Problem};
-use crate::shard::{Scheme, ShardError};
+use crate::shard::{Authority, Scheme, SegmentKind, ShardError, ShardSpec, SlotClass};
+use crate::sim::device::SimDevice;
 use crate::sim::world::{Node, Running, World, WorldConfig};
 
 fn config() -> WorldConfig {
@@ -96,8 +97,12 @@ fn while_the_store_is_away_only_the_swap_is_tried_again() {
         running.head.checkpoint_wanted.notify_one();
         sleep(Duration::from_secs(1)).await;
         let made = running.head.stats.checkpoints.get();
-        for _ in 0..60 {
+        for second in 0..60 {
             running.head.checkpoint_wanted.notify_one();
+            // The log set is to be renewed too, which takes a checkpoint.
+            if second >= 10 {
+                running.head.disk_lost(world.ids[0]);
+            }
             sleep(Duration::from_secs(1)).await;
         }
         assert_eq!(running.head.stats.checkpoints.get(), made, "tables are written in vain");
@@ -105,6 +110,8 @@ fn while_the_store_is_away_only_the_swap_is_tried_again() {
         sleep(Duration::from_secs(5)).await;
         assert!(running.head.stats.checkpoints.get() > made, "the one that waited is made");
         assert_eq!(named(world).await, running.head.report().checkpoint_sequence);
+        let set = stored_root(world).await.set;
+        assert!(set.domain_of(world.ids[0]).is_none(), "then the set is renewed: {set:?}");
     });
 }
 
@@ -125,15 +132,25 @@ fn a_head_that_stops_leaves_a_swap_in_doubt() {
 }
 
 #[test]
+fn a_swap_of_a_deleted_volume_says_so() {
+    with_head(async |world, running| {
+        let gone = Txn::new().delete(schema::root_key(world.volume));
+        world.store.txn(gone).await.expect("no faults here");
+        let error = running.head.describe(serde_json::json!("new")).await.expect_err("no root");
+        assert_eq!(error.to_string(), "the head stopped: the volume was deleted");
+    });
+}
+
+#[test]
 fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
     with_head(async |world, running| {
         let before = stored_root(world).await;
         // Swapped, but mirrored on a single disk of two that are needed.
-        world.devices.borrow()[1..].iter().for_each(crate::sim::device::SimDevice::hang);
+        world.devices.borrow()[1..].iter().for_each(SimDevice::hang);
         let first = running.head.describe(serde_json::json!("first"));
         assert!(timeout(Duration::from_secs(1), first).await.is_err(), "it cannot be in force");
         assert_eq!(stored_root(world).await.sequence, before.sequence + 1);
-        world.devices.borrow().iter().for_each(crate::sim::device::SimDevice::heal);
+        world.devices.borrow().iter().for_each(SimDevice::heal);
         running.head.describe(serde_json::json!("second")).await.expect("nothing is wrong");
         let root = stored_root(world).await;
         assert_eq!(root.sequence, before.sequence + 2);
@@ -143,6 +160,132 @@ fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
             let mirror = held.mirror.expect("mirrored");
             assert_eq!(Root::decode(&mirror.data).expect("a root"), root, "on disk {index}");
         }
+    });
+}
+
+#[test]
+fn without_disks_reads_fail_in_the_end_as_writes_do() {
+    with_head(async |world, running| {
+        write(running, 0, 1).await;
+        world.ids.iter().for_each(|disk| running.node.registry.remove(*disk));
+        let target = HeadTarget(running.head.clone());
+        // The lease that is held runs out first.
+        sleep(Duration::from_secs(2)).await;
+        let since = Instant::now();
+        let read = timeout(Duration::from_mins(5), target.read(0, BLOCK_SIZE)).await;
+        assert!(matches!(read, Ok(Err(TargetError::Io(_)))), "{read:?}");
+        let patience = HeadConfig::default().io_timeout;
+        assert!(since.elapsed() >= patience && since.elapsed() < patience * 2);
+        (0..world.ids.len()).for_each(|index| world.connect(&running.node, index));
+        assert_eq!(target.read(0, BLOCK_SIZE).await.expect("served again").concat()[0], 1);
+    });
+}
+
+#[test]
+fn a_checkpoint_without_its_root_keeps_the_reserve_from_others_for_a_while_only() {
+    with_head(async |_, running| {
+        let head = &running.head;
+        write(running, 0, 1).await;
+        running.node.faults.unavailable.set(true);
+        head.store_checkpoint().await.expect("the disks are there");
+        head.take_checkpoint_reserve().await;
+        let reserve = running.node.registry.checkpoint_reserve();
+        let permit = timeout(Duration::from_secs(30), reserve).await;
+        drop(permit.expect("another volume gets it"));
+        head.store_checkpoint().await.expect_err("it would take of the reserve once more");
+        running.node.heal();
+        head.checkpoint().await.expect("nothing is wrong");
+    });
+}
+
+#[test]
+fn a_disk_that_cannot_be_emptied_costs_no_segments() {
+    with_head(async |world, running| {
+        // Two copies, and two disks of four are all there is.
+        for disk in &world.ids[2..] {
+            running.node.registry.remove(*disk);
+            running.head.disk_lost(*disk);
+        }
+        for lba in 0..8 {
+            write(running, lba, 1).await;
+        }
+        let leaving = world.ids[0];
+        running.node.registry.set_draining(leaving, true);
+        let opened = || running.head.state.borrow().next_segment;
+        let before = opened();
+        for second in 0..60 {
+            running.head.disk_lost(leaving);
+            write(running, second % 8, 2).await;
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!(opened() - before < 20, "{} segments were opened", opened() - before);
+        // With a third disk in the log set it is left.
+        running.node.registry.set_draining(leaving, false);
+        world.connect(&running.node, 2);
+        for disk in [0, 2] {
+            running.head.disk_returned(world.ids[disk]).await;
+        }
+        sleep(Duration::from_secs(20)).await;
+        running.node.registry.set_draining(leaving, true);
+        for second in 0..60 {
+            running.head.disk_lost(leaving);
+            write(running, second % 8, 3).await;
+            sleep(Duration::from_secs(1)).await;
+        }
+        assert!(!running.head.uses_disk(leaving), "the disk is not emptied");
+    });
+}
+
+/// Takes every free slot of the disks for another volume.
+async fn fill_disks(world: &World, running: &Running) {
+    let volume = VolumeId::from_bytes([9; 16]);
+    let authority = Authority { volume, epoch: Epoch(1), head: HeadId::from_bytes([9; 16]) };
+    for disk in &world.ids {
+        let client = running.node.registry.client(*disk).expect("up");
+        client.fence(authority, None).await.expect("nobody else has it");
+        let mut segment = 0;
+        loop {
+            segment += 1;
+            let spec = ShardSpec {
+                volume,
+                segment: SegmentId(segment),
+                creation: 1,
+                kind: SegmentKind::Log,
+                scheme: Scheme::replicated(1),
+                index: 0,
+                members: vec![*disk],
+            };
+            match client.create(authority, spec, SlotClass::Checkpoint).await {
+                Ok(()) => {}
+                Err(ShardError::NoSpace) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_its_place_in_the_log_is_answered_where_there_is_no_space() {
+    with_head(async |world, running| {
+        write(running, 0, 1).await;
+        fill_disks(world, running).await;
+        let member = running.head.state.borrow().log.as_ref().expect("open").shards[0].disk;
+        let index = world.ids.iter().position(|id| *id == member).expect("ours");
+        // The append lags, the log fails over, and finds no slot. A trim waits behind it.
+        world.devices.borrow()[index].hang();
+        let target = HeadTarget(running.head.clone());
+        let data = Bytes::from(vec![2; BLOCK_SIZE]);
+        let both = async {
+            let trim = async {
+                sleep(Duration::from_secs(2)).await;
+                target.zero(0, BLOCK_BYTES, true).await
+            };
+            tokio::join!(target.write(BLOCK_BYTES, data), trim)
+        };
+        let (written, trimmed) =
+            timeout(Duration::from_mins(5), both).await.expect("both are answered");
+        assert_eq!(written, Err(TargetError::NoSpace));
+        assert_eq!(trimmed, Err(TargetError::NoSpace));
     });
 }
 

@@ -60,7 +60,9 @@ pub(super) async fn run_renew(head: Rc<Head>) {
     let mut pause = LOOK;
     while head.is_serving() {
         let all_well = head.look_at_members();
-        if let Some(set) = head.renewed_set() {
+        // The set comes with a checkpoint, and none is made while the store is away.
+        let wanted = if head.swaps_in_vain() { None } else { head.renewed_set() };
+        if let Some(set) = wanted {
             match head.renew(set).await {
                 Ok(()) => pause = LOOK,
                 Err(error) => {

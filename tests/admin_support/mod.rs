@@ -103,6 +103,7 @@ fn disk(n: u8, path: String) -> Disk {
         slots_used: 100,
         used: 100 * (4 << 20),
         errors: DiskErrors::default(),
+        recent_errors: DiskErrors::default(),
         latency: DiskLatency { append_us: 85, read_us: 60 },
     }
 }
@@ -176,6 +177,9 @@ impl State {
             }
             Command::DiskOffline { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Offline)));
+            }
+            Command::DiskDrain { disk, reply } => {
+                drop(reply.send(self.set_disk(disk, DiskState::Draining)));
             }
             Command::DiskOnline { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Online)));

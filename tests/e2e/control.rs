@@ -72,14 +72,43 @@ fn a_disk_with_data_is_emptied_before_it_is_removed() {
     assert!(!ok && text.contains("add one first"), "{text}");
     let disk = node.json(&["disk", "show", &first]);
     assert_eq!(disk["state"], "draining", "{disk}");
+    assert!(disk["state_reason"].to_string().contains("slots are still in use"), "{disk}");
+    // The order outlives the node, and is carried out when there is room.
+    node.stop();
+    let node = Node::start(dir.path(), &[]);
+    assert_eq!(node.json(&["disk", "show", &first])["state"], "draining");
     let extra = dir.path().join("extra.img").display().to_string();
     node.ctl(&["disk", "add", &extra, "--size", "512M"]);
-    node.wait_json("removed", &["status"], |_| node.ctl_raw(&["disk", "rm", &first, "--yes"]).0);
-    assert_eq!(node.json(&["status"])["disks"]["total"], 6);
+    node.wait_json("removed", &["status"], |status| status["disks"]["total"] == 6);
+    node.ctl(&["disk", "rm", &first, "--yes"]);
     node.wait_json("redundant", &["status"], |status| status["health"] == "ok");
     let read = ["-c", "read -P 7 0 48M", "-c", "read -P 8 50M 4k"];
     let args = [&["-f", "raw", node.uri.as_str()][..], &read].concat();
     assert!(!run("qemu-io", &args).contains("failed"));
+    node.stop();
+}
+
+#[test]
+fn a_disk_is_drained_over_a_restart_and_taken_back() {
+    let dir = directory();
+    let node = Node::start(dir.path(), &SMALL);
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "write -P 7 0 16M"]);
+    let extra = dir.path().join("extra.img").display().to_string();
+    node.ctl(&["disk", "add", &extra, "--size", "512M"]);
+    let first = node.disk_id(0);
+    assert!(node.ctl(&["disk", "drain", &first]).contains("is draining"));
+    node.stop();
+    let node = Node::start(dir.path(), &[]);
+    assert_eq!(node.json(&["disk", "show", &first])["state"], "draining");
+    node.wait_json("empty", &["disk", "show", &first], |disk| disk["slots_used"] == 0);
+    let disk = node.json(&["disk", "show", &first]);
+    assert!(disk["state_reason"].to_string().contains("it is empty"), "{disk}");
+    assert!(node.ctl(&["disk", "online", &first]).contains("is online"));
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "read -P 7 0 16M"]);
+    node.wait_json("well", &["status"], |status| status["health"] == "ok");
+    node.stop();
+    let node = Node::start(dir.path(), &[]);
+    assert_eq!(node.json(&["disk", "show", &first])["state"], "online");
     node.stop();
 }
 

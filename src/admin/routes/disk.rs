@@ -70,8 +70,8 @@ pub(in crate::admin) async fn show(
         (status = 200, description = "removed", body = Removed),
         (status = 400, description = "malformed id", body = ErrorBody),
         (status = 404, description = "no such disk", body = ErrorBody),
-        (status = 409, description = "it holds data and `force` is not set, or data would be lost",
-         body = ErrorBody),
+        (status = 409, description = "it holds data and `force` is not set, or data would be lost, or \
+         it is being emptied and removed afterwards", body = ErrorBody),
         (status = 503, description = "the node does not answer", body = ErrorBody)
     ))]
 pub(in crate::admin) async fn remove(
@@ -96,6 +96,23 @@ pub(in crate::admin) async fn offline(
     Path(disk): Path<String>,
 ) -> Result<Json<Disk>, ApiError> {
     backend.disk_offline(parse(&disk)?).await.map(Json)
+}
+
+/// Has all data leave a disk, which stays in the node
+#[utoipa::path(put, path = "/v1/disks/{disk}/drain", tag = "disks",
+    params(("disk" = String, Path, description = "id of the disk")),
+    responses(
+        (status = 200, description = "being emptied, until it is put online", body = Disk),
+        (status = 400, description = "malformed id", body = ErrorBody),
+        (status = 404, description = "no such disk", body = ErrorBody),
+        (status = 409, description = "the disk is not online", body = ErrorBody),
+        (status = 503, description = "the node does not answer", body = ErrorBody)
+    ))]
+pub(in crate::admin) async fn drain(
+    State(backend): State<Backend>,
+    Path(disk): Path<String>,
+) -> Result<Json<Disk>, ApiError> {
+    backend.disk_drain(parse(&disk)?).await.map(Json)
 }
 
 /// Puts a disk into service again
