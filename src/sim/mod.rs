@@ -2,6 +2,7 @@
 
 mod ahead;
 pub mod client;
+mod clock;
 pub mod device;
 mod ends;
 mod nemesis;
@@ -11,3 +12,5 @@ pub mod run;
 #[cfg(test)]
 mod width_tests;
 pub mod world;
+
+pub use clock::simulate;

@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, LocalSet};
 use tokio::time::{Instant, sleep};
 
 use super::oracle::{Outcome, SECTOR};
+use super::simulate;
 use super::world::{Node, Running, World, WorldConfig};
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
@@ -155,12 +156,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
 
 /// Runs one seed.
 pub fn run(seed: u64) -> Report {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime needs nothing from the system");
-    runtime.block_on(run_seed(seed))
+    simulate(run_seed(seed))
 }
 
 async fn run_seed(seed: u64) -> Report {

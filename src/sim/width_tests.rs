@@ -5,9 +5,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::simulate;
 use super::world::{Node, Running, World, WorldConfig};
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
@@ -43,13 +43,11 @@ fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
 }
 
 /// Runs a test in a world of its own, in virtual time.
-fn simulate<F: Future<Output = ()>>(config: WorldConfig, test: impl FnOnce(Rc<World>) -> F) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    LocalSet::new().block_on(&runtime, async {
+fn in_world<F: Future<Output = ()>>(
+    config: WorldConfig,
+    test: impl FnOnce(Rc<World>) -> F,
+) {
+    simulate(async {
         let world = Rc::new(World::create(config, Env::from_seed(7)).await);
         world.open_disks().await;
         test(world).await;
@@ -106,7 +104,7 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
 
 #[test]
 fn the_log_shrinks_to_one_of_two_copies_and_widens_again() {
-    simulate(config(2, 2, 2), |world| async move {
+    in_world(config(2, 2, 2), |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         vanish(&world, &running, 1);
@@ -128,7 +126,7 @@ fn the_log_shrinks_to_one_of_two_copies_and_widens_again() {
 
 #[test]
 fn a_take_over_with_one_disk_left_serves_all_that_was_acknowledged() {
-    simulate(config(3, 3, 3), |world| async move {
+    in_world(config(3, 3, 3), |world| async move {
         let running = serve(&world).await;
         vanish(&world, &running, 2);
         write(&running, 3).await.expect("written to two copies");
@@ -152,7 +150,7 @@ fn a_take_over_with_one_disk_left_serves_all_that_was_acknowledged() {
 #[test]
 fn below_min_size_writes_wait_and_fail_and_reads_go_on() {
     let config = WorldConfig { min_size: 2, ..config(2, 2, 2) };
-    simulate(config, |world| async move {
+    in_world(config, |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         vanish(&world, &running, 0);
@@ -169,7 +167,7 @@ fn below_min_size_writes_wait_and_fail_and_reads_go_on() {
 
 #[test]
 fn another_disk_takes_the_place_of_one_that_stays_away() {
-    simulate(config(2, 4, 3), |world| async move {
+    in_world(config(2, 4, 3), |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         assert_eq!(running.head.log_disks().len(), 3);
@@ -183,13 +181,17 @@ fn another_disk_takes_the_place_of_one_that_stays_away() {
         running.head.disk_removed(lost);
         assert_eq!(read(&running).await, 1);
         running.head.checkpoint().await.expect("a checkpoint");
-        running.head.check_leaks().await.expect("nothing is listed for a disk that is gone");
+        running
+            .head
+            .check_leaks()
+            .await
+            .expect("nothing is listed for a disk that is gone");
     });
 }
 
 #[test]
 fn a_disk_that_is_up_can_be_emptied() {
-    simulate(config(2, 4, 3), |world| async move {
+    in_world(config(2, 4, 3), |world| async move {
         let running = serve(&world).await;
         for byte in 0..40 {
             write(&running, byte).await.expect("written");
@@ -211,7 +213,7 @@ fn a_disk_that_is_up_can_be_emptied() {
 fn one_hung_disk_does_not_hold_up_the_lease() {
     let mut config = config(2, 3, 3);
     config.head.lease = Duration::from_secs(4);
-    simulate(config, |world| async move {
+    in_world(config, |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         sleep(Duration::from_secs(20)).await;
@@ -233,7 +235,7 @@ fn one_hung_disk_does_not_hold_up_the_lease() {
 
 #[test]
 fn what_heads_of_a_lost_store_left_is_never_deleted() {
-    simulate(config(2, 2, 2), |world| async move {
+    in_world(config(2, 2, 2), |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         running.head.release().await.expect("released");

@@ -4,7 +4,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::task::LocalSet;
 use tokio::time::{sleep, timeout};
 
 use super::head::HeadConfig;
@@ -16,6 +15,7 @@ use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
 use crate::meta::{MetaStore, schema};
 use crate::segment::fetch::{Finding, Problem};
 use crate::shard::{Scheme, ShardError};
+use crate::sim::simulate;
 use crate::sim::world::{Node, Running, World, WorldConfig};
 
 fn config() -> WorldConfig {
@@ -35,12 +35,7 @@ fn config() -> WorldConfig {
 
 /// Runs `body` with a head that has just taken a fresh volume over.
 fn with_head(body: impl AsyncFnOnce(&World, &Running)) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    LocalSet::new().block_on(&runtime, async {
+    simulate(async {
         let world = World::create(config(), Env::from_seed(1)).await;
         world.open_disks().await;
         let node: Rc<Node> = world.node();
