@@ -69,7 +69,7 @@ pub(super) fn leave_behind(context: &Context, ahead: Option<usize>) {
     devices.iter().for_each(|device| device.set_lag(None));
     if env.chance(3, 4) {
         devices[index].vanish();
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
         context.behind.set(Some(index));
         context.cover_noted("the disk that was ahead is left behind");
     }

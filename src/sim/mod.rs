@@ -3,6 +3,7 @@
 mod ahead;
 pub mod client;
 mod clock;
+mod demands;
 pub mod device;
 mod ends;
 mod nemesis;

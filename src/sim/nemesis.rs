@@ -17,9 +17,10 @@ pub(super) async fn run(context: Rc<Context>) {
     let env = context.env.clone();
     while !context.stop.get() {
         sleep(Duration::from_millis(20 + env.random_below(400))).await;
-        if context.stop.get() {
+        if context.stop.get() || context.calm.get() {
             return;
         }
+        context.note_rebuilt().await;
         if check_sets(&context) && env.chance(1, 2) {
             turn_round(&context).await;
             continue;
@@ -78,7 +79,7 @@ async fn turn_round(context: &Rc<Context>) {
     old.node.link.control_cut.set(context.env.chance(2, 3));
     for index in indices {
         vanish(context, index);
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
     }
     challenge(context, &old).await;
 }
@@ -88,7 +89,7 @@ fn go_for_long(context: &Context) {
     let Some(index) = victims(context) else { return };
     context.cover_noted("disk away for long");
     vanish(context, index);
-    context.faulty.borrow_mut().insert(index);
+    context.struck(index);
     context.long.borrow_mut().insert(index);
     if context.env.chance(1, 2) {
         tell_lost(context, index);
@@ -113,7 +114,7 @@ async fn retire(context: &Context) {
     let Some(index) = victims(context) else { return };
     context.cover_noted("disk is to go for good");
     vanish(context, index);
-    context.faulty.borrow_mut().insert(index);
+    context.struck(index);
     context.long.borrow_mut().insert(index);
     let id = context.world.ids[index];
     for _ in 0..100 {
@@ -145,6 +146,7 @@ fn pick(context: &Context, n: usize) -> usize {
 
 /// Faults between a node and the metadata store.
 fn store(context: &Context) {
+    context.disturbed();
     let nodes = context.nodes.borrow().clone();
     let faults = &nodes[pick(context, nodes.len())].faults;
     let env = &context.env;
@@ -237,7 +239,7 @@ fn stall(context: &Context, index: usize) -> &'static str {
             "disk vanishes"
         }
     };
-    context.faulty.borrow_mut().insert(index);
+    context.struck(index);
     what
 }
 
@@ -254,6 +256,7 @@ fn hurt(context: &Context, index: usize) -> &'static str {
     let device = context.world.devices.borrow()[index].clone();
     let place = place(context);
     context.hurt.borrow_mut().insert(index);
+    context.disturbed();
     match env.random_below(6) {
         0 => {
             device.latent_error(place..place + 4096);
@@ -319,7 +322,7 @@ async fn go_beyond(context: &Context) {
         } else {
             vanish(context, index);
         }
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
         sleep(Duration::from_millis(context.env.random_below(50))).await;
     }
     sleep(Duration::from_millis(context.env.random_below(3000))).await;
@@ -350,7 +353,8 @@ pub(super) async fn heal(context: &Context) {
     }
 }
 
-async fn reopen(context: &Context, index: usize) {
+/// Opens a disk again unless it is open and registered with all nodes, and tells the heads.
+pub(super) async fn reopen(context: &Context, index: usize) {
     let id = context.world.ids[index];
     let nodes = context.nodes.borrow().clone();
     let registered = nodes.iter().all(|node| node.registry.client(id).is_some());

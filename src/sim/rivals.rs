@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::sleep;
 
+use super::demands::{self, TRIES, calm};
 use super::run::{Context, spawn_clients};
 use super::world::{Node, Running};
 
@@ -129,12 +130,18 @@ fn reach_few(context: &Rc<Context>, node: &Rc<Node>) {
     });
 }
 
+/// Takes the volume over, as often as it takes; none if the life ends before. Where it is in vain
+/// for long, all faults end.
 async fn take_over(context: &Rc<Context>, node: &Rc<Node>) -> Option<Rc<Running>> {
-    for _ in 0..20 {
+    for tries in 0..3 * TRIES {
         if context.stop.get() {
             return None;
         }
-        match context.world.take_over(node).await {
+        if tries == TRIES {
+            context.cover_noted("all faults end for a rival");
+            calm(context).await;
+        }
+        match demands::take_over(context, node).await {
             Ok(running) => {
                 context.cover_noted("a rival serves");
                 return Some(running);
@@ -143,12 +150,14 @@ async fn take_over(context: &Rc<Context>, node: &Rc<Node>) -> Option<Rc<Running>
         }
         sleep(Duration::from_millis(50)).await;
     }
+    context.fail("a rival cannot take the volume over though all faults have ended".into());
     None
 }
 
 /// All disks restart at once; `first` hears of them first and is reached again.
 pub(super) async fn restart_disks(context: &Context, first: Option<&Rc<Node>>) {
     context.cover_noted("all disks restart");
+    context.disturbed();
     let count = context.world.config.disks;
     let open: Vec<_> = (0..count).filter_map(|index| context.world.disk(index)).collect();
     join_all(open.iter().map(|disk| disk.close("restart"))).await;

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use tokio::task::{JoinHandle, LocalSet};
 use tokio::time::{Instant, sleep};
 
+use super::demands;
 use super::oracle::{Outcome, SECTOR};
 use super::simulate;
 use super::world::{Node, Running, World, WorldConfig};
@@ -27,6 +28,9 @@ use crate::volume::target::HeadTarget;
 
 /// Longer than any run.
 pub(super) const NEVER: Duration = Duration::from_hours(10);
+
+/// Longest life, in virtual time: of one whose take-over waits for disks that stay away.
+const LIFE_MAX: Duration = Duration::from_mins(5);
 
 /// How often each fault struck in each state, for the coverage report.
 pub type Coverage = BTreeMap<String, u64>;
@@ -62,6 +66,14 @@ pub(super) struct Context {
     pub(super) narrow_disks: RefCell<Vec<DiskId>>,
     /// No fault hurts content in this run.
     pub(super) gentle: bool,
+    /// Disks that were struck and may lack something since.
+    pub(super) stale: RefCell<BTreeSet<usize>>,
+    /// Counts what disturbs a take-over.
+    pub(super) strikes: Cell<u64>,
+    /// Strikes and newest checkpoint when the newest head was seen to have all.
+    pub(super) whole_since: Cell<Option<(u64, u64)>>,
+    /// Nothing strikes any more in this life.
+    pub(super) calm: Cell<bool>,
     pub(super) stop: Cell<bool>,
     /// A disk that was left behind when the last life ended.
     pub(super) behind: Cell<Option<usize>>,
@@ -102,6 +114,10 @@ impl Context {
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         self.tasks.borrow_mut().push(tokio::task::spawn_local(task));
+    }
+
+    pub(super) fn next_task(&self) -> Option<JoinHandle<()>> {
+        self.tasks.borrow_mut().pop()
     }
 }
 
@@ -178,6 +194,10 @@ async fn run_seed(seed: u64) -> Report {
         hurt: RefCell::default(),
         long: RefCell::default(),
         narrow_disks: RefCell::default(),
+        stale: RefCell::default(),
+        strikes: Cell::new(0),
+        whole_since: Cell::new(None),
+        calm: Cell::new(false),
         gentle,
         stop: Cell::new(false),
         behind: Cell::new(None),
@@ -210,6 +230,7 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
     context.nodes.borrow_mut().clear();
     context.heads.borrow_mut().clear();
     context.quiet_below.set(0);
+    context.whole_since.set(None);
     let (config, faulty) = (&context.world.config, context.faulty.borrow().len());
     let parity = usize::from(config.scheme.parity);
     if faulty > parity || config.disks - faulty <= parity {
@@ -225,7 +246,11 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
         context.world.open_disks().await;
         let node = context.world.node();
         context.nodes.borrow_mut().push(node.clone());
-        match context.world.take_over(&node).await {
+        let taken = demands::take_over(context, &node).await;
+        if context.failure.borrow().is_some() {
+            return None;
+        }
+        match taken {
             Ok(running) => {
                 context.heads.borrow_mut().push(running.clone());
                 return Some(running);
@@ -267,12 +292,13 @@ async fn live(context: &Rc<Context>, life: u64) {
     let power_cut = env.chance(1, 2);
     let orderly = env.chance(1, 4);
     context.stop.set(false);
+    context.calm.set(false);
     let early = env.chance(1, 5);
     let get_ahead = env.chance(2, 3) && !orderly;
     // What went on without a disk may end before it has gone far.
     let short = context.behind.get().is_some() && env.chance(2, 3);
     let served = Duration::from_millis(50 + env.random_below(if short { 150 } else { 3000 }));
-    let limit = Duration::from_millis(if early { env.random_below(400) } else { 60_000 });
+    let limit = if early { Duration::from_millis(env.random_below(400)) } else { LIFE_MAX };
     let body = async {
         let Some(running) = start(context).await else { return };
         context.note(&format!("life {life} serves"));
@@ -283,12 +309,16 @@ async fn live(context: &Rc<Context>, life: u64) {
         }
         sleep(served).await;
         if orderly && context.failure.borrow().is_none() {
-            end_in_order(context).await;
+            demands::end_in_order(context).await;
         }
     };
     let ended = process.run_until(tokio::time::timeout(limit, body)).await;
     if ended.is_err() {
-        context.cover("crash during start or at a random time");
+        context.cover(if early {
+            "crash during start or at a random time"
+        } else {
+            "a take-over waits for disks until the process ends"
+        });
     }
     context.cover(if power_cut { "power cut" } else { "crash" });
     let mut ahead = None;
@@ -301,24 +331,6 @@ async fn live(context: &Rc<Context>, life: u64) {
     context.heads.borrow_mut().clear();
     drop(process);
     context.note("the process ended");
-}
-
-async fn end_in_order(context: &Rc<Context>) {
-    context.stop.set(true);
-    super::nemesis::heal(context).await;
-    heal_all(context);
-    loop {
-        let Some(task) = context.tasks.borrow_mut().pop() else { break };
-        // A client that panicked has reported its failure.
-        drop(task.await);
-        heal_all(context);
-    }
-    let Some(newest) = context.heads.borrow().last().cloned() else { return };
-    let release = tokio::time::timeout(Duration::from_secs(30), newest.head.release());
-    match release.await {
-        Ok(Ok(())) => context.cover("stopped in order"),
-        other => context.note(&format!("release: {other:?}")),
-    }
 }
 
 /// All faults of devices and ways end. Disks that failed stay so until they are opened again.

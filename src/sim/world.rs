@@ -25,7 +25,7 @@ use crate::shard::disks::Disks;
 use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
 use crate::volume::rules::{LogSet, Member, log_domains};
-use crate::volume::takeover::take_over;
+use crate::volume::takeover::{TakeOverError, take_over};
 
 /// When the log shrinks once nothing is struck any more.
 const SHRINK_AFTER_IN_THE_END: Duration = Duration::from_millis(500);
@@ -223,8 +223,8 @@ impl World {
     /// Takes over the volume on a node.
     ///
     /// # Errors
-    /// Why the take-over failed, in words; it may be tried again.
-    pub async fn take_over(&self, node: &Rc<Node>) -> Result<Rc<Running>, String> {
+    /// Why the take-over failed; it may be tried again.
+    pub async fn take_over(&self, node: &Rc<Node>) -> Result<Rc<Running>, TakeOverError> {
         let mut config = self.config.head.clone();
         if self.ending.get() {
             config.shrink_after = config.shrink_after.min(SHRINK_AFTER_IN_THE_END);
@@ -239,9 +239,7 @@ impl World {
         let wait = |why: &str| *self.waiting.borrow_mut() = format!("the take-over: {why}");
         wait("it does not end");
         let since = Instant::now();
-        let head = take_over(context, self.volume, self.config.volume_bytes, &wait)
-            .await
-            .map_err(|error| error.to_string())?;
+        let head = take_over(context, self.volume, self.config.volume_bytes, &wait).await?;
         self.oracle.borrow_mut().recovered();
         self.retired.borrow().iter().for_each(|index| head.disk_removed(self.ids[*index]));
         // As a node does: disks that came back meanwhile may not have been heard.
