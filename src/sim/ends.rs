@@ -1,6 +1,6 @@
 //! The ends of a run: the disks are filled up, everything heals, and all must be right.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use super::oracle::{Outcome, SECTOR};
 use super::run::{Context, NEVER, heal_all, start};
 use super::world::Running;
 use crate::export::{BlockTarget, TargetError};
-use crate::id::{BLOCK_SIZE, SegmentId};
+use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
 use crate::segment::checksum::Salt;
 use crate::segment::record::Header;
 use crate::segment::stripe;
@@ -38,7 +38,7 @@ pub(super) async fn reckon(context: &Rc<Context>) {
     heal_all(context);
     if let Some(index) = behind {
         context.world.devices.borrow()[index].vanish();
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
     }
     let body = async {
         let Some(running) = start(context).await else { return };
@@ -183,11 +183,6 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         }
         sleep(Duration::from_millis(500)).await;
     }
-    if result.is_err() && damaged_tables(context) {
-        // Both copies of a table page are gone: the operator replaces the disk.
-        context.cover("a disk with damaged tables");
-        return Ok(());
-    }
     result?;
     if context.hurt.borrow().is_empty() {
         scrub(context).await?;
@@ -198,20 +193,24 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
 
 async fn settle_once(context: &Context, running: &Running) -> Result<(), String> {
     let head = &running.head;
+    let broken = damaged_tables(context);
+    // Where the others are too few to be whole without it, that waits for the operator.
+    let others = context.world.config.disks - context.world.retired.borrow().len() - broken.len();
+    let few = !broken.is_empty() && others < context.world.config.scheme.width();
     let narrow = || {
         let (healthy, width, full) = head.log_width();
-        width < full || healthy < usize::from(width)
+        !few && (width < full || healthy < usize::from(width))
     };
+    let reduced = || if few { 0 } else { head.reduced().0 };
     *context.world.waiting.borrow_mut() = "full redundancy".into();
     for _ in 0..40 {
-        if head.reduced().0 == 0 && !narrow() {
+        if reduced() == 0 && !narrow() {
             break;
         }
         sleep(Duration::from_millis(250)).await;
     }
-    let (reduced, _) = head.reduced();
-    if reduced > 0 {
-        return Err(format!("{reduced} segments stay reduced"));
+    if reduced() > 0 {
+        return Err(format!("{} segments stay reduced", reduced()));
     }
     *context.world.waiting.borrow_mut() = "a checkpoint".into();
     for _ in 0..3 {
@@ -223,28 +222,30 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     }
     let retired = context.world.retired.borrow().clone();
     for (index, disk) in context.world.disks.borrow().iter().enumerate() {
-        if retired.contains(&index) {
+        if retired.contains(&index) || broken.contains(&context.world.ids[index]) {
             continue;
-        }
-        if disk.is_none() && context.hurt.borrow().contains(&index) {
-            // A write to its tables was lost: the operator replaces the disk.
-            context.cover("a disk with damaged tables");
-            return Ok(());
         }
         let disk = disk.as_ref().ok_or(format!("disk {index} cannot be opened"))?;
         disk.check().map_err(|e| format!("disk {index}: {e}"))?;
     }
-    head.check_shards().await?;
-    head.check_leaks().await
+    head.check_shards(&broken).await?;
+    head.check_leaks(&broken).await?;
+    if !broken.is_empty() {
+        context.cover("a disk with damaged tables");
+    }
+    Ok(())
 }
 
-/// Whether a disk whose content was hurt cannot tell any more what it holds.
-fn damaged_tables(context: &Context) -> bool {
+/// The disks that cannot tell any more what they hold, because both copies of a table page are
+/// gone: the operator replaces them. Only disks whose content was hurt may be so.
+fn damaged_tables(context: &Context) -> BTreeSet<DiskId> {
     let volume = context.world.volume;
-    context.hurt.borrow().iter().any(|&index| {
-        let disk = context.world.disk(index);
+    let broken = |index: &usize| {
+        let disk = context.world.disk(*index);
         disk.is_none_or(|disk| matches!(disk.list(volume), Err(ShardError::Damaged(_))))
-    })
+    };
+    let hurt = context.hurt.borrow();
+    hurt.iter().copied().filter(broken).map(|index| context.world.ids[index]).collect()
 }
 
 /// On disks whose content was never hurt, every block of every shard matches its checksum, and the

@@ -183,7 +183,7 @@ fn another_disk_takes_the_place_of_one_that_stays_away() {
         running.head.checkpoint().await.expect("a checkpoint");
         running
             .head
-            .check_leaks()
+            .check_leaks(&BTreeSet::new())
             .await
             .expect("nothing is listed for a disk that is gone");
     });
