@@ -615,6 +615,12 @@ impl Head {
                     if since.elapsed() >= self.config.shrink_after {
                         self.shrink().await;
                     }
+                    // What cannot be read may be gone because another head has the volume: nothing
+                    // that fails before a write would tell.
+                    self.probe_all().await;
+                    if self.stopped().is_some() {
+                        return Err(TakeOverError::Lost);
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
