@@ -46,6 +46,7 @@ fn config(choice: u8) -> WorldConfig {
         disk_bytes: (64 << 10) * 96 + (2 << 20),
         slot_bytes: 64 << 10,
         volume_bytes: VOLUME_BYTES as u64,
+        neighbour_bytes: None,
         overcommitted: false,
         log_disks: scheme.width() + 1,
         min_size: 1,

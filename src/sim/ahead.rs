@@ -23,7 +23,7 @@ fn choose(context: &Context) -> Option<usize> {
             struck.len() + more <= usize::from(world.config.scheme.parity)
         })
         .filter(|&index| {
-            let held = world.disk(index).and_then(|disk| disk.list(world.volume).ok());
+            let held = world.disk(index).and_then(|disk| disk.list(world.volume.id).ok());
             let open = |info: &ShardInfo| {
                 info.spec.kind == SegmentKind::Log && info.state == ShardState::Open
             };

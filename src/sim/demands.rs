@@ -9,11 +9,11 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::nemesis::reopen;
 use super::run::{Context, heal_all};
-use super::world::{Node, Running};
+use super::world::{Node, Running, Volume};
 use crate::id::DiskId;
 use crate::meta::{MetaStore, schema};
 use crate::volume::root::Root;
@@ -22,11 +22,11 @@ use crate::volume::takeover::TakeOverError;
 
 /// Virtual time within which a take-over without an excuse ends.
 const TAKE_OVER_MAX: Duration = Duration::from_secs(30);
-/// Virtual time within which a head without faults releases its volume, and each of its clients
+/// Virtual time within which a head without faults releases its volume, and each client
 /// ends beyond what an answer may take.
 const END_MAX: Duration = Duration::from_secs(30);
 /// Take-overs of one node that may fail before all faults end.
-pub(super) const TRIES: u32 = 20;
+const TRIES: u32 = 20;
 
 impl Context {
     /// A disk is struck: it counts until it is healed.
@@ -49,33 +49,48 @@ impl Context {
     /// Looks whether disks that were struck have all again: the head finds nothing missing, and the
     /// root names a checkpoint made since.
     pub(super) async fn note_rebuilt(&self) {
-        let Some(running) = self.heads.borrow().last().cloned() else { return };
-        let (healthy, width, full) = running.head.log_width();
-        let whole = running.head.reduced().0 == 0 && width == full && healthy >= usize::from(full);
-        if !whole || !running.head.is_serving() {
-            self.whole_since.set(None);
+        let heads = self.newest_heads();
+        if heads.len() < self.world.volumes().count() || !heads.iter().all(is_whole) {
+            self.whole_since.take();
             return;
         }
         let strikes = self.strikes.get();
-        let Some((at, made)) = self.whole_since.get().filter(|(at, _)| *at == strikes) else {
-            let made = running.head.report().checkpoint_sequence;
-            return self.whole_since.set(Some((strikes, made)));
+        let seen = self.whole_since.borrow().clone().filter(|(at, _)| *at == strikes);
+        let Some((_, made)) = seen else {
+            let made = heads.iter().map(|running| running.head.report().checkpoint_sequence);
+            *self.whole_since.borrow_mut() = Some((strikes, made.collect()));
+            return;
         };
-        let named = stored_root(self).await.and_then(|root| root.checkpoint);
-        // Two more, so that one was begun since.
-        if named.is_some_and(|named| named.place.sequence >= made + 2) && at == self.strikes.get() {
+        for (running, made) in heads.iter().zip(made) {
+            let named = stored_root(self, &running.volume).await.and_then(|root| root.checkpoint);
+            // Two more, so that one was begun since.
+            if named.is_none_or(|named| named.place.sequence < made + 2) {
+                return;
+            }
+        }
+        if strikes == self.strikes.get() {
             *self.stale.borrow_mut() = self.ailing();
         }
     }
 }
 
-async fn stored_root(context: &Context) -> Option<Root> {
-    let stored = context.world.store.get(&schema::root_key(context.world.volume)).await;
+/// Whether a head serves and finds nothing missing.
+fn is_whole(running: &Rc<Running>) -> bool {
+    let (healthy, width, full) = running.head.log_width();
+    let wide = width == full && healthy >= usize::from(full);
+    running.head.is_serving() && running.head.reduced().0 == 0 && wide
+}
+
+async fn stored_root(context: &Context, volume: &Volume) -> Option<Root> {
+    let stored = context.world.store.get(&schema::root_key(volume.id)).await;
     Root::decode(&stored.ok()??.value).ok()
 }
 
 /// Why a take-over on this node may wait or fail; none if it may not.
-async fn excuse(context: &Context, node: &Node) -> Option<String> {
+async fn excuse(context: &Context, node: &Node, volume: &Volume) -> Option<String> {
+    if !node.link.is_well() {
+        return Some("the node is cut off".into());
+    }
     let parity = usize::from(context.world.config.scheme.parity);
     let ailing = context.ailing();
     let lacking = &ailing | &*context.stale.borrow();
@@ -96,22 +111,28 @@ async fn excuse(context: &Context, node: &Node) -> Option<String> {
     if reached.len() + parity < all {
         return Some("the node reaches few disks".into());
     }
-    let Some(root) = stored_root(context).await else { return Some("there is no root".into()) };
+    let Some(root) = stored_root(context, volume).await else {
+        return Some("there is no root".into());
+    };
     let enough = rules::fenced_enough(&root.set, &reached)
         && rules::in_force(&root.set, &root.former, &reached);
     (!enough).then(|| format!("too few of {:?} are up", root.set))
 }
 
-/// Takes the volume over on a node. Fails the run if it does not succeed though nothing excuses it.
+/// Takes a volume over on a node. Fails the run if it does not succeed though nothing excuses it.
 ///
 /// # Errors
 /// Why it failed; it may be tried again.
-pub(super) async fn take_over(context: &Context, node: &Rc<Node>) -> Result<Rc<Running>, String> {
+pub(super) async fn take_over(
+    context: &Context,
+    node: &Rc<Node>,
+    volume: &Rc<Volume>,
+) -> Result<Rc<Running>, String> {
     let strikes = context.strikes.get();
-    let excuse = excuse(context, node).await;
+    let excuse = excuse(context, node, volume).await;
     let due = || excuse.is_none() && context.strikes.get() == strikes;
     context.cover(if due() { "take-over that must succeed" } else { "take-over with an excuse" });
-    let mut attempt = std::pin::pin!(context.world.take_over(node));
+    let mut attempt = std::pin::pin!(context.world.take_over_volume(node, volume));
     let result = match timeout(TAKE_OVER_MAX, &mut attempt).await {
         Ok(result) => result,
         Err(_) => {
@@ -137,6 +158,31 @@ pub(super) async fn take_over(context: &Context, node: &Rc<Node>) -> Result<Rc<R
     result.map_err(|error| error.to_string())
 }
 
+/// Takes a volume over on a node, as often as it takes; none if the life ends before. Where it is in
+/// vain for long, all faults end; the run fails if that does not help.
+pub(super) async fn take_over_at_last(
+    context: &Context,
+    node: &Rc<Node>,
+    volume: &Rc<Volume>,
+) -> Option<Rc<Running>> {
+    for tries in 0..3 * TRIES {
+        if context.stop.get() {
+            return None;
+        }
+        if tries == TRIES {
+            context.cover_noted("all faults end for a take-over");
+            calm(context).await;
+        }
+        match take_over(context, node, volume).await {
+            Ok(running) => return Some(running),
+            Err(error) => context.note(&format!("the take-over: {error}")),
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    context.fail("a volume cannot be taken over though all faults have ended".into());
+    None
+}
+
 /// Nothing strikes from now on, and all faults end.
 pub(super) async fn calm(context: &Context) {
     context.calm.set(true);
@@ -147,7 +193,7 @@ pub(super) async fn calm(context: &Context) {
     }
 }
 
-/// Ends a life in order: its tasks end, and the newest head releases the volume. Fails the run if
+/// Ends a life in order: its tasks end, and the newest heads release their volumes. Fails the run if
 /// they do not though all faults have ended, unless the head was overtaken.
 pub(super) async fn end_in_order(context: &Rc<Context>) {
     context.stop.set(true);
@@ -161,10 +207,15 @@ pub(super) async fn end_in_order(context: &Rc<Context>) {
         }
         calm(context).await;
     }
-    let Some(newest) = context.heads.borrow().last().cloned() else { return };
-    let release = timeout(END_MAX, newest.head.release()).await;
-    let root = stored_root(context).await;
-    let overtaken = root.is_none_or(|root| root.head != newest.head.authority.head);
+    for running in context.newest_heads() {
+        release(context, &running).await;
+    }
+}
+
+async fn release(context: &Context, running: &Running) {
+    let release = timeout(END_MAX, running.head.release()).await;
+    let root = stored_root(context, &running.volume).await;
+    let overtaken = root.is_none_or(|root| root.head != running.head.authority.head);
     match release {
         Ok(Ok(())) => context.cover_noted("stopped in order"),
         _ if overtaken => context.cover_noted("overtaken before it could release the volume"),

@@ -10,6 +10,7 @@ use tokio::time::sleep;
 
 use super::rivals::{challenge, restart_disks};
 use super::run::Context;
+use super::world::Running;
 use crate::disk::Geometry;
 
 /// Strikes at random until the life ends.
@@ -40,13 +41,12 @@ pub(super) async fn run(context: Rc<Context>) {
 /// The log sets of all heads that serve keep their rule at any time. Tells whether the log is wide
 /// again after it was narrow.
 fn check_sets(context: &Context) -> bool {
-    let heads = context.heads.borrow().clone();
-    for running in heads.iter().filter(|running| running.head.is_serving()) {
+    for running in context.all_heads().iter().filter(|running| running.head.is_serving()) {
         if let Err(why) = running.head.check_log_set() {
             context.fail(why);
         }
     }
-    let Some(running) = heads.last() else { return false };
+    let Some(running) = context.heads.borrow().last().cloned() else { return false };
     let (healthy, width, full) = running.head.log_width();
     if width < full {
         *context.narrow_disks.borrow_mut() = running.head.log_disks();
@@ -98,7 +98,7 @@ fn go_for_long(context: &Context) {
 
 fn tell_lost(context: &Context, index: usize) {
     let id = context.world.ids[index];
-    context.heads.borrow().iter().for_each(|running| running.head.disk_lost(id));
+    context.all_heads().iter().for_each(|running| running.head.disk_lost(id));
 }
 
 /// A disk goes for good where others can take its place: once nothing is left that needs it, it
@@ -107,10 +107,12 @@ async fn retire(context: &Context) {
     let retired = context.world.retired.borrow().len();
     let enough = context.world.config.disks > context.world.config.scheme.width() + retired;
     let well = context.faulty.borrow().is_empty() && context.hurt.borrow().is_empty();
-    let newest = context.heads.borrow().last().cloned();
-    let Some(running) = newest.filter(|running| enough && well && running.head.is_serving()) else {
+    let heads = context.newest_heads();
+    let serving = heads.len() == context.world.volumes().count()
+        && heads.iter().all(|running| running.head.is_serving());
+    if !enough || !well || !serving {
         return;
-    };
+    }
     let Some(index) = victims(context) else { return };
     context.cover_noted("disk is to go for good");
     vanish(context, index);
@@ -119,20 +121,26 @@ async fn retire(context: &Context) {
     let id = context.world.ids[index];
     for _ in 0..100 {
         tell_lost(context, index);
-        let newest = context.heads.borrow().last().cloned();
-        let same = newest.is_some_and(|newest| Rc::ptr_eq(&newest, &running));
-        if context.stop.get() || !same || !running.head.is_serving() {
+        let newest = context.newest_heads();
+        let same = newest.iter().zip(&heads).all(|(newest, head)| Rc::ptr_eq(newest, head));
+        if context.stop.get() || !same || !heads.iter().all(|r| r.head.is_serving()) {
             return;
         }
-        if !running.head.uses_disk(id) && running.head.reduced().0 == 0 {
+        let spared = |r: &Rc<Running>| !r.head.uses_disk(id) && r.head.reduced().0 == 0;
+        if heads.iter().all(spared) {
             // The root that lists it no more must be the one that a take-over begins with.
-            if running.head.checkpoint().await.is_err() || running.head.uses_disk(id) {
+            for running in &heads {
+                if running.head.checkpoint().await.is_err() {
+                    return;
+                }
+            }
+            if heads.iter().any(|running| running.head.uses_disk(id)) {
                 return;
             }
             context.world.retired.borrow_mut().insert(index);
             context.faulty.borrow_mut().remove(&index);
             context.long.borrow_mut().remove(&index);
-            running.head.disk_removed(id);
+            heads.iter().for_each(|running| running.head.disk_removed(id));
             context.cover_noted("disk is gone for good");
             return;
         }
@@ -367,8 +375,7 @@ pub(super) async fn reopen(context: &Context, index: usize) {
         node.registry.remove(id);
         context.world.connect(node, index);
     }
-    let heads = context.heads.borrow().clone();
-    for running in heads {
+    for running in context.all_heads() {
         running.head.disk_returned(id).await;
     }
     context.cover_noted("disk returned");

@@ -28,6 +28,7 @@ fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
         disk_bytes: 8 << 20,
         slot_bytes: 64 << 10,
         volume_bytes: 1 << 20,
+        neighbour_bytes: None,
         overcommitted: false,
         log_disks,
         min_size: 1,
@@ -241,7 +242,7 @@ fn what_heads_of_a_lost_store_left_is_never_deleted() {
         running.head.release().await.expect("released");
         // A head of the old store whose root was never found again.
         let head = HeadId::from_bytes([9; 16]);
-        let (volume, epoch) = (world.volume, running.head.authority.epoch.next());
+        let (volume, epoch) = (world.volume.id, running.head.authority.epoch.next());
         let segment = SegmentId(70_000);
         let spec = ShardSpec {
             volume,

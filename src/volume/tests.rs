@@ -26,6 +26,7 @@ fn config() -> WorldConfig {
         disk_bytes: 24 << 20,
         slot_bytes: 128 << 10,
         volume_bytes: 1 << 20,
+        neighbour_bytes: None,
         overcommitted: false,
         log_disks: 4,
         min_size: 1,
@@ -54,7 +55,7 @@ async fn write(running: &Running, lba: u64, byte: u8) {
 }
 
 async fn stored_root(world: &World) -> Root {
-    let stored = world.store.get(&schema::root_key(world.volume)).await.expect("no faults here");
+    let stored = world.store.get(&schema::root_key(world.volume.id)).await.expect("no faults here");
     Root::decode(&stored.expect("there is a root").value).expect("a valid root")
 }
 
@@ -135,7 +136,7 @@ fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
         assert_eq!(root.sequence, before.sequence + 2);
         assert_eq!(root.description, "second");
         for index in 0..world.ids.len() {
-            let held = world.disk(index).expect("open").list(world.volume).expect("readable");
+            let held = world.disk(index).expect("open").list(world.volume.id).expect("readable");
             let mirror = held.mirror.expect("mirrored");
             assert_eq!(Root::decode(&mirror.data).expect("a root"), root, "on disk {index}");
         }
