@@ -3,6 +3,8 @@
 mod ahead;
 pub mod client;
 mod clock;
+#[cfg(test)]
+mod damage_tests;
 mod demands;
 pub mod device;
 mod ends;

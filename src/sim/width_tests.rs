@@ -21,7 +21,7 @@ use crate::volume::target::HeadTarget;
 /// Long enough for any repair of these worlds.
 const LONG: Duration = Duration::from_mins(1);
 
-fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
+pub(super) fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
     WorldConfig {
         scheme: Scheme::replicated(copies),
         disks,
@@ -44,7 +44,7 @@ fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
 }
 
 /// Runs a test in a world of its own, in virtual time.
-fn in_world<F: Future<Output = ()>>(
+pub(super) fn in_world<F: Future<Output = ()>>(
     config: WorldConfig,
     test: impl FnOnce(Rc<World>) -> F,
 ) {
@@ -56,13 +56,13 @@ fn in_world<F: Future<Output = ()>>(
 }
 
 /// A node with a link that is always the same.
-fn plain_node(world: &World) -> Rc<Node> {
+pub(super) fn plain_node(world: &World) -> Rc<Node> {
     let node = Rc::new(Node::default());
     (0..world.ids.len()).for_each(|index| world.connect(&node, index));
     node
 }
 
-async fn serve(world: &World) -> Rc<Running> {
+pub(super) async fn serve(world: &World) -> Rc<Running> {
     let taken = timeout(LONG, world.take_over(&plain_node(world))).await;
     taken.expect("in time").expect("taken over")
 }
