@@ -119,6 +119,22 @@ async fn excuse(context: &Context, node: &Node, volume: &Volume) -> Option<Strin
     (!enough).then(|| format!("too few of {:?} are up", root.set))
 }
 
+/// Counts a take-over as long as this lives.
+struct TakingOver<'a>(&'a Context);
+
+impl<'a> TakingOver<'a> {
+    fn new(context: &'a Context) -> Self {
+        context.taking_over.set(context.taking_over.get() + 1);
+        Self(context)
+    }
+}
+
+impl Drop for TakingOver<'_> {
+    fn drop(&mut self) {
+        self.0.taking_over.set(self.0.taking_over.get() - 1);
+    }
+}
+
 /// Takes a volume over on a node. Fails the run if it does not succeed though nothing excuses it.
 ///
 /// # Errors
@@ -132,6 +148,7 @@ pub(super) async fn take_over(
     let excuse = excuse(context, node, volume).await;
     let due = || excuse.is_none() && context.strikes.get() == strikes;
     context.cover(if due() { "take-over that must succeed" } else { "take-over with an excuse" });
+    let _counted = TakingOver::new(context);
     let mut attempt = std::pin::pin!(context.world.take_over_volume(node, volume));
     let result = match timeout(TAKE_OVER_MAX, &mut attempt).await {
         Ok(result) => result,

@@ -71,6 +71,8 @@ pub(super) struct Context {
     pub(super) gentle: bool,
     /// Disks that were struck and may lack something since.
     pub(super) stale: RefCell<BTreeSet<usize>>,
+    /// Take-overs under way.
+    pub(super) taking_over: Cell<u32>,
     /// Counts what disturbs a take-over.
     pub(super) strikes: Cell<u64>,
     /// Strikes and newest checkpoints when the newest heads were seen to have all.
@@ -207,6 +209,7 @@ async fn run_seed(seed: u64) -> Report {
         long: RefCell::default(),
         narrow_disks: RefCell::default(),
         stale: RefCell::default(),
+        taking_over: Cell::new(0),
         strikes: Cell::new(0),
         whole_since: RefCell::default(),
         calm: Cell::new(false),
