@@ -21,6 +21,9 @@ use crate::shard::{
     ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
 };
 
+/// A delay that is none to speak of.
+const SOON: Duration = Duration::from_millis(20);
+
 /// What happens to the requests of one head on their way to all disks.
 #[derive(Default)]
 pub struct Link {
@@ -47,6 +50,12 @@ impl Link {
         self.mute.set(false);
         self.delay.set(self.usual_delay.get());
         self.healed.notify_waiters();
+    }
+
+    /// Whether everything passes, and soon.
+    pub fn is_well(&self) -> bool {
+        let cut = self.control_cut.get() || self.reads_cut.get() || self.mute.get();
+        !cut && self.delay.get() <= SOON
     }
 
     async fn wait_while(&self, held: impl Fn(&Self) -> bool) -> bool {

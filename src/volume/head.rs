@@ -686,7 +686,7 @@ impl Head {
     }
 
     /// Asks all disks of the sets in use, until enough have answered.
-    async fn probe_all(&self) {
+    pub(super) async fn probe_all(&self) {
         let members: BTreeSet<DiskId> = {
             let state = self.state.borrow();
             state.pairs().iter().flat_map(|set| set.members()).map(|m| m.disk).collect()

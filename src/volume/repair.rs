@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use super::head::{Head, HeadError, Op, State, add};
 use super::segtab::{Segment, ShardRef};
@@ -29,6 +30,8 @@ use crate::shard::{
 const PAUSE: Duration = Duration::from_millis(500);
 /// Pause between two looks whether a segment that was left is sealed.
 const SEAL_POLL: Duration = Duration::from_millis(10);
+/// How long a take-over repairs before it serves.
+const TAIL_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a disk that came back is asked what it holds, and the pause between.
 const FENCES_MAX: u32 = 20;
 const FENCE_PAUSE: Duration = Duration::from_millis(500);
@@ -87,9 +90,16 @@ impl Head {
         wanted.into_iter().map(|(_, id, shard)| (id, shard)).collect()
     }
 
-    /// Repairs log segments that a take-over found incomplete, as far as disks are there for it.
+    /// Repairs log segments that a take-over found incomplete, as far as disks are there for it and
+    /// do not take long: the newest first, whose records may be on fewer disks than the others'.
+    /// The rest is repaired while the head serves.
     pub(super) async fn repair_tail(self: &Rc<Self>, segments: Vec<SegmentId>) {
-        for id in segments {
+        let since = Instant::now();
+        for id in segments.into_iter().rev() {
+            if since.elapsed() >= TAIL_PATIENCE {
+                tracing::warn!(volume = %self.volume, "the log stays reduced for now: its disks are slow");
+                return;
+            }
             // Data segments may be large and many: they are repaired while the volume is served.
             let log = |s: &&Segment| s.kind == SegmentKind::Log;
             let missing =

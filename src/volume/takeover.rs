@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
 use tokio::time::Instant;
 
 use super::head::{Head, HeadContext, HeadError, State};
@@ -31,6 +32,10 @@ use crate::shard::{Authority, MIRROR_BYTES_MAX, SegmentKind, ShardError, ShardIn
 
 /// How long one disk may take to answer a fence before the take-over goes on to ask again.
 const FENCE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Segments that are settled at the same time, so that a slow disk does not cost its time for each;
+/// what is read of each is bounded, and so is what is read of all.
+const SETTLED_AT_ONCE: usize = 8;
 
 /// Why a volume could not be taken over; all of them may pass when tried again.
 #[derive(Debug, thiserror::Error)]
@@ -560,7 +565,8 @@ impl Head {
             let state = self.state.borrow();
             state.table.segments.values().filter(|s| s.kind == kind).map(|s| s.id).collect()
         };
-        for id in segments {
+        let empty = BTreeMap::new();
+        let settle = |id: SegmentId| {
             let segment = self.state.borrow().table.segments[&id].clone();
             let mut length = segment.blocks.max(lengths.get(&id).copied().unwrap_or(0));
             if id == checkpoint.place.segment {
@@ -569,9 +575,14 @@ impl Head {
             if let (SegmentKind::Log, Some(&walked)) = (kind, lengths.get(&id)) {
                 length = walked;
             }
-            let empty = BTreeMap::new();
             let held = listing.get(&id).unwrap_or(&empty);
-            let settled = walk::settle(&self.disks, self.authority, &segment, length, held).await;
+            async move {
+                let settled = walk::settle(&self.disks, self.authority, &segment, length, held);
+                (id, settled.await)
+            }
+        };
+        let mut settled = stream::iter(segments.into_iter().map(settle)).buffered(SETTLED_AT_ONCE);
+        while let Some((id, settled)) = settled.next().await {
             let mut state = self.state.borrow_mut();
             let entry = state.table.segments.get_mut(&id).expect("nothing is freed here");
             entry.sealed = true;
@@ -626,6 +637,12 @@ impl Head {
                     self.trace_space();
                     if since.elapsed() >= self.config.shrink_after {
                         self.shrink().await;
+                    }
+                    // What cannot be read may be gone because another head has the volume: nothing
+                    // that fails before a write would tell.
+                    self.probe_all().await;
+                    if self.stopped().is_some() {
+                        return Err(TakeOverError::Lost);
                     }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
