@@ -13,6 +13,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use super::activity::Activity;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::DiskId;
@@ -43,6 +44,8 @@ pub struct Disks {
     heads: Cell<u32>,
     checkpoint_reserve: Arc<Semaphore>,
     gc_passes: Arc<Semaphore>,
+    /// How busy clients keep the disks.
+    pub activity: Rc<Activity>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
 }
@@ -56,6 +59,7 @@ impl Default for Disks {
             heads: Cell::new(0),
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
+            activity: Rc::default(),
             changed: Notify::new(),
         }
     }

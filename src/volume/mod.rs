@@ -16,6 +16,7 @@ mod repair;
 mod report;
 pub mod root;
 pub mod rules;
+mod scrub;
 pub mod segtab;
 mod space;
 mod swap;
@@ -27,3 +28,4 @@ mod walk;
 mod width;
 
 pub use report::HeadReport;
+pub use scrub::{DEFAULT_PERIOD as SCRUB_PERIOD, ScrubReport};

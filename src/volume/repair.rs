@@ -370,7 +370,7 @@ impl Head {
     }
 
     /// The record at block `at` of shard `shard`, made from the other shards.
-    async fn rebuilt_record(
+    pub(super) async fn rebuilt_record(
         &self,
         segment: &Segment,
         shard: usize,
