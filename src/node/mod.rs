@@ -30,6 +30,7 @@ pub mod opener;
 mod pools;
 pub mod recover;
 mod samples;
+mod scrubs;
 mod views;
 mod volumes;
 

@@ -348,9 +348,8 @@ impl Head {
             let requests = self.disks.activity.begun();
             let _permit = self.disks.activity.scrub_permit().await;
             let begun = Instant::now();
-            let (end, unchecked) = self
-                .scrub_window(&segment, (at, count), Some(&mut layout), Reason::Round)
-                .await;
+            let (end, unchecked) =
+                self.scrub_window(&segment, (at, count), Some(&mut layout), Reason::Round).await;
             let read = u64::from(end - at) * segment.present() as u64 * BLOCK_BYTES;
             add(&self.stats.scrub_bytes, read);
             let unchecked = scrub.unchecked_bytes.get() + unchecked * BLOCK_BYTES;
