@@ -109,8 +109,8 @@ pub(super) struct Scrub {
     base: Cell<(u64, u64)>,
     suspects: RefCell<Suspects>,
     lost: RefCell<BTreeSet<Place>>,
-    /// Shards that are being built anew because of what was found, by the creation that was bad.
-    awaited: RefCell<BTreeMap<(SegmentId, usize), u64>>,
+    /// Shards that are being built anew, by the creation that was bad and how much was found in it.
+    awaited: RefCell<BTreeMap<(SegmentId, usize), (u64, u64)>>,
 }
 
 /// The scrub of a volume at a glance.
@@ -385,11 +385,11 @@ impl Head {
     fn settle_awaited(&self) {
         let state = self.state.borrow();
         let mut repaired = 0;
-        self.scrub.awaited.borrow_mut().retain(|(id, index), creation| {
+        self.scrub.awaited.borrow_mut().retain(|(id, index), (creation, found)| {
             let waits = state.table.segments.get(id).is_some_and(|segment| {
                 segment.members[*index].creation == *creation && segment.missing >> index & 1 == 1
             });
-            repaired += u64::from(!waits);
+            repaired += if waits { 0 } else { *found };
             waits
         });
         add(&self.stats.scrub_repaired, repaired);
@@ -426,6 +426,9 @@ impl Head {
 
     /// Keeps position and time for the next head, if the store is there.
     async fn keep(&self) {
+        if !self.is_serving() {
+            return;
+        }
         let kept = serde_json::to_vec(&*self.scrub.kept.borrow()).unwrap_or_default();
         let txn = Txn::new()
             .when(Condition::KeyExists(schema::root_key(self.volume)))

@@ -65,7 +65,9 @@ impl Head {
                 Look::Read(piece) => {
                     for &block in &piece.bad {
                         mended = true;
-                        self.repair_block(segment, index, block, reason).await;
+                        if !self.repair_block(segment, index, block, reason).await {
+                            break;
+                        }
                     }
                 }
                 Look::Not(error) => self.take_up(segment, index, at, error).await,
@@ -194,9 +196,9 @@ impl Head {
     /// Has a shard built anew.
     fn rebuild_later(&self, segment: &Segment, index: usize, of_content: bool) {
         let member = segment.members[index];
-        if self.note_bad_shard(segment.id, member.disk, member.creation, of_content) {
-            self.scrub.awaited.borrow_mut().insert((segment.id, index), member.creation);
-        }
+        self.note_bad_shard(segment.id, member.disk, member.creation, of_content);
+        let mut awaited = self.scrub.awaited.borrow_mut();
+        awaited.entry((segment.id, index)).or_insert((member.creation, 0)).1 += 1;
     }
 
     /// A shard that is not on its disk as the table has it.
@@ -214,23 +216,35 @@ impl Head {
         self.rebuild_later(segment, index, matches!(error, ShardError::Damaged(_)));
     }
 
-    /// Mends one bad block, or has its shard built anew.
-    async fn repair_block(&self, segment: &Segment, index: usize, block: u32, reason: Reason) {
-        self.found(segment, index, block, "a block does not match its checksum");
-        add(&self.stats.corrupt_blocks, 1);
+    /// Mends one bad block, or has its shard built anew. Tells whether the shard still counts.
+    async fn repair_block(
+        &self,
+        segment: &Segment,
+        index: usize,
+        block: u32,
+        reason: Reason,
+    ) -> bool {
         let mended = self.mend(segment, index, block).await;
+        let new = mended != Mended::Lost
+            || self.scrub.note_lost(Place { segment: segment.id, shard: index, block });
+        if new {
+            self.found(segment, index, block, "a block does not match its checksum");
+            add(&self.stats.corrupt_blocks, 1);
+        }
         tracing::debug!(segment = %segment.id, index, block, ?mended, "scrub");
-        let place = Place { segment: segment.id, shard: index, block };
         match mended {
             Mended::Done => add(&self.stats.scrub_repaired, 1),
             Mended::Later if reason == Reason::Round => {}
-            Mended::Later | Mended::Refused => self.rebuild_later(segment, index, true),
+            Mended::Later | Mended::Refused => {
+                self.rebuild_later(segment, index, true);
+                return false;
+            }
             Mended::Lost => {
-                self.scrub.note_lost(place);
                 let member = segment.members[index];
                 self.note_bad_shard(segment.id, member.disk, member.creation, true);
             }
         }
+        true
     }
 
     /// Writes a bad block of a shard again, from what the others yield.
@@ -296,10 +310,10 @@ impl Head {
         mended.unwrap_or(Err(ShardError::Unreachable))
     }
 
-    /// One block of a shard out of its whole record, made anew from the other shards.
+    /// One block of a shard out of its whole record.
     async fn block_of_record(&self, segment: &Segment, index: usize, block: u32) -> Option<Bytes> {
-        let (mut source, _) = self.source(segment.id)?;
-        source.without |= 1 << index;
+        // The rest of the record may be whole in the shard itself and nowhere else.
+        let (source, _) = self.source(segment.id)?;
         let mut at = 0;
         while at <= block {
             let header = self.any_header(&source, segment, index, at).await.ok()?;
@@ -309,7 +323,7 @@ impl Head {
             }
             at = next;
         }
-        let (data, _) = self.rebuilt_record(segment, index, at).await.ok()?;
+        let (data, _) = self.rebuilt_record(&source, segment, index, at).await.ok()?;
         let mut skip = (block - at) as usize * BLOCK_SIZE;
         for piece in data {
             if skip < piece.len() {
