@@ -160,7 +160,7 @@ fn scrubs() {
     let text = ok(&node, &["scrub", "status"]);
     assert!(text.contains("idle") && text.contains("2023-11-14T22:13:20Z"), "{text}");
     let text = ok(&node, &["scrub", "start"]);
-    assert!(text.contains("running  1GiB  4GiB  25%  3m 20s"), "{text}");
+    assert!(text.contains("running  1.00GiB  4.00GiB  25%  3m 20s"), "{text}");
     let scrubs: Vec<Scrub> = json(&node, &["scrub", "start", "--volume", "default/vol0"]);
     assert_eq!((scrubs.len(), scrubs[0].found, scrubs[0].repaired), (1, 3, 3));
     assert!(fails(&node, 1, &["scrub", "start", "--volume", "default/v9"]).contains("no volume"));
