@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
@@ -17,8 +18,8 @@ use crate::disk::Disk;
 use crate::env::Env;
 use crate::id::{DiskId, SegmentId, VolumeId};
 use crate::shard::{
-    Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, ShardClient, ShardError,
-    ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
+    Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, SealedShard, ShardClient,
+    ShardError, ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
 };
 
 /// A delay that is none to speak of.
@@ -273,6 +274,26 @@ impl ShardClient for FaultyClient {
         self.ask(move |disk| {
             Box::pin(async move { disk.read_raw(volume, segment, block, count).await })
         })
+    }
+
+    fn read_sealed(
+        &self,
+        shard: SealedShard,
+        block: u32,
+        count: u32,
+    ) -> LocalFuture<'_, ShardResult<ReadReply>> {
+        self.ask(move |disk| Box::pin(async move { disk.read_sealed(shard, block, count).await }))
+    }
+
+    fn mend(
+        &self,
+        authority: Authority,
+        shard: SealedShard,
+        block: u32,
+        data: Bytes,
+        crc: u32,
+    ) -> LocalFuture<'_, ShardResult<()>> {
+        self.send(move |disk| disk.mend(authority, shard, block, data, crc))
     }
 
     fn list(&self, volume: VolumeId) -> LocalFuture<'_, ShardResult<VolumeOnDisk>> {

@@ -76,9 +76,10 @@ pub(super) async fn reckon(context: &Rc<Context>) {
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
         note_slots(context);
         // Damage is the better answer to why, if there is any.
+        let well = |index: usize, _: &ShardInfo| !context.hurt.borrow().contains(&index);
         let mut damage = None;
         for volume in context.world.volumes() {
-            damage = damage.or(scrub(context, volume.id).await.err());
+            damage = damage.or(check_content(context, volume.id, &well).await.err());
         }
         let waiting = context.world.waiting.borrow().clone();
         context.fail(damage.unwrap_or(format!("in the end, for ever: {waiting}")));
@@ -191,6 +192,29 @@ async fn write(context: &Context, target: &HeadTarget, at: u64) -> Result<(), Ta
 /// Waits for full redundancy and checks every invariant. What is found late in the end, or was
 /// closed a moment ago, is still being repaired or sealed: it gets the time for it.
 async fn settle(context: &Context, running: &Running) -> Result<(), String> {
+    settle_at_last(context, running).await?;
+    let head = &running.head;
+    let id = running.volume.id;
+    if damaged_tables(context).is_empty() {
+        let scrubbed = scrub_twice(context, running).await;
+        // Unless the scrub was what found them out.
+        if damaged_tables(context).is_empty() {
+            scrubbed?;
+            let counts =
+                |index: usize, info: &ShardInfo| head.counts_on(context.world.ids[index], info);
+            check_content(context, id, &counts).await?;
+            context.cover("reckoned");
+            return Ok(());
+        }
+    }
+    // The operator replaces such a disk; on those that were never hurt, all must be right.
+    let well = |index: usize, _: &ShardInfo| !context.hurt.borrow().contains(&index);
+    check_content(context, id, &well).await?;
+    context.cover("reckoned");
+    Ok(())
+}
+
+async fn settle_at_last(context: &Context, running: &Running) -> Result<(), String> {
     let mut result = Ok(());
     for _ in 0..20 {
         result = settle_once(context, running).await;
@@ -199,11 +223,31 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         }
         sleep(Duration::from_millis(500)).await;
     }
-    result?;
-    if context.hurt.borrow().is_empty() {
-        scrub(context, running.volume.id).await?;
+    result
+}
+
+/// A scrub may find what faults left behind; once that is repaired, another finds nothing.
+async fn scrub_twice(context: &Context, running: &Running) -> Result<(), String> {
+    let head = &running.head;
+    let scrub = async || {
+        *context.world.waiting.borrow_mut() = "the end of a scrub".into();
+        if !head.scrub_to_end().await {
+            return Err(format!("the head stopped while it scrubbed: {:?}", head.stopped()));
+        }
+        Ok(head.scrub_report())
+    };
+    let first = scrub().await?;
+    if first.found > 0 {
+        context.cover_noted(&format!("the last scrub but one found {}", first.found));
+        if context.hurt.borrow().is_empty() {
+            context.cover("a scrub found what no fault of the content left");
+        }
+        settle_at_last(context, running).await?;
     }
-    context.cover("reckoned");
+    let last = scrub().await?;
+    if last.found > 0 || last.unchecked_bytes > 0 || last.unrepairable > 0 {
+        return Err(format!("a scrub after a scrub finds more: {first:?}, then {last:?}"));
+    }
     Ok(())
 }
 
@@ -264,24 +308,30 @@ fn damaged_tables(context: &Context) -> BTreeSet<DiskId> {
     hurt.iter().copied().filter(broken).map(|index| context.world.ids[index]).collect()
 }
 
-/// On disks whose content was never hurt, every block of every shard matches its checksum, and the
-/// parity its data where all shards lie on such.
-async fn scrub(context: &Context, volume: VolumeId) -> Result<(), String> {
+/// Every block of every sealed shard that is `wanted`, by disk, matches its checksum, and the
+/// parity its data where all shards of a segment are.
+async fn check_content(
+    context: &Context,
+    volume: VolumeId,
+    wanted: &dyn Fn(usize, &ShardInfo) -> bool,
+) -> Result<(), String> {
     let mut segments: BTreeMap<SegmentId, Vec<(ShardInfo, Bytes)>> = BTreeMap::new();
     for index in 0..context.world.config.disks {
         let Some(disk) = context.world.disk(index) else { continue };
-        if context.hurt.borrow().contains(&index) {
-            continue;
-        }
-        let held = disk.list(volume).map_err(|e| e.to_string())?;
+        let held = match disk.list(volume) {
+            Ok(held) => held,
+            // Of a disk with damaged tables, nothing is asked.
+            Err(ShardError::Damaged(_)) if context.hurt.borrow().contains(&index) => continue,
+            Err(error) => return Err(error.to_string()),
+        };
         let sealed =
             held.shards.into_iter().filter(|i| i.state == ShardState::Sealed && i.blocks > 0);
-        for info in sealed {
+        for info in sealed.filter(|info| wanted(index, info)) {
             let (spec, id) = (&info.spec, info.spec.segment);
             let reply = disk
                 .read(spec.volume, id, 0, info.blocks)
                 .await
-                .map_err(|e| format!("scrub of segment {id} on disk {index}: {e}"))?;
+                .map_err(|e| format!("content of segment {id} on disk {index}: {e}"))?;
             let salt = Salt::new(spec.volume, id, spec.scheme, usize::from(spec.index));
             if let Some(block) = salt.verify(0, &reply.data, &reply.crcs) {
                 return Err(format!("segment {id} on disk {index}: block {block} is damaged"));

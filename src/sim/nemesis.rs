@@ -26,13 +26,14 @@ pub(super) async fn run(context: Rc<Context>) {
             turn_round(&context).await;
             continue;
         }
-        match env.random_below(34) {
+        match env.random_below(37) {
             0..=4 => store(&context),
             5..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
             13 => go_beyond(&context).await,
             14 => go_for_long(&context),
             15 => retire(&context).await,
+            34.. => scrub(&context),
             _ => strike(&context),
         }
     }
@@ -181,6 +182,14 @@ fn store(context: &Context) {
             faults.unknown_late.set(chance);
             faults.late.set(Duration::from_millis(500));
         }
+    }
+}
+
+/// Not a fault, but it runs while they strike.
+fn scrub(context: &Context) {
+    let newest = context.heads.borrow().last().cloned();
+    if newest.is_some_and(|running| running.head.start_scrub()) {
+        context.cover_noted("a scrub begins");
     }
 }
 

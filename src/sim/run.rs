@@ -162,6 +162,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
         },
         replace_after: Duration::from_millis(100 + env.random_below(3000)),
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
+        ..HeadConfig::default()
     };
     let disks =
         scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });

@@ -7,8 +7,9 @@ use super::head::Head;
 use super::index::count_all;
 use super::overlay::Target;
 use super::rules;
+use super::segtab::ShardRef;
 use crate::id::{DiskId, SegmentId};
-use crate::shard::{SegmentKind, ShardState};
+use crate::shard::{SegmentKind, ShardInfo, ShardState};
 
 impl Head {
     /// Checks that who fences the log set meets every log segment that the root in force does not
@@ -110,6 +111,17 @@ impl Head {
             }
         }
         Ok(())
+    }
+
+    /// Whether a shard on a disk counts as whole, of a segment that is sealed and needed.
+    pub fn counts_on(&self, disk: DiskId, info: &ShardInfo) -> bool {
+        let state = self.state.borrow();
+        let there = ShardRef { disk, creation: info.spec.creation };
+        self.is_needed(&state, info.spec.segment)
+            && state.table.segments.get(&info.spec.segment).is_some_and(|segment| {
+                let index = segment.members.iter().position(|member| *member == there);
+                segment.sealed && index.is_some_and(|index| segment.missing >> index & 1 == 0)
+            })
     }
 
     /// Checks that the disks, those of `but` excepted, hold exactly the shards that the table lists.

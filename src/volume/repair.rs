@@ -329,6 +329,12 @@ impl Head {
         let mut findings = Vec::new();
         let hear = &mut |finding| findings.push(finding);
         let read = source.read(&self.disks, shard, first, header.payload_blocks, hear).await;
+        if source.missing >> shard & 1 == 0 {
+            // It is being mended: that some of it is bad is known.
+            findings.retain(|finding| {
+                finding.creation != source.creations[shard] || finding.disk != source.members[shard]
+            });
+        }
         // What nobody holds whole is moved instead (garbage collection).
         self.note_findings(&findings);
         Ok((header, read?))
@@ -364,7 +370,8 @@ impl Head {
         created.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
         let mut at = 0;
         while at < segment.blocks {
-            let (data, crcs) = self.rebuilt_record(segment, shard, at).await?;
+            let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
+            let (data, crcs) = self.rebuilt_record(&source, segment, shard, at).await?;
             let blocks = u32::try_from(crcs.len()).expect("a record is small");
             let append = Append {
                 authority: self.authority,
@@ -383,14 +390,14 @@ impl Head {
     }
 
     /// The record at block `at` of shard `shard`, made from the other shards.
-    async fn rebuilt_record(
+    pub(super) async fn rebuilt_record(
         &self,
+        source: &Source,
         segment: &Segment,
         shard: usize,
         at: u32,
     ) -> Result<(Vec<Bytes>, Vec<u32>), HeadError> {
-        let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
-        let (mut header, data) = self.read_record(&source, segment, shard, at).await?;
+        let (mut header, data) = self.read_record(source, segment, shard, at).await?;
         let copies = segment.scheme.data == 1 && segment.kind != SegmentKind::Data;
         header.shard = if copies { 0 } else { u8::try_from(shard).expect("at most 20") };
         let salt = Salt::new(self.volume, segment.id, segment.scheme, shard);

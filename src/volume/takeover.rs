@@ -674,6 +674,8 @@ impl Head {
         tokio::task::spawn_local(super::gc::run(self.clone()));
         tokio::task::spawn_local(super::width::run_shrink(self.clone()));
         tokio::task::spawn_local(super::width::run_renew(self.clone()));
+        tokio::task::spawn_local(super::scrub::run_rounds(self.clone()));
+        tokio::task::spawn_local(super::scrub::run_mends(self.clone()));
         self.repair_wanted.notify_one();
     }
 
