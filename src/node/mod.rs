@@ -31,6 +31,8 @@ pub mod opener;
 mod pools;
 pub mod recover;
 mod samples;
+#[cfg(test)]
+mod tests;
 mod views;
 mod volumes;
 
