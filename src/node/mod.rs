@@ -32,6 +32,8 @@ mod pools;
 pub mod recover;
 mod samples;
 mod scrubs;
+#[cfg(test)]
+mod tests;
 mod views;
 mod volumes;
 
