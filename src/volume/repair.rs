@@ -113,6 +113,14 @@ impl Head {
         }
     }
 
+    /// Seals the shards of disks that came too late to be settled by the take-over under way: what
+    /// only they hold cannot be read before.
+    pub(super) async fn reseal_missing(&self) {
+        for (id, shard) in self.segments_to_repair() {
+            self.reseal(id, shard).await;
+        }
+    }
+
     /// Builds one shard anew. False when there is nothing to do, or nowhere to put it.
     async fn rebuild(self: &Rc<Self>, id: SegmentId, shard: usize) -> Result<bool, HeadError> {
         let segment = {

@@ -644,6 +644,7 @@ impl Head {
                     if self.stopped().is_some() {
                         return Err(TakeOverError::Lost);
                     }
+                    self.reseal_missing().await;
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
