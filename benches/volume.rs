@@ -8,7 +8,6 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -16,24 +15,19 @@ use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, Throughput};
 use sds::buffer::AlignedBuf;
 use sds::disk::device::BlockDevice;
-use sds::disk::uring::{OpenOptions, Ring, UringDevice};
-use sds::disk::{Disk, FormatOptions};
+use sds::disk::uring::{Ring, UringDevice};
 use sds::env::Env;
 use sds::export::BlockTarget;
-use sds::id::{BLOCK_SIZE, ClusterId, DiskId, VolumeId};
-use sds::meta::memory::MemoryStore;
-use sds::meta::record::ClusterRecord;
-use sds::meta::{MetaStore, Txn, schema};
+use sds::id::BLOCK_SIZE;
 use sds::shard::Scheme;
-use sds::shard::disks::Disks;
-use sds::shard::local::LocalClient;
-use sds::volume::head::{HeadConfig, HeadContext, PoolPolicy};
-use sds::volume::root::Root;
-use sds::volume::rules::{LogSet, Member};
-use sds::volume::takeover::take_over;
+use sds::volume::head::HeadConfig;
 use sds::volume::target::HeadTarget;
 use tokio::runtime::Runtime;
 use tokio::task::LocalSet;
+
+mod common;
+
+use common::{DiskSize, Files, Pool};
 
 const DISK_BYTES: u64 = 1 << 30;
 const VOLUME_BYTES: u64 = 256 << 20;
@@ -85,70 +79,6 @@ impl Contender {
     }
 }
 
-/// Files that are removed in the end.
-struct Files {
-    dir: PathBuf,
-    names: Vec<PathBuf>,
-}
-
-impl Files {
-    fn new() -> Self {
-        let target = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target");
-        let dir = std::env::var_os("SDS_BENCH_DIR").map_or_else(target, PathBuf::from);
-        Self { dir, names: Vec::new() }
-    }
-
-    fn device(&mut self, ring: &Rc<Ring>, bytes: u64) -> UringDevice {
-        let path = self.dir.join(format!("bench-volume-{}.tmp", self.names.len()));
-        self.names.push(path.clone());
-        let options = OpenOptions { create_size: Some(bytes), ..OpenOptions::default() };
-        UringDevice::open(&path, ring, options).expect("a writable directory")
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        for name in &self.names {
-            std::fs::remove_file(name).expect("the benchmark's own file");
-        }
-    }
-}
-
-/// A volume of `scheme` on fresh disks.
-async fn volume(files: &mut Files, ring: &Rc<Ring>, scheme: Scheme) -> HeadTarget {
-    let env = Env::from_seed(u64::from(scheme.data));
-    let cluster = ClusterId::from_bytes(env.random_bytes());
-    let disks = Rc::new(Disks::default());
-    let mut members = Vec::new();
-    for domain in 0..u32::try_from(scheme.width()).expect("a few") {
-        let device = files.device(ring, DISK_BYTES);
-        let disk = DiskId::from_bytes(env.random_bytes());
-        let options =
-            FormatOptions { disk, cluster, slot_bytes: None, volumes_max: None, force: true };
-        Disk::format(&device, options).await.expect("formatted");
-        let disk = Disk::open(Rc::new(device)).await.expect("opened");
-        let info = disk.info().expect("online");
-        members.push(Member { disk: info.id, domain });
-        disks.add(Rc::new(LocalClient::new(disk)), domain, info);
-    }
-    let store = Rc::new(MemoryStore::new(env.clone()));
-    let record = ClusterRecord { id: cluster, incarnation: 1 };
-    schema::Schema::new(store.clone()).initialise(&record).await.expect("an empty store");
-    let volume = VolumeId::from_bytes(env.random_bytes());
-    let set = LogSet::new(members, scheme.parity + 1).expect("as many domains as shards");
-    let root = Root::fresh(volume, set, serde_json::Value::Null);
-    let put = Txn::new().put(schema::root_key(volume), root.encode());
-    store.txn(put).await.expect("stored");
-    let context = HeadContext {
-        env,
-        disks,
-        store,
-        config: HeadConfig::default(),
-        pool: PoolPolicy { scheme, min_size: 1 },
-    };
-    HeadTarget(take_over(context, volume, VOLUME_BYTES, &|_| ()).await.expect("taken over"))
-}
-
 async fn worker(contender: Contender, work: Work, seed: u64, left: Rc<Cell<u64>>) {
     let env = Env::from_seed(seed);
     let mut noise = AlignedBuf::new(work.bytes);
@@ -194,16 +124,20 @@ fn main() {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let local = LocalSet::new();
-    let mut files = Files::new();
+    let mut files = Files::new("volume");
     let contenders = local.block_on(&runtime, async {
         let ring = Ring::new().expect("io_uring");
         let device = files.device(&ring, VOLUME_BYTES);
-        let copies = volume(&mut files, &ring, Scheme::replicated(3)).await;
-        let coded = volume(&mut files, &ring, Scheme { data: 4, parity: 2 }).await;
+        let size = DiskSize { bytes: DISK_BYTES, slot_bytes: None };
+        let mut volumes = Vec::new();
+        for scheme in [Scheme::replicated(3), Scheme { data: 4, parity: 2 }] {
+            let pool = Pool::new(&mut files, &ring, scheme, size).await;
+            volumes.push(Rc::new(pool.volume(VOLUME_BYTES, HeadConfig::default()).await));
+        }
         [
             ("device", Contender::Device(device)),
-            ("3 copies", Contender::Volume(Rc::new(copies))),
-            ("4+2", Contender::Volume(Rc::new(coded))),
+            ("3 copies", Contender::Volume(volumes[0].clone())),
+            ("4+2", Contender::Volume(volumes[1].clone())),
         ]
     });
     let mut totals: BTreeMap<(usize, &str), (Duration, u64)> = BTreeMap::new();

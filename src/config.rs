@@ -17,6 +17,9 @@
 //! index = "64MiB"
 //! overlay_extents = 1_000_000
 //!
+//! [scrub]
+//! period = "7d"
+//!
 //! [log]
 //! level = "info"
 //! ```
@@ -24,12 +27,14 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
 
 use crate::meta::record::check_name;
-use crate::units::ByteSize;
+use crate::units::{ByteSize, TimeSpan};
+use crate::volume::SCRUB_PERIOD;
 
 /// Largest configuration file, bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -41,6 +46,10 @@ pub const ADDRESSES_MAX: usize = 64;
 pub const INDEX_CACHE_BYTES_MIN: u64 = 1 << 20;
 /// Fewest extents of the overlay: several records' worth.
 pub const OVERLAY_EXTENTS_MIN: usize = 1024;
+/// Shortest period of scrubs but none: the disks would do little else.
+pub const SCRUB_PERIOD_MIN: Duration = Duration::from_mins(1);
+/// Longest period of scrubs.
+pub const SCRUB_PERIOD_MAX: Duration = Duration::from_hours(10 * 365 * 24);
 /// Longest path of a unix socket, bytes, as the kernel has it.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
@@ -93,6 +102,8 @@ pub struct Config {
     pub admin: AdminConfig,
     /// What the caches may take.
     pub cache: CacheConfig,
+    /// How often everything that is stored is read and checked.
+    pub scrub: ScrubConfig,
     /// What is logged.
     pub log: LogConfig,
 }
@@ -143,6 +154,14 @@ pub struct CacheConfig {
     pub overlay_extents: usize,
 }
 
+/// How often everything that is stored is read and checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScrubConfig {
+    /// Within how long each sealed shard is read once; `0s`: only when `sdsctl scrub start` asks.
+    pub period: TimeSpan,
+}
+
 /// What is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -160,6 +179,7 @@ impl Default for Config {
             nbd: NbdConfig::default(),
             admin: AdminConfig::default(),
             cache: CacheConfig::default(),
+            scrub: ScrubConfig::default(),
             log: LogConfig::default(),
         }
     }
@@ -180,6 +200,12 @@ impl Default for AdminConfig {
 impl Default for CacheConfig {
     fn default() -> Self {
         Self { index: ByteSize(16 << 20), overlay_extents: 256 << 10 }
+    }
+}
+
+impl Default for ScrubConfig {
+    fn default() -> Self {
+        Self { period: TimeSpan(SCRUB_PERIOD) }
     }
 }
 
@@ -297,6 +323,11 @@ impl Config {
                 "cache.overlay_extents",
                 format!("{extents} is less than {OVERLAY_EXTENTS_MIN}"),
             );
+        }
+        let TimeSpan(period) = self.scrub.period;
+        if !period.is_zero() && !(SCRUB_PERIOD_MIN..=SCRUB_PERIOD_MAX).contains(&period) {
+            let (least, most) = (TimeSpan(SCRUB_PERIOD_MIN), TimeSpan(SCRUB_PERIOD_MAX));
+            return refuse("scrub.period", format!("neither 0s nor within {least} and {most}"));
         }
         tracing_subscriber::EnvFilter::builder()
             .parse(&self.log.level)
@@ -432,6 +463,8 @@ mod tests {
             .assert_eq(&error("\n[nbd]\naddresses = [\"127.0.0.1:1\", \"here\"]"));
         expect!["sdsd.toml:2: nbd.tls.key: the path is empty"]
             .assert_eq(&error("[nbd]\ntls = { certificate = \"c\", key = \"\" }"));
+        expect!["sdsd.toml:2: scrub.period: neither 0s nor within 1m and 3650d"]
+            .assert_eq(&error("[scrub]\nperiod = \"5s\""));
         assert!(error("node = ").starts_with("sdsd.toml:1: "));
         assert!(error("\n\n[log]\nlevel = 3").starts_with("sdsd.toml:4: "));
         assert!(error("[log]\nlevel = \"sds=loud\"").starts_with("sdsd.toml:2: log.level: "));

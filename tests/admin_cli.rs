@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 
 use admin_support::{FakeNode, disk_id};
 use sds::admin::error::{ErrorBody, ErrorCode};
-use sds::admin::types::{Disk, Pool, Removed, Status, Volume};
+use sds::admin::types::{Disk, Pool, Removed, Scrub, Status, Volume};
 
 fn sdsctl(endpoint: &str, args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_sdsctl"))
@@ -152,6 +152,19 @@ fn pools() {
     ] {
         fails(&node, 2, args);
     }
+}
+
+#[test]
+fn scrubs() {
+    let node = FakeNode::start();
+    let text = ok(&node, &["scrub", "status"]);
+    assert!(text.contains("idle") && text.contains("2023-11-14T22:13:20Z"), "{text}");
+    let text = ok(&node, &["scrub", "start"]);
+    assert!(text.contains("running  1.00GiB  4.00GiB  25%  3m 20s"), "{text}");
+    let scrubs: Vec<Scrub> = json(&node, &["scrub", "start", "--volume", "default/vol0"]);
+    assert_eq!((scrubs.len(), scrubs[0].found, scrubs[0].repaired), (1, 3, 3));
+    assert!(fails(&node, 1, &["scrub", "start", "--volume", "default/v9"]).contains("no volume"));
+    fails(&node, 2, &["scrub", "start", "--volume", "v9"]);
 }
 
 #[test]

@@ -8,7 +8,9 @@ use std::time::Duration;
 use sds::admin::types::{DiskState, HealthLevel};
 use sds::obs::Metrics;
 use sds::obs::histogram::{BUCKETS, LatencyHistogram};
-use sds::obs::sample::{DiskSample, NbdSample, NodeSample, PoolSample, Sample, VolumeSample};
+use sds::obs::sample::{
+    DiskSample, NbdSample, NodeSample, PoolSample, Sample, ScrubSample, VolumeSample,
+};
 
 #[derive(Debug, Default)]
 struct Family {
@@ -88,6 +90,12 @@ fn sample() -> Sample {
             volume: "p/v".into(),
             reduced_segments: 9,
             write_latency: histogram.snapshot(),
+            scrub: ScrubSample {
+                found: 12,
+                repaired: 10,
+                unrepairable: 2,
+                ..ScrubSample::default()
+            },
             ..VolumeSample::default()
         }],
         nbd: NbdSample { connections: 2, requests: 11, ..NbdSample::default() },
@@ -157,6 +165,9 @@ fn numbers_arrive_and_scrapes_do_not_add_up() {
         ("sds_volume_write_latency_seconds_sum", &volume, 100.000_1),
         ("sds_volume_write_latency_seconds_bucket", &[("le", "0.000128")], 1.0),
         ("sds_volume_write_latency_seconds_bucket", &[("le", "+Inf")], 2.0),
+        ("sds_scrub_found_total", &volume, 12.0),
+        ("sds_scrub_repaired_total", &volume, 10.0),
+        ("sds_scrub_unrepairable", &volume, 2.0),
         ("sds_nbd_connections", &[], 2.0),
         ("sds_nbd_requests_total", &[], 11.0),
     ] {

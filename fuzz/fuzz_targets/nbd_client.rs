@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use sds::export::memory::MemoryDirectory;
 use sds::export::nbd::{NbdConfig, Server};
+use sds::sim::simulate;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
 use tokio::sync::watch;
-use tokio::task::LocalSet;
 
 /// Size of the volume `v`, bytes.
 pub const VOLUME_BYTES: u64 = 1 << 20;
@@ -17,12 +17,7 @@ const HANG: Duration = Duration::from_secs(600);
 /// Sends `pieces` one after the other and closes; what the server answered. Panics if the server
 /// does not end, or keeps a request.
 pub fn talk(pieces: &[&[u8]]) -> Vec<u8> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    LocalSet::new().block_on(&runtime, async {
+    simulate(async {
         let directory = Rc::new(MemoryDirectory::default());
         let target = directory.add("v", VOLUME_BYTES);
         let (_stop, stopped) = watch::channel(false);

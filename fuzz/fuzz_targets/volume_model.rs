@@ -10,6 +10,7 @@ use libfuzzer_sys::fuzz_target;
 use sds::env::Env;
 use sds::export::BlockTarget;
 use sds::shard::Scheme;
+use sds::sim::simulate;
 use sds::sim::world::{Running, World, WorldConfig};
 use sds::volume::head::HeadConfig;
 use sds::volume::target::HeadTarget;
@@ -45,6 +46,7 @@ fn config(choice: u8) -> WorldConfig {
         disk_bytes: (64 << 10) * 96 + (2 << 20),
         slot_bytes: 64 << 10,
         volume_bytes: VOLUME_BYTES as u64,
+        neighbour_bytes: None,
         overcommitted: false,
         log_disks: scheme.width() + 1,
         min_size: 1,
@@ -177,10 +179,5 @@ async fn run(choice: u8, mut ops: &[Op]) {
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, rest)) = data.split_first() else { return };
     let ops: Vec<Op> = rest.as_chunks::<6>().0.iter().take(OPS_MAX).map(|c| Op::new(*c)).collect();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    runtime.block_on(run(choice, &ops));
+    simulate(run(choice, &ops));
 });

@@ -18,8 +18,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::error::ApiError;
 use super::types::{
-    AddDisk, CreatePool, CreateVolume, Disk, Health, Pool, Removed, ResizeVolume, Status, Volume,
-    VolumeName,
+    AddDisk, CreatePool, CreateVolume, Disk, Health, Pool, Removed, ResizeVolume, Scrub, Status,
+    Volume, VolumeName,
 };
 use crate::id::DiskId;
 
@@ -160,6 +160,12 @@ operations! {
     /// Removes a volume. `confirmation_required` if it holds data and `force` is not set;
     /// `conflict` while a client is attached.
     volume_remove = VolumeRemove { volume: VolumeName, force: bool } -> Removed;
+
+    /// The scrubs of all volumes, sorted by name.
+    scrub_list = ScrubList {} -> Vec<Scrub>;
+    /// Begins a round of one volume, or of all that are served; one that is under way goes on.
+    /// `not_found`; `unavailable` if the volume named is not served. Answers with those that run.
+    scrub_start = ScrubStart { volume: Option<VolumeName> } -> Vec<Scrub>;
 }
 
 #[cfg(test)]

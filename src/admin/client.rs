@@ -9,8 +9,8 @@ use ureq::{Agent, Body};
 
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::types::{
-    AddDisk, CreatePool, CreateVolume, Disk, Pool, Removed, ResizeVolume, Status, Volume,
-    VolumeName,
+    AddDisk, CreatePool, CreateVolume, Disk, Pool, Removed, ResizeVolume, Scrub, StartScrub,
+    Status, Volume, VolumeName,
 };
 use crate::id::DiskId;
 
@@ -181,6 +181,15 @@ impl Client {
     /// Removes a volume.
     pub fn remove_volume(&self, volume: &VolumeName, force: bool) -> Result<Removed, ClientError> {
         self.call(Method::DELETE, &format!("/v1/volumes/{volume}?force={force}"))
+    }
+
+    /// The scrubs of all volumes, sorted by name.
+    pub fn scrubs(&self) -> Result<Vec<Scrub>, ClientError> {
+        self.get("/v1/scrubs")
+    }
+    /// Begins to scrub a volume, or all.
+    pub fn start_scrub(&self, request: &StartScrub) -> Result<Vec<Scrub>, ClientError> {
+        self.send(Method::POST, "/v1/scrubs", request)
     }
 
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

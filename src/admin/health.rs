@@ -143,6 +143,13 @@ fn assess_volume(volume: &Volume, reasons: &mut Vec<Reason>) {
             ),
         );
     }
+    if volume.unrepairable > 0 {
+        let count = volume.unrepairable;
+        add(
+            HealthLevel::Critical,
+            format!("{count} places cannot be repaired: no combination of shards yields them"),
+        );
+    }
     let failures = volume.failures.join("; ");
     match volume.state {
         VolumeState::Online | VolumeState::Deleting if failures.is_empty() => {}
@@ -210,6 +217,7 @@ mod tests {
             exports: vec![],
             state,
             failures: vec![],
+            unrepairable: 0,
         }
     }
 
@@ -268,6 +276,15 @@ mod tests {
         assert_eq!(health.health, HealthLevel::Warning);
         assert_eq!(health.reasons[0].subject, "disk /d");
         assert!(health.reasons[0].message.contains("1 checksum"));
+    }
+
+    #[test]
+    fn what_cannot_be_repaired_is_critical() {
+        let mut lost = volume(VolumeState::Online, Redundancy::Full);
+        lost.unrepairable = 2;
+        let health = assess(&[], &[], &[lost]);
+        assert_eq!(health.health, HealthLevel::Critical);
+        assert!(health.reasons[0].message.starts_with("2 places"));
     }
 
     #[test]

@@ -67,6 +67,8 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
         routes::volume::show,
         routes::volume::resize,
         routes::volume::remove,
+        routes::scrub::list,
+        routes::scrub::start,
     ),
     components(schemas(ErrorBody))
 )]
@@ -81,7 +83,7 @@ pub fn openapi_json() -> String {
 
 /// All routes over `backend`.
 pub fn router(backend: Arc<dyn AdminBackend>) -> Router {
-    use routes::{disk, pool, volume};
+    use routes::{disk, pool, scrub, volume};
     Router::new()
         .route("/healthz", get(routes::healthz))
         .route("/metrics", get(routes::metrics))
@@ -94,6 +96,7 @@ pub fn router(backend: Arc<dyn AdminBackend>) -> Router {
         .route("/v1/disks/{disk}/online", put(disk::online))
         .route("/v1/pools", get(pool::list).post(pool::create))
         .route("/v1/pools/{pool}", get(pool::show).delete(pool::remove))
+        .route("/v1/scrubs", get(scrub::list).post(scrub::start))
         .route("/v1/volumes", get(volume::list).post(volume::create))
         .route(
             "/v1/volumes/{pool}/{name}",

@@ -10,6 +10,7 @@ mod inspect;
 mod output;
 mod parse;
 mod pool;
+mod scrub;
 mod status;
 mod volume;
 
@@ -38,6 +39,7 @@ Examples:
   sdsctl pool create fast --replicas 3
   sdsctl volume create default/vm1 --size 10G
   sdsctl -o json volume ls
+  sdsctl scrub start --volume default/vm1
   sdsctl inspect disk sds-data/disk0.img --slots
   sdsctl --endpoint http://10.0.0.5:9770 status --watch";
 
@@ -69,6 +71,9 @@ enum Verb {
     /// Volumes: virtual disks in a pool
     #[command(subcommand, visible_alias = "volumes")]
     Volume(volume::VolumeVerb),
+    /// Scrubs: reading and checking everything that is stored
+    #[command(subcommand, visible_alias = "scrubs")]
+    Scrub(scrub::ScrubVerb),
     /// Decodes what is on a disk, without a node
     #[command(subcommand)]
     Inspect(inspect::InspectVerb),
@@ -183,6 +188,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Verb::Disk(verb) => disk::run(verb, &client, &mut out),
         Verb::Pool(verb) => pool::run(verb, &client, &mut out),
         Verb::Volume(verb) => volume::run(verb, &client, &mut out),
+        Verb::Scrub(verb) => scrub::run(verb, &client, &mut out),
         Verb::Inspect(_) | Verb::Completion { .. } => Ok(()),
     }
 }

@@ -128,6 +128,15 @@ impl Disk {
         Ok(crcs)
     }
 
+    /// Has the next reader of these checksums read them from the medium.
+    pub(super) fn forget_checksums(&self, slot: u32, block: u32, count: u32) {
+        let (start, end) = (block as usize, block as usize + count as usize);
+        let mut cache = self.checksums.borrow_mut();
+        for page in start / CRCS_PER_PAGE..=(end - 1) / CRCS_PER_PAGE {
+            cache.0.pop(&(self.geometry.checksum_page(slot) + page as u64));
+        }
+    }
+
     async fn checksum_page(&self, number: u64, tenant: &Tenant) -> ShardResult<Rc<CachedPage>> {
         if let Some(page) = self.checksums.borrow_mut().0.get(&number)
             && page.tenant == *tenant

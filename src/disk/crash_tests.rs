@@ -19,6 +19,7 @@ use crate::env::Env;
 use crate::id::{BLOCK_SIZE, Epoch, SegmentId};
 use crate::shard::{Append, Mirror, ShardInfo, ShardState, SlotClass};
 use crate::sim::device::{SimConfig, SimDevice};
+use crate::sim::simulate;
 
 /// Asked for, then answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -327,16 +328,11 @@ async fn live(run: Rc<Run>) {
 
 /// A whole run of one seed; gives its trace.
 fn simulate_lives(seed: u64, lying_device: bool) -> (Vec<String>, BTreeMap<&'static str, u64>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
     let env = Env::from_seed(seed);
     let config = SimConfig { size_bytes: 4 << 20, ..SimConfig::default() };
     let mut device = SimDevice::new(env.clone(), config);
     let model = Rc::new(RefCell::new(Model::default()));
-    runtime.block_on(async {
+    simulate(async {
         Disk::format(&device, format_options()).await.expect("formats");
         device.set_drop_durability(lying_device);
         for _ in 0..6 {
@@ -423,7 +419,7 @@ fn a_seed_is_a_whole_run() {
 #[test]
 fn a_lost_table_write_takes_nothing_back() {
     for victim in 0..6 {
-        super::tests::simulate(async {
+        simulate(async {
             let device = super::tests::device(victim);
             Disk::format(&device, format_options()).await.expect("formats");
             let disk = Disk::open(Rc::new(device.clone())).await.expect("opens");

@@ -8,6 +8,8 @@
 //! ├─ super ─┼─ super ─┼─ slot table ×2 ─┼─ volume table ×2 ─┼─ catalog ×2 ─┼─ checksums ─┼─ slots …
 //! ```
 
+use serde::Serialize;
+
 use crate::disk::format::{CATALOG_AREA_BYTES, CRCS_PER_PAGE, ENTRIES_PER_PAGE};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
 use crate::limits::{SLOT_BYTES_MAX, SLOT_BYTES_MIN};
@@ -50,8 +52,9 @@ pub enum GeometryError {
     },
 }
 
-/// Sizes and offsets of a disk; all offsets and sizes are in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Sizes and offsets of a disk; all offsets and sizes are in bytes. Its fields are those of `layout`
+/// in what `sdsctl inspect disk` prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Geometry {
     /// Bytes used of the device.
     pub size_bytes: u64,

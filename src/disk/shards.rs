@@ -16,8 +16,8 @@ use crate::disk::{Disk, detached};
 use crate::id::{BLOCK_SIZE, SegmentId, VolumeId};
 use crate::planted::{Bug, bug};
 use crate::shard::{
-    Append, Authority, LocalFuture, ReadReply, ShardError, ShardResult, ShardSpec, ShardState,
-    SlotClass,
+    Append, Authority, LocalFuture, ReadReply, SealedShard, ShardError, ShardResult, ShardSpec,
+    ShardState, SlotClass,
 };
 
 /// Keeps a slot from being reused while I/O on it is under way; travels with the operation.
@@ -320,6 +320,88 @@ impl Disk {
         };
         let data = self.read_blocks(&pin, block, count).await?;
         Ok(ReadReply { data, crcs: Vec::new() })
+    }
+
+    /// See [`crate::shard::ShardClient::read_sealed`].
+    pub async fn read_sealed(
+        self: &Rc<Self>,
+        shard: SealedShard,
+        block: u32,
+        count: u32,
+    ) -> ShardResult<ReadReply> {
+        let (pin, tenant) = self.find_sealed(shard, block, count)?;
+        self.forget_checksums(pin.slot, block, count);
+        let stored = self.read_checksums(pin.slot, &tenant, block, count);
+        let (data, crcs) = future::join(self.read_blocks(&pin, block, count), stored).await;
+        // Which of them failed matters: without checksums, no block of the shard can be judged.
+        let crcs = crcs?;
+        Ok(ReadReply { data: data?, crcs })
+    }
+
+    /// See [`crate::shard::ShardClient::mend`].
+    pub fn mend(
+        self: &Rc<Self>,
+        authority: Authority,
+        shard: SealedShard,
+        block: u32,
+        data: Bytes,
+        crc: u32,
+    ) -> LocalFuture<'static, ShardResult<()>> {
+        let disk = self.clone();
+        detached(async move { disk.run_mend(authority, shard, block, data, crc).await })
+    }
+
+    async fn run_mend(
+        self: Rc<Self>,
+        authority: Authority,
+        shard: SealedShard,
+        block: u32,
+        data: Bytes,
+        crc: u32,
+    ) -> ShardResult<()> {
+        self.tables.borrow().authorize(authority)?;
+        if data.len() != BLOCK_SIZE || !is_aligned(&data) || authority.volume != shard.volume {
+            return Err(ShardError::Invalid("one aligned block of a shard is mended".into()));
+        }
+        let (pin, tenant) = self.find_sealed(shard, block, 1)?;
+        let lock = {
+            let mut tables = self.tables.borrow_mut();
+            let lock = &mut tables.slots[pin.slot as usize].seal_lock;
+            lock.get_or_insert_with(|| Rc::new(Mutex::new(()))).clone()
+        };
+        // Two writes to one place at once could leave either.
+        let _one_at_a_time = lock.lock().await;
+        self.tables.borrow().authorize(authority)?;
+        self.find_sealed(shard, block, 1)?;
+        if self.read_checksums(pin.slot, &tenant, block, 1).await? != [crc] {
+            return Err(ShardError::Invalid("it is not what was sealed".into()));
+        }
+        let running = self.stats.appends.start();
+        let offset = self.geometry.block_offset(pin.slot, block);
+        let result = self.write_device(offset, Rc::from([data])).await;
+        running.finish(BLOCK_SIZE, result.is_ok());
+        result.map_err(|error| self.data_error(&error))
+    }
+
+    /// The slot of exactly this sealed shard, kept from being reused, if the blocks lie in it.
+    fn find_sealed(
+        self: &Rc<Self>,
+        shard: SealedShard,
+        block: u32,
+        count: u32,
+    ) -> ShardResult<(Pin, Tenant)> {
+        let (number, record, _) = self.find_to_read(shard.volume, shard.segment)?;
+        if record.spec.creation != shard.creation {
+            return Err(ShardError::Gone);
+        }
+        if record.state != ShardState::Sealed {
+            return Err(ShardError::WrongState(record.state));
+        }
+        if record.blocks != shard.blocks {
+            return Err(ShardError::WrongLength(record.blocks));
+        }
+        check_range(block, count, record.blocks)?;
+        Ok((Pin::new(self, number), Tenant::new(&record.spec, record.blocks)))
     }
 
     fn find_to_read(

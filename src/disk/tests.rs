@@ -12,16 +12,7 @@ use crate::env::Env;
 use crate::id::{BLOCK_SIZE, Epoch, HeadId, SegmentId, VolumeId};
 use crate::shard::{Authority, Mirror, ShardState, SlotClass};
 use crate::sim::device::{SimConfig, SimDevice};
-
-/// Runs a test in virtual time.
-pub(super) fn simulate<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    tokio::task::LocalSet::new().block_on(&runtime, test)
-}
+use crate::sim::simulate;
 
 pub(super) fn device(seed: u64) -> SimDevice {
     let config = SimConfig { size_bytes: 4 << 20, ..SimConfig::default() };

@@ -123,9 +123,7 @@ async fn restoring_and_wiping() {
 #[test]
 fn a_seed_gives_the_same_run() {
     let run = |seed| {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-        runtime.unwrap().block_on(local(async move {
+        crate::sim::simulate(async move {
             let store = MemoryStore::new(Env::from_seed(seed));
             let faults = store.faults();
             faults.delay.set((Duration::ZERO, Duration::from_millis(9)));
@@ -140,7 +138,7 @@ fn a_seed_gives_the_same_run() {
                 trace.push(format!("{:?} {outcome:?}", start.elapsed()));
             }
             format!("{trace:?} {:?}", store.list("").await)
-        }))
+        })
     };
     assert_eq!(run(1), run(1));
     assert_ne!(run(1), run(2));

@@ -8,6 +8,7 @@
 //! | `/sds/volume/<volume id>` | [`VolumeRecord`]; in state `deleting` the volume's tombstone |
 //! | `/sds/volume-name/<pool>/<name>` | [`VolumeNameRecord`] |
 //! | `/sds/root/<volume id>` | the volume's root, opaque |
+//! | `/sds/scrub/<volume id>` | where the volume's scrub stands, opaque; may be missing |
 //!
 //! # Invariants
 //!
@@ -41,6 +42,9 @@ pub const VOLUME_NAME_PREFIX: &str = "/sds/volume-name/";
 /// Prefix of the keys of roots.
 pub const ROOT_PREFIX: &str = "/sds/root/";
 
+/// Prefix of the keys of scrubs.
+pub const SCRUB_PREFIX: &str = "/sds/scrub/";
+
 /// How often a change is tried again when another one came between.
 const TRIES_MAX: usize = 16;
 
@@ -63,6 +67,11 @@ pub fn volume_name_key(pool: &str, name: &str) -> String {
 /// Key of a volume's root.
 pub fn root_key(id: VolumeId) -> String {
     format!("{ROOT_PREFIX}{id}")
+}
+
+/// Key of where a volume's scrub stands.
+pub fn scrub_key(id: VolumeId) -> String {
+    format!("{SCRUB_PREFIX}{id}")
 }
 
 /// Why something could not be looked up or changed.
@@ -380,7 +389,8 @@ impl Schema {
                 .when(Condition::KeyAt(volume_key(id), old.revision))
                 .put(volume_key(id), encode(&tombstone)?)
                 .delete(volume_name_key(&tombstone.pool, &tombstone.name))
-                .delete(root_key(id));
+                .delete(root_key(id))
+                .delete(scrub_key(id));
             if self.commit(txn).await? {
                 return Ok(tombstone);
             }

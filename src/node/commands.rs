@@ -53,6 +53,10 @@ impl Node {
             Command::VolumeRemove { volume, force, reply } => {
                 send(reply, self.remove_volume(&volume, force).await);
             }
+            Command::ScrubList { reply } => send(reply, Ok(self.list_scrubs())),
+            Command::ScrubStart { volume, reply } => {
+                send(reply, self.start_scrubs(volume.as_ref()));
+            }
         }
     }
 }

@@ -32,6 +32,7 @@ use crate::meta::embedded::EmbeddedStore;
 use crate::meta::record::{self, ClusterRecord};
 use crate::meta::schema::CLUSTER_KEY;
 use crate::shard::local::LocalClient;
+use crate::units::TimeSpan;
 use crate::volume::head::HeadConfig;
 
 /// File name of the metadata store in the data directory.
@@ -158,8 +159,13 @@ async fn run_local(
         None => absolute(&config.disks)?,
     };
     let store = open_store(&config.data_dir, &*opener, &env, &paths).await?;
-    let head =
-        HeadConfig { overlay_extents_max: config.cache.overlay_extents, ..HeadConfig::default() };
+    let TimeSpan(period) = config.scrub.period;
+    let head = HeadConfig {
+        overlay_extents_max: config.cache.overlay_extents,
+        scrub_period: (!period.is_zero()).then_some(period),
+        unix_seconds,
+        ..HeadConfig::default()
+    };
     let options = NodeOptions {
         name: config.node.clone(),
         env,

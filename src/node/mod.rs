@@ -31,6 +31,7 @@ pub mod opener;
 mod pools;
 pub mod recover;
 mod samples;
+mod scrubs;
 #[cfg(test)]
 mod tests;
 mod views;

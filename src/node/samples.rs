@@ -3,7 +3,10 @@
 use super::Node;
 use crate::admin::health;
 use crate::export::nbd::wire::{Command, Errno};
-use crate::obs::sample::{DiskSample, NbdSample, NodeSample, PoolSample, Sample, VolumeSample};
+use crate::obs::sample::{
+    DiskSample, NbdSample, NodeSample, PoolSample, Sample, ScrubSample, VolumeSample,
+};
+use crate::volume::head::HeadStats;
 
 impl Node {
     /// Everything that is measured, now.
@@ -74,6 +77,10 @@ fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
     let head = slot.serving();
     let counted = slot.counted();
     let report = head.as_ref().map(|head| head.report());
+    let scrub = head.as_ref().map(|head| head.scrub_report()).unwrap_or_default();
+    let stat = |counter: fn(&HeadStats) -> &std::cell::Cell<u64>| {
+        head.as_ref().map_or(0, |head| counter(&head.stats).get())
+    };
     VolumeSample {
         volume: slot.name(),
         size_bytes: head.as_ref().map_or(0, |head| head.size_bytes()),
@@ -86,5 +93,16 @@ fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
         checkpoint_sequence: report.as_ref().map_or(0, |report| report.checkpoint_sequence),
         failovers: counted.failovers,
         reduced_segments: head.as_ref().map_or(0, |head| head.reduced().0 as u64),
+        scrub: ScrubSample {
+            running: scrub.running,
+            read_bytes: stat(|stats| &stats.scrub_bytes),
+            found: stat(|stats| &stats.scrub_found),
+            repaired: stat(|stats| &stats.scrub_repaired),
+            done_bytes: scrub.done_bytes,
+            total_bytes: scrub.total_bytes,
+            unchecked_bytes: scrub.unchecked_bytes,
+            unrepairable: scrub.unrepairable,
+            finished_at_seconds: scrub.finished_at.unwrap_or(0),
+        },
     }
 }

@@ -187,6 +187,7 @@ impl Node {
             exports,
             state,
             failures,
+            unrepairable: head.as_ref().map_or(0, |head| head.scrub_report().unrepairable),
         }
     }
 
@@ -250,5 +251,6 @@ fn view_tombstone(record: &VolumeRecord) -> Volume {
         exports: Vec::new(),
         state: VolumeState::Deleting,
         failures: Vec::new(),
+        unrepairable: 0,
     }
 }

@@ -104,6 +104,22 @@ declare! {
             "Log segments left because a shard failed.";
         reduced: GaugeVec "sds_volume_reduced_segments" ["volume"] "Segments that lack shards.";
     }
+    struct ScrubMetrics {
+        running: GaugeVec "sds_scrub_running" ["volume"] "1 while a round of scrub is under way.";
+        read: CounterVec "sds_scrub_read_bytes_total" ["volume"] "Bytes read by scrubs.";
+        found: CounterVec "sds_scrub_found_total" ["volume"]
+            "Bad blocks and shards that scrubs found, and those of reads that were mended.";
+        repaired: CounterVec "sds_scrub_repaired_total" ["volume"]
+            "Of what was found, what was mended or built anew.";
+        pending: GaugeVec "sds_scrub_pending_bytes" ["volume"]
+            "Still to be read in the present round of scrub.";
+        unchecked: GaugeVec "sds_scrub_unchecked_bytes" ["volume"]
+            "Not checked in the present or last round, because its disk was away.";
+        unrepairable: GaugeVec "sds_scrub_unrepairable" ["volume"]
+            "Places at which no combination of shards yields what was written.";
+        finished: GaugeVec "sds_scrub_finished_timestamp_seconds" ["volume"]
+            "When the last round of scrub ended, seconds since 1970; 0 if none has.";
+    }
     struct NbdMetrics {
         connections: Gauge "sds_nbd_connections" [] "Connections at present.";
         accepted: Counter "sds_nbd_connections_total" [] "Connections accepted.";
@@ -128,6 +144,7 @@ pub struct Metrics {
     disks: DiskMetrics,
     pools: PoolMetrics,
     volumes: VolumeMetrics,
+    scrubs: ScrubMetrics,
     nbd: NbdMetrics,
 }
 
@@ -147,6 +164,7 @@ impl Metrics {
             disks: DiskMetrics::register(&registry)?,
             pools: PoolMetrics::register(&registry)?,
             volumes: VolumeMetrics::register(&registry)?,
+            scrubs: ScrubMetrics::register(&registry)?,
             nbd: NbdMetrics::register(&registry)?,
             registry,
         })
@@ -161,6 +179,7 @@ impl Metrics {
         self.set_disks(&sample.disks);
         self.set_pools(&sample.pools);
         self.set_volumes(&sample.volumes);
+        self.set_scrubs(&sample.volumes);
         self.set_nbd(&sample.nbd);
         let mut families = self.registry.gather();
         if !sample.volumes.is_empty() {
@@ -246,6 +265,23 @@ impl Metrics {
             count_up(&metrics.write_bytes, &labels, s.write_bytes as f64);
             count_up(&metrics.log_records, &labels, s.log_records as f64);
             count_up(&metrics.failovers, &labels, s.failovers as f64);
+        }
+    }
+
+    fn set_scrubs(&self, samples: &[VolumeSample]) {
+        let metrics = &self.scrubs;
+        metrics.reset();
+        for VolumeSample { volume, scrub, .. } in samples {
+            let labels = [volume.as_str()];
+            metrics.running.with_label_values(&labels).set(f64::from(u8::from(scrub.running)));
+            let pending = scrub.total_bytes.saturating_sub(scrub.done_bytes);
+            metrics.pending.with_label_values(&labels).set(pending as f64);
+            metrics.unchecked.with_label_values(&labels).set(scrub.unchecked_bytes as f64);
+            metrics.unrepairable.with_label_values(&labels).set(scrub.unrepairable as f64);
+            metrics.finished.with_label_values(&labels).set(scrub.finished_at_seconds as f64);
+            count_up(&metrics.read, &labels, scrub.read_bytes as f64);
+            count_up(&metrics.found, &labels, scrub.found as f64);
+            count_up(&metrics.repaired, &labels, scrub.repaired as f64);
         }
     }
 

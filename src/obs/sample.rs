@@ -123,6 +123,31 @@ pub struct VolumeSample {
     pub failovers: u64,
     /// Segments that lack shards.
     pub reduced_segments: u64,
+    /// Its scrub.
+    pub scrub: ScrubSample,
+}
+
+/// The scrub of one volume.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScrubSample {
+    /// Whether a round is under way.
+    pub running: bool,
+    /// Bytes read by scrubs.
+    pub read_bytes: u64,
+    /// Bad blocks and shards found.
+    pub found: u64,
+    /// Of them repaired.
+    pub repaired: u64,
+    /// Bytes of the present round that are done.
+    pub done_bytes: u64,
+    /// Bytes of the present round.
+    pub total_bytes: u64,
+    /// Bytes of the present or last round that could not be checked.
+    pub unchecked_bytes: u64,
+    /// Places that cannot be repaired.
+    pub unrepairable: u64,
+    /// When the last round ended, seconds since 1970; 0 if none has.
+    pub finished_at_seconds: u64,
 }
 
 /// The NBD server.

@@ -20,7 +20,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::BlockAddr;
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, DiskId, Epoch, HeadId, Lsn, SegmentId, VolumeId};
-use crate::limits::{RECORD_ENTRIES_MAX, RECORD_HEADER_BLOCKS_MAX, RECORD_PAYLOAD_BLOCKS_MAX};
+use crate::limits::{
+    DATA_SHARDS_MAX, PARITY_SHARDS_MAX, RECORD_ENTRIES_MAX, RECORD_HEADER_BLOCKS_MAX,
+    RECORD_PAYLOAD_BLOCKS_MAX, SEGMENT_BLOCK_BITS,
+};
 use crate::shard::SegmentKind;
 
 /// `SDSR`, little-endian.
@@ -103,6 +106,13 @@ pub struct CheckpointPlace {
     pub crc: u32,
 }
 
+impl CheckpointPlace {
+    /// Whether it lies within a segment.
+    pub fn is_possible(&self) -> bool {
+        self.block.checked_add(self.blocks).is_some_and(|end| end <= 1 << SEGMENT_BLOCK_BITS)
+    }
+}
+
 /// What a record says. `lba` counts logical blocks, `blocks` blocks of 4 KiB.
 #[allow(missing_docs, reason = "the fields are what the variant's sentence names")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -178,13 +188,16 @@ impl Entry {
             3 => Self::Place { lba, blocks, addr: address(a)? },
             4 => Self::Move { lba, blocks, from: address(a)?, to: address(b)? },
             5 => Self::Closed { segment: SegmentId(a), blocks, bad: narrow(b)? },
-            6 => Self::Opened {
-                segment: SegmentId(a),
-                data: raw.flags,
-                parity: tiny(lba)?,
-                shard_blocks: blocks,
-                creation: b,
-            },
+            6 => {
+                let parity = tiny(lba)?;
+                let width = (1..=DATA_SHARDS_MAX).contains(&usize::from(raw.flags))
+                    && usize::from(parity) <= PARITY_SHARDS_MAX;
+                if !width || !(1..=1 << SEGMENT_BLOCK_BITS).contains(&blocks) {
+                    return Err(RecordError::Entry);
+                }
+                let segment = SegmentId(a);
+                Self::Opened { segment, data: raw.flags, parity, shard_blocks: blocks, creation: b }
+            }
             7 => Self::Member { index: raw.flags, disk: DiskId(uuid::Uuid::from_u64_pair(a, b)) },
             8 => Self::Page { level: raw.flags, number: lba },
             9 => Self::Table { blocks },
@@ -261,6 +274,15 @@ pub struct Header {
     pub crcs: Vec<u32>,
 }
 
+/// CRC-32 of a header, its own field taken as zero.
+fn checksum(bytes: &[u8]) -> u32 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&bytes[..4]);
+    crc.update(&[0; 4]);
+    crc.update(&bytes[8..]);
+    crc.finalize()
+}
+
 /// Blocks that the header of a record with these counts takes.
 pub fn header_blocks(entries: usize, payload_blocks: usize) -> u32 {
     let bytes = HEADER_BYTES + ENTRY_BYTES * entries + 4 * payload_blocks;
@@ -332,10 +354,16 @@ impl Header {
         if raw.magic.get() != RECORD_MAGIC {
             return Err(RecordError::NoRecord);
         }
-        if raw.version.get() != RECORD_VERSION {
-            return Err(RecordError::Version(raw.version.get()));
-        }
+        // A newer version is one that says so behind a right checksum: where nothing was written
+        // yet, a slot may hold anything. Magic, checksum, version, size, and what [`Header::claims`]
+        // compares keep their places in every version.
         let blocks = usize::from(raw.header_blocks.get());
+        if raw.version.get() != RECORD_VERSION {
+            let whole = (1..=RECORD_HEADER_BLOCKS_MAX).contains(&blocks)
+                && bytes.get(..blocks * BLOCK_SIZE).is_some_and(|b| checksum(b) == raw.crc.get());
+            let version = RecordError::Version(raw.version.get());
+            return Err(if whole { version } else { RecordError::Checksum });
+        }
         let entry_count = usize::from(raw.entry_count.get());
         let payload = usize::try_from(raw.payload_blocks.get()).unwrap_or(usize::MAX);
         if entry_count > RECORD_ENTRIES_MAX
@@ -346,11 +374,7 @@ impl Header {
             return Err(RecordError::Counts);
         }
         let bytes = &bytes[..blocks * BLOCK_SIZE];
-        let mut crc = crc32fast::Hasher::new();
-        crc.update(&bytes[..4]);
-        crc.update(&[0; 4]);
-        crc.update(&bytes[8..]);
-        if crc.finalize() != raw.crc.get() {
+        if checksum(bytes) != raw.crc.get() {
             return Err(RecordError::Checksum);
         }
         let kind = match raw.kind {
@@ -370,6 +394,17 @@ impl Header {
             .chunks_exact(4)
             .map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]))
             .collect();
+        let checkpoint = CheckpointPlace {
+            sequence: raw.checkpoint.sequence.get(),
+            lsn: Lsn(raw.checkpoint.lsn.get()),
+            segment: SegmentId(raw.checkpoint.segment.get()),
+            block: raw.checkpoint.block.get(),
+            blocks: raw.checkpoint.blocks.get(),
+            crc: raw.checkpoint.crc.get(),
+        };
+        if !checkpoint.is_possible() || raw.block.get() >= 1 << SEGMENT_BLOCK_BITS {
+            return Err(RecordError::Counts);
+        }
         Ok(Self {
             kind,
             shard: raw.shard,
@@ -382,16 +417,21 @@ impl Header {
             head: HeadId::from_bytes(raw.head),
             lsn: Lsn(raw.lsn.get()),
             acked: Lsn(raw.acked.get()),
-            checkpoint: CheckpointPlace {
-                sequence: raw.checkpoint.sequence.get(),
-                lsn: Lsn(raw.checkpoint.lsn.get()),
-                segment: SegmentId(raw.checkpoint.segment.get()),
-                block: raw.checkpoint.block.get(),
-                blocks: raw.checkpoint.blocks.get(),
-                crc: raw.checkpoint.crc.get(),
-            },
+            checkpoint,
             entries,
             crcs,
+        })
+    }
+
+    /// Whether bytes that do not decode say that they are the header of this place of this
+    /// segment, whatever their version.
+    pub fn claims(bytes: &[u8], volume: VolumeId, segment: SegmentId, block: u32) -> bool {
+        let raw = RawHeader::read_from_prefix(bytes);
+        raw.is_ok_and(|(raw, _)| {
+            raw.magic.get() == RECORD_MAGIC
+                && raw.volume == volume.to_bytes()
+                && raw.segment.get() == segment.0
+                && raw.block.get() == block
         })
     }
 
@@ -443,7 +483,7 @@ mod tests {
             (any::<u64>(), any::<u32>(), any::<u32>()).prop_map(|(s, blocks, bad)| {
                 Entry::Closed { segment: SegmentId(s), blocks, bad }
             }),
-            (any::<u64>(), any::<u8>(), any::<u8>(), any::<u32>(), any::<u64>()).prop_map(
+            (any::<u64>(), 1u8..=16, 0u8..=4, 1u32..=1 << 20, any::<u64>()).prop_map(
                 |(s, data, parity, shard_blocks, creation)| Entry::Opened {
                     segment: SegmentId(s),
                     data,

@@ -13,6 +13,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
+use super::activity::Activity;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::DiskId;
@@ -50,6 +51,8 @@ pub struct Disks {
     checkpoint_reserve: Arc<Semaphore>,
     gc_passes: Arc<Semaphore>,
     deletes: Semaphore,
+    /// How busy clients keep the disks.
+    pub activity: Rc<Activity>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
 }
@@ -65,6 +68,7 @@ impl Default for Disks {
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
             deletes: Semaphore::new(DELETES_MAX),
+            activity: Rc::default(),
             changed: Notify::new(),
         }
     }

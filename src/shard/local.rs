@@ -3,11 +3,13 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use bytes::Bytes;
+
 use crate::disk::Disk;
 use crate::id::{DiskId, SegmentId, VolumeId};
 use crate::shard::{
-    Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, ShardClient, ShardError,
-    ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
+    Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, SealedShard, ShardClient,
+    ShardError, ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
 };
 
 /// Calls a [`Disk`] directly. The disk can be exchanged for the same one opened anew.
@@ -119,6 +121,27 @@ impl ShardClient for LocalClient {
     ) -> LocalFuture<'_, ShardResult<ReadReply>> {
         let disk = self.current();
         Box::pin(async move { disk.read_raw(volume, segment, block, count).await })
+    }
+
+    fn read_sealed(
+        &self,
+        shard: SealedShard,
+        block: u32,
+        count: u32,
+    ) -> LocalFuture<'_, ShardResult<ReadReply>> {
+        let disk = self.current();
+        Box::pin(async move { disk.read_sealed(shard, block, count).await })
+    }
+
+    fn mend(
+        &self,
+        authority: Authority,
+        shard: SealedShard,
+        block: u32,
+        data: Bytes,
+        crc: u32,
+    ) -> LocalFuture<'_, ShardResult<()>> {
+        self.current().mend(authority, shard, block, data, crc)
     }
 
     fn list(&self, volume: VolumeId) -> LocalFuture<'_, ShardResult<VolumeOnDisk>> {

@@ -18,6 +18,7 @@
 //! - A restart of the disk closes every open shard for appending ([`ShardState::Closed`]).
 //! - Delete names the creation it means; a slot is reused only after every I/O on it ended.
 
+pub mod activity;
 pub mod disks;
 pub mod local;
 pub mod reserve;
@@ -162,6 +163,19 @@ pub struct ReadReply {
     /// The salted CRC-32 stored for each block; empty for a raw read. The disk has NOT compared
     /// them with the data: the reader does, end to end.
     pub crcs: Vec<u32>,
+}
+
+/// A sealed shard as its owner knows it: what a disk must hold exactly so, or refuse the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SealedShard {
+    /// The volume.
+    pub volume: VolumeId,
+    /// The segment.
+    pub segment: SegmentId,
+    /// As in [`ShardSpec::creation`].
+    pub creation: u64,
+    /// Its length.
+    pub blocks: u32,
 }
 
 /// What a disk keeps of a volume's root: opaque to the disk, newest revision wins.
@@ -342,6 +356,30 @@ pub trait ShardClient {
         block: u32,
         count: u32,
     ) -> LocalFuture<'_, ShardResult<ReadReply>>;
+
+    /// Reads `count` blocks from `block` of a sealed shard as they lie on the medium, stored
+    /// checksums included: nothing comes from a cache. [`ShardError::Gone`],
+    /// [`ShardError::WrongState`] or [`ShardError::WrongLength`] if the disk does not hold exactly
+    /// this shard.
+    fn read_sealed(
+        &self,
+        shard: SealedShard,
+        block: u32,
+        count: u32,
+    ) -> LocalFuture<'_, ShardResult<ReadReply>>;
+
+    /// Writes one block of a sealed shard again, because what lies there is bad. `crc` is the
+    /// salted CRC of `data`; [`ShardError::Invalid`] unless it is the one that was stored when the
+    /// shard was sealed, so that a sealed shard never changes. Errors of [`Self::read_sealed`].
+    /// Durable when answered.
+    fn mend(
+        &self,
+        authority: Authority,
+        shard: SealedShard,
+        block: u32,
+        data: Bytes,
+        crc: u32,
+    ) -> LocalFuture<'_, ShardResult<()>>;
 
     /// What the disk holds of a volume, without fencing.
     fn list(&self, volume: VolumeId) -> LocalFuture<'_, ShardResult<VolumeOnDisk>>;

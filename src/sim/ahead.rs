@@ -23,7 +23,7 @@ fn choose(context: &Context) -> Option<usize> {
             struck.len() + more <= usize::from(world.config.scheme.parity)
         })
         .filter(|&index| {
-            let held = world.disk(index).and_then(|disk| disk.list(world.volume).ok());
+            let held = world.disk(index).and_then(|disk| disk.list(world.volume.id).ok());
             let open = |info: &ShardInfo| {
                 info.spec.kind == SegmentKind::Log && info.state == ShardState::Open
             };
@@ -69,7 +69,7 @@ pub(super) fn leave_behind(context: &Context, ahead: Option<usize>) {
     devices.iter().for_each(|device| device.set_lag(None));
     if env.chance(3, 4) {
         devices[index].vanish();
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
         context.behind.set(Some(index));
         context.cover_noted("the disk that was ahead is left behind");
     }

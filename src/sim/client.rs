@@ -10,6 +10,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
@@ -17,9 +18,12 @@ use crate::disk::Disk;
 use crate::env::Env;
 use crate::id::{DiskId, SegmentId, VolumeId};
 use crate::shard::{
-    Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, ShardClient, ShardError,
-    ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
+    Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, SealedShard, ShardClient,
+    ShardError, ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
 };
+
+/// A delay that is none to speak of.
+const SOON: Duration = Duration::from_millis(20);
 
 /// What happens to the requests of one head on their way to all disks.
 #[derive(Default)]
@@ -47,6 +51,12 @@ impl Link {
         self.mute.set(false);
         self.delay.set(self.usual_delay.get());
         self.healed.notify_waiters();
+    }
+
+    /// Whether everything passes, and soon.
+    pub fn is_well(&self) -> bool {
+        let cut = self.control_cut.get() || self.reads_cut.get() || self.mute.get();
+        !cut && self.delay.get() <= SOON
     }
 
     async fn wait_while(&self, held: impl Fn(&Self) -> bool) -> bool {
@@ -264,6 +274,26 @@ impl ShardClient for FaultyClient {
         self.ask(move |disk| {
             Box::pin(async move { disk.read_raw(volume, segment, block, count).await })
         })
+    }
+
+    fn read_sealed(
+        &self,
+        shard: SealedShard,
+        block: u32,
+        count: u32,
+    ) -> LocalFuture<'_, ShardResult<ReadReply>> {
+        self.ask(move |disk| Box::pin(async move { disk.read_sealed(shard, block, count).await }))
+    }
+
+    fn mend(
+        &self,
+        authority: Authority,
+        shard: SealedShard,
+        block: u32,
+        data: Bytes,
+        crc: u32,
+    ) -> LocalFuture<'_, ShardResult<()>> {
+        self.send(move |disk| disk.mend(authority, shard, block, data, crc))
     }
 
     fn list(&self, volume: VolumeId) -> LocalFuture<'_, ShardResult<VolumeOnDisk>> {

@@ -4,15 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::disk::conformance::blocks;
-
-fn simulate<T>(test: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    runtime.block_on(test)
-}
+use crate::sim::simulate;
 
 fn device(seed: u64) -> SimDevice {
     SimDevice::new(Env::from_seed(seed), SimConfig { size_bytes: 1 << 20, ..Default::default() })

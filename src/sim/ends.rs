@@ -1,6 +1,6 @@
 //! The ends of a run: the disks are filled up, everything heals, and all must be right.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -8,11 +8,12 @@ use bytes::Bytes;
 use tokio::task::LocalSet;
 use tokio::time::sleep;
 
+use super::demands::take_over_at_last;
 use super::oracle::{Outcome, SECTOR};
 use super::run::{Context, NEVER, heal_all, start};
 use super::world::Running;
 use crate::export::{BlockTarget, TargetError};
-use crate::id::{BLOCK_SIZE, SegmentId};
+use crate::id::{BLOCK_SIZE, DiskId, SegmentId, VolumeId};
 use crate::segment::checksum::Salt;
 use crate::segment::record::Header;
 use crate::segment::stripe;
@@ -35,10 +36,11 @@ pub(super) async fn reckon(context: &Rc<Context>) {
     let wide = context.world.config.head.shrink_after == NEVER;
     let behind = context.behind.get().filter(|_| wide && context.env.chance(1, 2));
     context.world.ending.set(true);
+    context.stop.set(false);
     heal_all(context);
     if let Some(index) = behind {
         context.world.devices.borrow()[index].vanish();
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
     }
     let body = async {
         let Some(running) = start(context).await else { return };
@@ -50,21 +52,35 @@ pub(super) async fn reckon(context: &Rc<Context>) {
             note_slots(context);
             context.fail(format!("full disks: {why}"));
         }
-        if context.failure.borrow().is_none()
-            && let Err(why) = read_all(context, &running).await
-        {
-            context.fail(format!("in the end: {why}"));
+        let mut heads = vec![running];
+        if let Some(volume) = &context.world.neighbour {
+            let neighbour = take_over_at_last(context, &heads[0].node, volume).await;
+            heads.extend(neighbour.clone());
+            *context.neighbour.borrow_mut() = neighbour;
         }
-        if context.failure.borrow().is_none()
-            && let Err(why) = settle(context, &running).await
-        {
-            context.fail(format!("in the end: {why}"));
+        for running in &heads {
+            if context.failure.borrow().is_none()
+                && let Err(why) = read_all(context, running).await
+            {
+                context.fail(format!("in the end: {why}"));
+            }
+        }
+        for running in &heads {
+            if context.failure.borrow().is_none()
+                && let Err(why) = settle(context, running).await
+            {
+                context.fail(format!("in the end: {why}"));
+            }
         }
     };
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
         note_slots(context);
         // Damage is the better answer to why, if there is any.
-        let damage = scrub(context).await.err();
+        let well = |index: usize, _: &ShardInfo| !context.hurt.borrow().contains(&index);
+        let mut damage = None;
+        for volume in context.world.volumes() {
+            damage = damage.or(check_content(context, volume.id, &well).await.err());
+        }
         let waiting = context.world.waiting.borrow().clone();
         context.fail(damage.unwrap_or(format!("in the end, for ever: {waiting}")));
     }
@@ -89,17 +105,18 @@ fn overlapping(context: &Context) -> Option<usize> {
 
 async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
     let target = HeadTarget(running.head.clone());
-    for at in (0..context.sectors()).step_by(usize::try_from(STEP).expect("small")) {
-        let count = STEP.min(context.sectors() - at);
+    let volume = &running.volume;
+    for at in (0..volume.sectors()).step_by(usize::try_from(STEP).expect("small")) {
+        let count = STEP.min(volume.sectors() - at);
         let bytes = usize::try_from(count).expect("small") * SECTOR;
-        let start = context.world.oracle.borrow_mut().begin_read();
+        let start = volume.oracle.borrow_mut().begin_read();
         *context.world.waiting.borrow_mut() = format!("a read of sector {at}");
         let pieces = target
             .read(at * SECTOR as u64, bytes)
             .await
             .map_err(|error| format!("sector {at} cannot be read: {error}"))?;
         let data: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
-        context.world.oracle.borrow_mut().end_read(start, at, &data)?;
+        volume.oracle.borrow_mut().end_read(start, at, &data)?;
     }
     Ok(())
 }
@@ -109,7 +126,7 @@ async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
 /// The only error is "no space", and none after a trim.
 async fn fill_up(context: &Context, running: &Running) -> Result<(), String> {
     let target = HeadTarget(running.head.clone());
-    let pieces = context.sectors() / STEP;
+    let pieces = context.world.volume.sectors() / STEP;
     let mut filled = pieces;
     for piece in 0..pieces {
         match write(context, &target, piece * STEP).await {
@@ -136,15 +153,15 @@ async fn fill_up(context: &Context, running: &Running) -> Result<(), String> {
         write_at_last(context, &target, piece * STEP).await?;
     }
     context.cover_noted("written again after trims of parts");
-    trim(context, &target, 0, context.sectors()).await?;
+    trim(context, &target, 0, context.world.volume.sectors()).await?;
     write_at_last(context, &target, 0).await
 }
 
 async fn trim(context: &Context, target: &HeadTarget, at: u64, sectors: u64) -> Result<(), String> {
-    let trimmed = context.world.oracle.borrow_mut().begin(at, sectors, true);
+    let trimmed = context.world.volume.oracle.borrow_mut().begin(at, sectors, true);
     let result = target.zero(at * SECTOR as u64, sectors * SECTOR as u64, true).await;
     result.map_err(|error| format!("a trim failed: {error}"))?;
-    context.world.oracle.borrow_mut().end(trimmed, Outcome::Acknowledged);
+    context.world.volume.oracle.borrow_mut().end(trimmed, Outcome::Acknowledged);
     Ok(())
 }
 
@@ -164,17 +181,40 @@ async fn write_at_last(context: &Context, target: &HeadTarget, at: u64) -> Resul
 }
 
 async fn write(context: &Context, target: &HeadTarget, at: u64) -> Result<(), TargetError> {
-    let write = context.world.oracle.borrow_mut().begin(at, STEP, false);
+    let write = context.world.volume.oracle.borrow_mut().begin(at, STEP, false);
     let data = Bytes::from(write.content());
     let result = target.write(at * SECTOR as u64, data).await;
     let outcome = if result.is_ok() { Outcome::Acknowledged } else { Outcome::InDoubt };
-    context.world.oracle.borrow_mut().end(write, outcome);
+    context.world.volume.oracle.borrow_mut().end(write, outcome);
     result
 }
 
 /// Waits for full redundancy and checks every invariant. What is found late in the end, or was
 /// closed a moment ago, is still being repaired or sealed: it gets the time for it.
 async fn settle(context: &Context, running: &Running) -> Result<(), String> {
+    settle_at_last(context, running).await?;
+    let head = &running.head;
+    let id = running.volume.id;
+    if damaged_tables(context).is_empty() {
+        let scrubbed = scrub_twice(context, running).await;
+        // Unless the scrub was what found them out.
+        if damaged_tables(context).is_empty() {
+            scrubbed?;
+            let counts =
+                |index: usize, info: &ShardInfo| head.counts_on(context.world.ids[index], info);
+            check_content(context, id, &counts).await?;
+            context.cover("reckoned");
+            return Ok(());
+        }
+    }
+    // The operator replaces such a disk; on those that were never hurt, all must be right.
+    let well = |index: usize, _: &ShardInfo| !context.hurt.borrow().contains(&index);
+    check_content(context, id, &well).await?;
+    context.cover("reckoned");
+    Ok(())
+}
+
+async fn settle_at_last(context: &Context, running: &Running) -> Result<(), String> {
     let mut result = Ok(());
     for _ in 0..20 {
         result = settle_once(context, running).await;
@@ -183,35 +223,54 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
         }
         sleep(Duration::from_millis(500)).await;
     }
-    if result.is_err() && damaged_tables(context) {
-        // Both copies of a table page are gone: the operator replaces the disk.
-        context.cover("a disk with damaged tables");
-        return Ok(());
+    result
+}
+
+/// A scrub may find what faults left behind; once that is repaired, another finds nothing.
+async fn scrub_twice(context: &Context, running: &Running) -> Result<(), String> {
+    let head = &running.head;
+    let scrub = async || {
+        *context.world.waiting.borrow_mut() = "the end of a scrub".into();
+        if !head.scrub_to_end().await {
+            return Err(format!("the head stopped while it scrubbed: {:?}", head.stopped()));
+        }
+        Ok(head.scrub_report())
+    };
+    let first = scrub().await?;
+    if first.found > 0 {
+        context.cover_noted(&format!("the last scrub but one found {}", first.found));
+        if context.hurt.borrow().is_empty() {
+            context.cover("a scrub found what no fault of the content left");
+        }
+        settle_at_last(context, running).await?;
     }
-    result?;
-    if context.hurt.borrow().is_empty() {
-        scrub(context).await?;
+    let last = scrub().await?;
+    if last.found > 0 || last.unchecked_bytes > 0 || last.unrepairable > 0 {
+        return Err(format!("a scrub after a scrub finds more: {first:?}, then {last:?}"));
     }
-    context.cover("reckoned");
     Ok(())
 }
 
 async fn settle_once(context: &Context, running: &Running) -> Result<(), String> {
     let head = &running.head;
+    let broken = damaged_tables(context);
+    // Where the others are too few to be whole without it, that waits for the operator.
+    let others = context.world.config.disks - context.world.retired.borrow().len() - broken.len();
+    let few = !broken.is_empty() && others < context.world.config.scheme.width();
     let narrow = || {
         let (healthy, width, full) = head.log_width();
-        width < full || healthy < usize::from(width)
+        !few && (width < full || healthy < usize::from(width))
     };
+    let reduced = || if few { 0 } else { head.reduced().0 };
     *context.world.waiting.borrow_mut() = "full redundancy".into();
     for _ in 0..40 {
-        if head.reduced().0 == 0 && !narrow() {
+        if reduced() == 0 && !narrow() {
             break;
         }
         sleep(Duration::from_millis(250)).await;
     }
-    let (reduced, _) = head.reduced();
-    if reduced > 0 {
-        return Err(format!("{reduced} segments stay reduced"));
+    if reduced() > 0 {
+        return Err(format!("{} segments stay reduced", reduced()));
     }
     *context.world.waiting.borrow_mut() = "a checkpoint".into();
     for _ in 0..3 {
@@ -223,48 +282,56 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     }
     let retired = context.world.retired.borrow().clone();
     for (index, disk) in context.world.disks.borrow().iter().enumerate() {
-        if retired.contains(&index) {
+        if retired.contains(&index) || broken.contains(&context.world.ids[index]) {
             continue;
-        }
-        if disk.is_none() && context.hurt.borrow().contains(&index) {
-            // A write to its tables was lost: the operator replaces the disk.
-            context.cover("a disk with damaged tables");
-            return Ok(());
         }
         let disk = disk.as_ref().ok_or(format!("disk {index} cannot be opened"))?;
         disk.check().map_err(|e| format!("disk {index}: {e}"))?;
     }
-    head.check_shards().await?;
-    head.check_leaks().await
+    head.check_shards(&broken).await?;
+    head.check_leaks(&broken).await?;
+    if !broken.is_empty() {
+        context.cover("a disk with damaged tables");
+    }
+    Ok(())
 }
 
-/// Whether a disk whose content was hurt cannot tell any more what it holds.
-fn damaged_tables(context: &Context) -> bool {
-    let volume = context.world.volume;
-    context.hurt.borrow().iter().any(|&index| {
-        let disk = context.world.disk(index);
-        disk.is_none_or(|disk| matches!(disk.list(volume), Err(ShardError::Damaged(_))))
-    })
+/// The disks that cannot tell any more what they hold, because both copies of a table page are
+/// gone: the operator replaces them. Only disks whose content was hurt may be so.
+fn damaged_tables(context: &Context) -> BTreeSet<DiskId> {
+    let broken = |index: &usize| {
+        let Some(disk) = context.world.disk(*index) else { return true };
+        let mut lists = context.world.volumes().map(|volume| disk.list(volume.id));
+        lists.any(|list| matches!(list, Err(ShardError::Damaged(_))))
+    };
+    let hurt = context.hurt.borrow();
+    hurt.iter().copied().filter(broken).map(|index| context.world.ids[index]).collect()
 }
 
-/// On disks whose content was never hurt, every block of every shard matches its checksum, and the
-/// parity its data where all shards lie on such.
-async fn scrub(context: &Context) -> Result<(), String> {
+/// Every block of every sealed shard that is `wanted`, by disk, matches its checksum, and the
+/// parity its data where all shards of a segment are.
+async fn check_content(
+    context: &Context,
+    volume: VolumeId,
+    wanted: &dyn Fn(usize, &ShardInfo) -> bool,
+) -> Result<(), String> {
     let mut segments: BTreeMap<SegmentId, Vec<(ShardInfo, Bytes)>> = BTreeMap::new();
     for index in 0..context.world.config.disks {
         let Some(disk) = context.world.disk(index) else { continue };
-        if context.hurt.borrow().contains(&index) {
-            continue;
-        }
-        let held = disk.list(context.world.volume).map_err(|e| e.to_string())?;
+        let held = match disk.list(volume) {
+            Ok(held) => held,
+            // Of a disk with damaged tables, nothing is asked.
+            Err(ShardError::Damaged(_)) if context.hurt.borrow().contains(&index) => continue,
+            Err(error) => return Err(error.to_string()),
+        };
         let sealed =
             held.shards.into_iter().filter(|i| i.state == ShardState::Sealed && i.blocks > 0);
-        for info in sealed {
+        for info in sealed.filter(|info| wanted(index, info)) {
             let (spec, id) = (&info.spec, info.spec.segment);
             let reply = disk
                 .read(spec.volume, id, 0, info.blocks)
                 .await
-                .map_err(|e| format!("scrub of segment {id} on disk {index}: {e}"))?;
+                .map_err(|e| format!("content of segment {id} on disk {index}: {e}"))?;
             let salt = Salt::new(spec.volume, id, spec.scheme, usize::from(spec.index));
             if let Some(block) = salt.verify(0, &reply.data, &reply.crcs) {
                 return Err(format!("segment {id} on disk {index}: block {block} is damaged"));

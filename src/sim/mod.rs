@@ -2,6 +2,10 @@
 
 mod ahead;
 pub mod client;
+mod clock;
+#[cfg(test)]
+mod damage_tests;
+mod demands;
 pub mod device;
 mod ends;
 mod nemesis;
@@ -11,3 +15,5 @@ pub mod run;
 #[cfg(test)]
 mod width_tests;
 pub mod world;
+
+pub use clock::simulate;

@@ -10,6 +10,7 @@ use tokio::time::sleep;
 
 use super::rivals::{challenge, restart_disks};
 use super::run::Context;
+use super::world::Running;
 use crate::disk::Geometry;
 
 /// Strikes at random until the life ends.
@@ -17,20 +18,22 @@ pub(super) async fn run(context: Rc<Context>) {
     let env = context.env.clone();
     while !context.stop.get() {
         sleep(Duration::from_millis(20 + env.random_below(400))).await;
-        if context.stop.get() {
+        if context.stop.get() || context.calm.get() {
             return;
         }
+        context.note_rebuilt().await;
         if check_sets(&context) && env.chance(1, 2) {
             turn_round(&context).await;
             continue;
         }
-        match env.random_below(34) {
+        match env.random_below(37) {
             0..=4 => store(&context),
             5..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
             13 => go_beyond(&context).await,
             14 => go_for_long(&context),
             15 => retire(&context).await,
+            34.. => scrub(&context),
             _ => strike(&context),
         }
     }
@@ -39,13 +42,12 @@ pub(super) async fn run(context: Rc<Context>) {
 /// The log sets of all heads that serve keep their rule at any time. Tells whether the log is wide
 /// again after it was narrow.
 fn check_sets(context: &Context) -> bool {
-    let heads = context.heads.borrow().clone();
-    for running in heads.iter().filter(|running| running.head.is_serving()) {
+    for running in context.all_heads().iter().filter(|running| running.head.is_serving()) {
         if let Err(why) = running.head.check_log_set() {
             context.fail(why);
         }
     }
-    let Some(running) = heads.last() else { return false };
+    let Some(running) = context.heads.borrow().last().cloned() else { return false };
     let (healthy, width, full) = running.head.log_width();
     if width < full {
         *context.narrow_disks.borrow_mut() = running.head.log_disks();
@@ -78,7 +80,7 @@ async fn turn_round(context: &Rc<Context>) {
     old.node.link.control_cut.set(context.env.chance(2, 3));
     for index in indices {
         vanish(context, index);
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
     }
     challenge(context, &old).await;
 }
@@ -88,7 +90,7 @@ fn go_for_long(context: &Context) {
     let Some(index) = victims(context) else { return };
     context.cover_noted("disk away for long");
     vanish(context, index);
-    context.faulty.borrow_mut().insert(index);
+    context.struck(index);
     context.long.borrow_mut().insert(index);
     if context.env.chance(1, 2) {
         tell_lost(context, index);
@@ -97,7 +99,7 @@ fn go_for_long(context: &Context) {
 
 fn tell_lost(context: &Context, index: usize) {
     let id = context.world.ids[index];
-    context.heads.borrow().iter().for_each(|running| running.head.disk_lost(id));
+    context.all_heads().iter().for_each(|running| running.head.disk_lost(id));
 }
 
 /// A disk goes for good where others can take its place: once nothing is left that needs it, it
@@ -106,32 +108,40 @@ async fn retire(context: &Context) {
     let retired = context.world.retired.borrow().len();
     let enough = context.world.config.disks > context.world.config.scheme.width() + retired;
     let well = context.faulty.borrow().is_empty() && context.hurt.borrow().is_empty();
-    let newest = context.heads.borrow().last().cloned();
-    let Some(running) = newest.filter(|running| enough && well && running.head.is_serving()) else {
+    let heads = context.newest_heads();
+    let serving = heads.len() == context.world.volumes().count()
+        && heads.iter().all(|running| running.head.is_serving());
+    if !enough || !well || !serving {
         return;
-    };
+    }
     let Some(index) = victims(context) else { return };
     context.cover_noted("disk is to go for good");
     vanish(context, index);
-    context.faulty.borrow_mut().insert(index);
+    context.struck(index);
     context.long.borrow_mut().insert(index);
     let id = context.world.ids[index];
     for _ in 0..100 {
         tell_lost(context, index);
-        let newest = context.heads.borrow().last().cloned();
-        let same = newest.is_some_and(|newest| Rc::ptr_eq(&newest, &running));
-        if context.stop.get() || !same || !running.head.is_serving() {
+        let newest = context.newest_heads();
+        let same = newest.iter().zip(&heads).all(|(newest, head)| Rc::ptr_eq(newest, head));
+        if context.stop.get() || !same || !heads.iter().all(|r| r.head.is_serving()) {
             return;
         }
-        if !running.head.uses_disk(id) && running.head.reduced().0 == 0 {
+        let spared = |r: &Rc<Running>| !r.head.uses_disk(id) && r.head.reduced().0 == 0;
+        if heads.iter().all(spared) {
             // The root that lists it no more must be the one that a take-over begins with.
-            if running.head.checkpoint().await.is_err() || running.head.uses_disk(id) {
+            for running in &heads {
+                if running.head.checkpoint().await.is_err() {
+                    return;
+                }
+            }
+            if heads.iter().any(|running| running.head.uses_disk(id)) {
                 return;
             }
             context.world.retired.borrow_mut().insert(index);
             context.faulty.borrow_mut().remove(&index);
             context.long.borrow_mut().remove(&index);
-            running.head.disk_removed(id);
+            heads.iter().for_each(|running| running.head.disk_removed(id));
             context.cover_noted("disk is gone for good");
             return;
         }
@@ -145,6 +155,7 @@ fn pick(context: &Context, n: usize) -> usize {
 
 /// Faults between a node and the metadata store.
 fn store(context: &Context) {
+    context.disturbed();
     let nodes = context.nodes.borrow().clone();
     let faults = &nodes[pick(context, nodes.len())].faults;
     let env = &context.env;
@@ -174,6 +185,14 @@ fn store(context: &Context) {
     }
 }
 
+/// Not a fault, but it runs while they strike.
+fn scrub(context: &Context) {
+    let newest = context.heads.borrow().last().cloned();
+    if newest.is_some_and(|running| running.head.start_scrub()) {
+        context.cover_noted("a scrub begins");
+    }
+}
+
 /// Disks that may still be struck.
 fn victims(context: &Context) -> Option<usize> {
     let parity = usize::from(context.world.config.scheme.parity);
@@ -194,9 +213,12 @@ fn place(context: &Context) -> u64 {
     size / 4 + context.env.random_below((size - size / 4) / 4096) * 4096
 }
 
+/// Content is not hurt while a rival takes over: of the last record it may have found a single copy,
+/// which it makes whole on other disks in the end only (docs/simulation.md, known open).
 fn strike(context: &Context) {
     let Some(index) = victims(context) else { return };
-    let what = if context.gentle || context.env.chance(1, 2) {
+    let gentle = context.gentle || context.taking_over.get() > 0;
+    let what = if gentle || context.env.chance(1, 2) {
         stall(context, index)
     } else {
         hurt(context, index)
@@ -237,7 +259,7 @@ fn stall(context: &Context, index: usize) -> &'static str {
             "disk vanishes"
         }
     };
-    context.faulty.borrow_mut().insert(index);
+    context.struck(index);
     what
 }
 
@@ -254,6 +276,7 @@ fn hurt(context: &Context, index: usize) -> &'static str {
     let device = context.world.devices.borrow()[index].clone();
     let place = place(context);
     context.hurt.borrow_mut().insert(index);
+    context.disturbed();
     match env.random_below(6) {
         0 => {
             device.latent_error(place..place + 4096);
@@ -319,7 +342,7 @@ async fn go_beyond(context: &Context) {
         } else {
             vanish(context, index);
         }
-        context.faulty.borrow_mut().insert(index);
+        context.struck(index);
         sleep(Duration::from_millis(context.env.random_below(50))).await;
     }
     sleep(Duration::from_millis(context.env.random_below(3000))).await;
@@ -350,7 +373,8 @@ pub(super) async fn heal(context: &Context) {
     }
 }
 
-async fn reopen(context: &Context, index: usize) {
+/// Opens a disk again unless it is open and registered with all nodes, and tells the heads.
+pub(super) async fn reopen(context: &Context, index: usize) {
     let id = context.world.ids[index];
     let nodes = context.nodes.borrow().clone();
     let registered = nodes.iter().all(|node| node.registry.client(id).is_some());
@@ -363,8 +387,7 @@ async fn reopen(context: &Context, index: usize) {
         node.registry.remove(id);
         context.world.connect(node, index);
     }
-    let heads = context.heads.borrow().clone();
-    for running in heads {
+    for running in context.all_heads() {
         running.head.disk_returned(id).await;
     }
     context.cover_noted("disk returned");

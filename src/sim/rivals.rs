@@ -10,6 +10,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::sleep;
 
+use super::demands::take_over_at_last;
 use super::run::{Context, spawn_clients};
 use super::world::{Node, Running};
 
@@ -29,6 +30,7 @@ fn cut_off(context: &Context, old: &Running) {
     let (env, link) = (&context.env, &old.node.link);
     let lease = context.world.config.head.lease;
     link.lossy.set(env.chance(1, 2));
+    context.disturbed();
     let what = match env.random_below(6) {
         0 => "nothing",
         1 => {
@@ -84,10 +86,11 @@ pub(super) async fn challenge(context: &Rc<Context>, old: &Rc<Running>) {
     if env.chance(1, 3) {
         reach_few(context, &node);
     }
-    let Some(running) = take_over(context, &node).await else {
+    let Some(running) = take_over_at_last(context, &node, &context.world.volume).await else {
         old.node.heal();
         return;
     };
+    context.cover_noted("a rival serves");
     context.heads.borrow_mut().push(running.clone());
     spawn_clients(context, &running);
     sleep(Duration::from_millis(env.random_below(lease))).await;
@@ -129,26 +132,10 @@ fn reach_few(context: &Rc<Context>, node: &Rc<Node>) {
     });
 }
 
-async fn take_over(context: &Rc<Context>, node: &Rc<Node>) -> Option<Rc<Running>> {
-    for _ in 0..20 {
-        if context.stop.get() {
-            return None;
-        }
-        match context.world.take_over(node).await {
-            Ok(running) => {
-                context.cover_noted("a rival serves");
-                return Some(running);
-            }
-            Err(error) => context.note(&format!("the rival's take-over: {error}")),
-        }
-        sleep(Duration::from_millis(50)).await;
-    }
-    None
-}
-
 /// All disks restart at once; `first` hears of them first and is reached again.
 pub(super) async fn restart_disks(context: &Context, first: Option<&Rc<Node>>) {
     context.cover_noted("all disks restart");
+    context.disturbed();
     let count = context.world.config.disks;
     let open: Vec<_> = (0..count).filter_map(|index| context.world.disk(index)).collect();
     join_all(open.iter().map(|disk| disk.close("restart"))).await;
@@ -164,8 +151,7 @@ pub(super) async fn restart_disks(context: &Context, first: Option<&Rc<Node>>) {
     for node in nodes {
         (0..count).for_each(|index| context.world.connect(&node, index));
     }
-    let heads = context.heads.borrow().clone();
-    for running in heads {
+    for running in context.all_heads() {
         for &id in &context.world.ids {
             running.head.disk_returned(id).await;
         }

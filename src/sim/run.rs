@@ -15,8 +15,10 @@ use bytes::Bytes;
 use tokio::task::{JoinHandle, LocalSet};
 use tokio::time::{Instant, sleep};
 
+use super::demands;
 use super::oracle::{Outcome, SECTOR};
-use super::world::{Node, Running, World, WorldConfig};
+use super::simulate;
+use super::world::{Node, Running, Volume, World, WorldConfig};
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
 use crate::id::DiskId;
@@ -26,6 +28,12 @@ use crate::volume::target::HeadTarget;
 
 /// Longer than any run.
 pub(super) const NEVER: Duration = Duration::from_hours(10);
+
+/// Longest life, in virtual time: of one whose take-over waits for disks that stay away.
+const LIFE_MAX: Duration = Duration::from_mins(5);
+
+/// Number of the neighbour's head among those of a life: no other follows it.
+const NEIGHBOUR: usize = usize::MAX / 2;
 
 /// How often each fault struck in each state, for the coverage report.
 pub type Coverage = BTreeMap<String, u64>;
@@ -61,6 +69,16 @@ pub(super) struct Context {
     pub(super) narrow_disks: RefCell<Vec<DiskId>>,
     /// No fault hurts content in this run.
     pub(super) gentle: bool,
+    /// Disks that were struck and may lack something since.
+    pub(super) stale: RefCell<BTreeSet<usize>>,
+    /// Take-overs under way.
+    pub(super) taking_over: Cell<u32>,
+    /// Counts what disturbs a take-over.
+    pub(super) strikes: Cell<u64>,
+    /// Strikes and newest checkpoints when the newest heads were seen to have all.
+    pub(super) whole_since: RefCell<Option<(u64, Vec<u64>)>>,
+    /// Nothing strikes any more in this life.
+    pub(super) calm: Cell<bool>,
     pub(super) stop: Cell<bool>,
     /// A disk that was left behind when the last life ended.
     pub(super) behind: Cell<Option<usize>>,
@@ -68,6 +86,8 @@ pub(super) struct Context {
     pub(super) nodes: RefCell<Vec<Rc<Node>>>,
     /// Heads of this life, oldest first.
     pub(super) heads: RefCell<Vec<Rc<Running>>>,
+    /// The head of the second volume in this life.
+    pub(super) neighbour: RefCell<Option<Rc<Running>>>,
     /// Clients of heads with a lower number only read.
     pub(super) quiet_below: Cell<usize>,
     tasks: RefCell<Vec<JoinHandle<()>>>,
@@ -95,12 +115,22 @@ impl Context {
         self.stop.set(true);
     }
 
-    pub(super) fn sectors(&self) -> u64 {
-        self.world.config.volume_bytes / SECTOR as u64
+    /// Heads of this life, and that of the neighbour.
+    pub(super) fn all_heads(&self) -> Vec<Rc<Running>> {
+        self.heads.borrow().iter().chain(&*self.neighbour.borrow()).cloned().collect()
+    }
+
+    /// The newest head of each volume that has one in this life.
+    pub(super) fn newest_heads(&self) -> Vec<Rc<Running>> {
+        self.heads.borrow().last().into_iter().chain(&*self.neighbour.borrow()).cloned().collect()
     }
 
     fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         self.tasks.borrow_mut().push(tokio::task::spawn_local(task));
+    }
+
+    pub(super) fn next_task(&self) -> Option<JoinHandle<()>> {
+        self.tasks.borrow_mut().pop()
     }
 }
 
@@ -132,6 +162,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
         },
         replace_after: Duration::from_millis(100 + env.random_below(3000)),
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
+        ..HeadConfig::default()
     };
     let disks =
         scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });
@@ -145,6 +176,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
         disk_bytes,
         slot_bytes,
         volume_bytes: if overcommitted { disks as u64 * disk_bytes } else { small },
+        neighbour_bytes: env.chance(1, 4).then(|| 4096 * (32 + env.random_below(128))),
         overcommitted,
         log_disks: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
         min_size: if narrow && env.chance(1, 3) { 2 } else { 1 },
@@ -155,12 +187,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
 
 /// Runs one seed.
 pub fn run(seed: u64) -> Report {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime needs nothing from the system");
-    runtime.block_on(run_seed(seed))
+    simulate(run_seed(seed))
 }
 
 async fn run_seed(seed: u64) -> Report {
@@ -182,11 +209,17 @@ async fn run_seed(seed: u64) -> Report {
         hurt: RefCell::default(),
         long: RefCell::default(),
         narrow_disks: RefCell::default(),
+        stale: RefCell::default(),
+        taking_over: Cell::new(0),
+        strikes: Cell::new(0),
+        whole_since: RefCell::default(),
+        calm: Cell::new(false),
         gentle,
         stop: Cell::new(false),
         behind: Cell::new(None),
         nodes: RefCell::default(),
         heads: RefCell::default(),
+        neighbour: RefCell::default(),
         quiet_below: Cell::new(0),
         tasks: RefCell::default(),
     });
@@ -213,7 +246,9 @@ async fn run_seed(seed: u64) -> Report {
 pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
     context.nodes.borrow_mut().clear();
     context.heads.borrow_mut().clear();
+    context.neighbour.take();
     context.quiet_below.set(0);
+    context.whole_since.take();
     let (config, faulty) = (&context.world.config, context.faulty.borrow().len());
     let parity = usize::from(config.scheme.parity);
     if faulty > parity || config.disks - faulty <= parity {
@@ -229,7 +264,11 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
         context.world.open_disks().await;
         let node = context.world.node();
         context.nodes.borrow_mut().push(node.clone());
-        match context.world.take_over(&node).await {
+        let taken = demands::take_over(context, &node, &context.world.volume).await;
+        if context.failure.borrow().is_some() {
+            return None;
+        }
+        match taken {
             Ok(running) => {
                 context.heads.borrow_mut().push(running.clone());
                 return Some(running);
@@ -256,12 +295,23 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
     None
 }
 
-/// Starts clients of the newest head.
+/// Starts clients of the newest head of a volume.
 pub(super) fn spawn_clients(context: &Rc<Context>, running: &Rc<Running>) {
-    let number = context.heads.borrow().len() - 1;
+    let first = Rc::ptr_eq(&running.volume, &context.world.volume);
+    let number = if first { context.heads.borrow().len() - 1 } else { NEIGHBOUR };
     for _ in 0..=context.env.random_below(4) {
         context.spawn(client_loop(context.clone(), running.clone(), number));
     }
+}
+
+/// Has clients at the second volume, if there is one, on the node that the first began on. Both
+/// share the slots, the reserve of checkpoints and the passes of garbage collection.
+async fn run_neighbour(context: Rc<Context>, node: Rc<Node>) {
+    let Some(volume) = &context.world.neighbour else { return };
+    let Some(running) = demands::take_over_at_last(&context, &node, volume).await else { return };
+    context.cover_noted("a second volume serves");
+    *context.neighbour.borrow_mut() = Some(running.clone());
+    spawn_clients(&context, &running);
 }
 
 /// One life of the nodes.
@@ -271,28 +321,34 @@ async fn live(context: &Rc<Context>, life: u64) {
     let power_cut = env.chance(1, 2);
     let orderly = env.chance(1, 4);
     context.stop.set(false);
+    context.calm.set(false);
     let early = env.chance(1, 5);
     let get_ahead = env.chance(2, 3) && !orderly;
     // What went on without a disk may end before it has gone far.
     let short = context.behind.get().is_some() && env.chance(2, 3);
     let served = Duration::from_millis(50 + env.random_below(if short { 150 } else { 3000 }));
-    let limit = Duration::from_millis(if early { env.random_below(400) } else { 60_000 });
+    let limit = if early { Duration::from_millis(env.random_below(400)) } else { LIFE_MAX };
     let body = async {
         let Some(running) = start(context).await else { return };
         context.note(&format!("life {life} serves"));
         spawn_clients(context, &running);
         context.spawn(super::nemesis::run(context.clone()));
+        context.spawn(run_neighbour(context.clone(), running.node.clone()));
         if env.chance(1, 2) {
             context.spawn(super::rivals::run(context.clone()));
         }
         sleep(served).await;
         if orderly && context.failure.borrow().is_none() {
-            end_in_order(context).await;
+            demands::end_in_order(context).await;
         }
     };
     let ended = process.run_until(tokio::time::timeout(limit, body)).await;
     if ended.is_err() {
-        context.cover("crash during start or at a random time");
+        context.cover(if early {
+            "crash during start or at a random time"
+        } else {
+            "a take-over waits for disks until the process ends"
+        });
     }
     context.cover(if power_cut { "power cut" } else { "crash" });
     let mut ahead = None;
@@ -303,26 +359,9 @@ async fn live(context: &Rc<Context>, life: u64) {
     super::ahead::leave_behind(context, ahead);
     context.tasks.borrow_mut().clear();
     context.heads.borrow_mut().clear();
+    context.neighbour.take();
     drop(process);
     context.note("the process ended");
-}
-
-async fn end_in_order(context: &Rc<Context>) {
-    context.stop.set(true);
-    super::nemesis::heal(context).await;
-    heal_all(context);
-    loop {
-        let Some(task) = context.tasks.borrow_mut().pop() else { break };
-        // A client that panicked has reported its failure.
-        drop(task.await);
-        heal_all(context);
-    }
-    let Some(newest) = context.heads.borrow().last().cloned() else { return };
-    let release = tokio::time::timeout(Duration::from_secs(30), newest.head.release());
-    match release.await {
-        Ok(Ok(())) => context.cover("stopped in order"),
-        other => context.note(&format!("release: {other:?}")),
-    }
 }
 
 /// All faults of devices and ways end. Disks that failed stay so until they are opened again.
@@ -342,7 +381,7 @@ pub(super) fn heal_all(context: &Context) {
 async fn client_loop(context: Rc<Context>, running: Rc<Running>, number: usize) {
     let target = HeadTarget(running.head.clone());
     while !context.stop.get() {
-        step(&context, &target, number).await;
+        step(&context, &running.volume, &target, number).await;
         if context.env.chance(1, 3) {
             sleep(Duration::from_millis(context.env.random_below(30))).await;
         }
@@ -354,9 +393,7 @@ async fn client_loop(context: Rc<Context>, running: Rc<Running>, number: usize) 
 }
 
 /// A range of sectors: mostly whole blocks, sometimes parts, sometimes large.
-fn range(context: &Context) -> (u64, u64) {
-    let env = &context.env;
-    let sectors = context.sectors();
+fn range(env: &Env, sectors: u64) -> (u64, u64) {
     if env.chance(1, 6) {
         // Parts of few blocks, so that they overlap in flight.
         return (env.random_below(16), 1 + env.random_below(12));
@@ -377,14 +414,14 @@ fn range(context: &Context) -> (u64, u64) {
 
 /// Ends its write as in doubt when the client is dropped with its process.
 struct Pending<'a> {
-    context: &'a Context,
+    volume: &'a Volume,
     write: Option<super::oracle::Write>,
 }
 
 impl Pending<'_> {
     fn end(mut self, outcome: Outcome) {
         if let Some(write) = self.write.take() {
-            self.context.world.oracle.borrow_mut().end(write, outcome);
+            self.volume.oracle.borrow_mut().end(write, outcome);
         }
     }
 }
@@ -392,28 +429,28 @@ impl Pending<'_> {
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
         if let Some(write) = self.write.take() {
-            self.context.world.oracle.borrow_mut().end(write, Outcome::InDoubt);
+            self.volume.oracle.borrow_mut().end(write, Outcome::InDoubt);
         }
     }
 }
 
-async fn step(context: &Context, target: &HeadTarget, client: usize) {
-    let (first, count) = range(context);
+async fn step(context: &Context, volume: &Volume, target: &HeadTarget, client: usize) {
+    let (first, count) = range(&context.env, volume.sectors());
     let offset = first * SECTOR as u64;
     let bytes = usize::try_from(count).expect("small") * SECTOR;
     let what = context.env.random_below(10);
     match if client < context.quiet_below.get() { 9 } else { what } {
         0..=4 => {
-            let write = context.world.oracle.borrow_mut().begin(first, count, false);
+            let write = volume.oracle.borrow_mut().begin(first, count, false);
             let data = Bytes::from(write.content());
-            let pending = Pending { context, write: Some(write) };
+            let pending = Pending { volume, write: Some(write) };
             let result = target.write(offset, data).await;
             context.note(&format!("client {client} write {first}+{count}: {result:?}"));
             finish(context, pending, &result, "write", client);
         }
         5 => {
-            let write = context.world.oracle.borrow_mut().begin(first, count, true);
-            let pending = Pending { context, write: Some(write) };
+            let write = volume.oracle.borrow_mut().begin(first, count, true);
+            let pending = Pending { volume, write: Some(write) };
             let unmap = context.env.chance(2, 3);
             let result = target.zero(offset, count * SECTOR as u64, unmap).await;
             context.note(&format!("client {client} zero {first}+{count}: {result:?}"));
@@ -428,7 +465,7 @@ async fn step(context: &Context, target: &HeadTarget, client: usize) {
                 }
             }
         }
-        _ => check_read(context, target, first, bytes).await,
+        _ => check_read(context, volume, target, first, bytes).await,
     }
 }
 
@@ -460,8 +497,14 @@ fn finish(
     pending.end(outcome);
 }
 
-async fn check_read(context: &Context, target: &HeadTarget, first: u64, bytes: usize) {
-    let start = context.world.oracle.borrow_mut().begin_read();
+async fn check_read(
+    context: &Context,
+    volume: &Volume,
+    target: &HeadTarget,
+    first: u64,
+    bytes: usize,
+) {
+    let start = volume.oracle.borrow_mut().begin_read();
     match target.read(first * SECTOR as u64, bytes).await {
         Ok(pieces) => {
             let data: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
@@ -470,7 +513,7 @@ async fn check_read(context: &Context, target: &HeadTarget, first: u64, bytes: u
                 context.fail(format!("read of {bytes} bytes gave {}", data.len()));
                 return;
             }
-            let judged = context.world.oracle.borrow_mut().end_read(start, first, &data);
+            let judged = volume.oracle.borrow_mut().end_read(start, first, &data);
             if let Err(error) = judged {
                 context.fail(error);
             }

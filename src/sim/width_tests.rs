@@ -5,9 +5,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::simulate;
 use super::world::{Node, Running, World, WorldConfig};
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
@@ -21,13 +21,14 @@ use crate::volume::target::HeadTarget;
 /// Long enough for any repair of these worlds.
 const LONG: Duration = Duration::from_mins(1);
 
-fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
+pub(super) fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
     WorldConfig {
         scheme: Scheme::replicated(copies),
         disks,
         disk_bytes: 8 << 20,
         slot_bytes: 64 << 10,
         volume_bytes: 1 << 20,
+        neighbour_bytes: None,
         overcommitted: false,
         log_disks,
         min_size: 1,
@@ -43,13 +44,11 @@ fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig {
 }
 
 /// Runs a test in a world of its own, in virtual time.
-fn simulate<F: Future<Output = ()>>(config: WorldConfig, test: impl FnOnce(Rc<World>) -> F) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    LocalSet::new().block_on(&runtime, async {
+pub(super) fn in_world<F: Future<Output = ()>>(
+    config: WorldConfig,
+    test: impl FnOnce(Rc<World>) -> F,
+) {
+    simulate(async {
         let world = Rc::new(World::create(config, Env::from_seed(7)).await);
         world.open_disks().await;
         test(world).await;
@@ -57,13 +56,13 @@ fn simulate<F: Future<Output = ()>>(config: WorldConfig, test: impl FnOnce(Rc<Wo
 }
 
 /// A node with a link that is always the same.
-fn plain_node(world: &World) -> Rc<Node> {
+pub(super) fn plain_node(world: &World) -> Rc<Node> {
     let node = Rc::new(Node::default());
     (0..world.ids.len()).for_each(|index| world.connect(&node, index));
     node
 }
 
-async fn serve(world: &World) -> Rc<Running> {
+pub(super) async fn serve(world: &World) -> Rc<Running> {
     let taken = timeout(LONG, world.take_over(&plain_node(world))).await;
     taken.expect("in time").expect("taken over")
 }
@@ -106,7 +105,7 @@ async fn until(what: &str, holds: impl Fn() -> bool) {
 
 #[test]
 fn the_log_shrinks_to_one_of_two_copies_and_widens_again() {
-    simulate(config(2, 2, 2), |world| async move {
+    in_world(config(2, 2, 2), |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         vanish(&world, &running, 1);
@@ -128,7 +127,7 @@ fn the_log_shrinks_to_one_of_two_copies_and_widens_again() {
 
 #[test]
 fn a_take_over_with_one_disk_left_serves_all_that_was_acknowledged() {
-    simulate(config(3, 3, 3), |world| async move {
+    in_world(config(3, 3, 3), |world| async move {
         let running = serve(&world).await;
         vanish(&world, &running, 2);
         write(&running, 3).await.expect("written to two copies");
@@ -152,7 +151,7 @@ fn a_take_over_with_one_disk_left_serves_all_that_was_acknowledged() {
 #[test]
 fn below_min_size_writes_wait_and_fail_and_reads_go_on() {
     let config = WorldConfig { min_size: 2, ..config(2, 2, 2) };
-    simulate(config, |world| async move {
+    in_world(config, |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         vanish(&world, &running, 0);
@@ -169,7 +168,7 @@ fn below_min_size_writes_wait_and_fail_and_reads_go_on() {
 
 #[test]
 fn another_disk_takes_the_place_of_one_that_stays_away() {
-    simulate(config(2, 4, 3), |world| async move {
+    in_world(config(2, 4, 3), |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         assert_eq!(running.head.log_disks().len(), 3);
@@ -183,13 +182,17 @@ fn another_disk_takes_the_place_of_one_that_stays_away() {
         running.head.disk_removed(lost);
         assert_eq!(read(&running).await, 1);
         running.head.checkpoint().await.expect("a checkpoint");
-        running.head.check_leaks().await.expect("nothing is listed for a disk that is gone");
+        running
+            .head
+            .check_leaks(&BTreeSet::new())
+            .await
+            .expect("nothing is listed for a disk that is gone");
     });
 }
 
 #[test]
 fn a_disk_that_is_up_can_be_emptied() {
-    simulate(config(2, 4, 3), |world| async move {
+    in_world(config(2, 4, 3), |world| async move {
         let running = serve(&world).await;
         for byte in 0..40 {
             write(&running, byte).await.expect("written");
@@ -211,7 +214,7 @@ fn a_disk_that_is_up_can_be_emptied() {
 fn one_hung_disk_does_not_hold_up_the_lease() {
     let mut config = config(2, 3, 3);
     config.head.lease = Duration::from_secs(4);
-    simulate(config, |world| async move {
+    in_world(config, |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         sleep(Duration::from_secs(20)).await;
@@ -233,13 +236,13 @@ fn one_hung_disk_does_not_hold_up_the_lease() {
 
 #[test]
 fn what_heads_of_a_lost_store_left_is_never_deleted() {
-    simulate(config(2, 2, 2), |world| async move {
+    in_world(config(2, 2, 2), |world| async move {
         let running = serve(&world).await;
         write(&running, 1).await.expect("written");
         running.head.release().await.expect("released");
         // A head of the old store whose root was never found again.
         let head = HeadId::from_bytes([9; 16]);
-        let (volume, epoch) = (world.volume, running.head.authority.epoch.next());
+        let (volume, epoch) = (world.volume.id, running.head.authority.epoch.next());
         let segment = SegmentId(70_000);
         let spec = ShardSpec {
             volume,

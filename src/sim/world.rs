@@ -1,5 +1,5 @@
-//! A simulated cluster: disks, metadata store, one volume, the nodes that run its heads, and what
-//! the oracle knows of it.
+//! A simulated cluster: disks, metadata store, one or two volumes, the nodes that run their heads,
+//! and what the oracle knows of them.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::client::{FaultyClient, Link};
 use super::device::{SimConfig, SimDevice};
-use super::oracle::Oracle;
+use super::oracle::{Oracle, SECTOR};
 use crate::disk::Disk;
 use crate::disk::FormatOptions;
 use crate::disk::device::BlockDevice;
@@ -25,7 +25,7 @@ use crate::shard::disks::Disks;
 use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
 use crate::volume::rules::{LogSet, Member, log_domains};
-use crate::volume::takeover::take_over;
+use crate::volume::takeover::{TakeOverError, take_over};
 
 /// When the log shrinks once nothing is struck any more.
 const SHRINK_AFTER_IN_THE_END: Duration = Duration::from_millis(500);
@@ -43,6 +43,8 @@ pub struct WorldConfig {
     pub slot_bytes: u64,
     /// Size of the volume, bytes.
     pub volume_bytes: u64,
+    /// Size of a second volume on the same disks, bytes.
+    pub neighbour_bytes: Option<u64>,
     /// The volume is larger than the disks.
     pub overcommitted: bool,
     /// Disks of the first log set, at most.
@@ -53,6 +55,23 @@ pub struct WorldConfig {
     pub latency: Range<Duration>,
     /// Tuning of the head.
     pub head: HeadConfig,
+}
+
+/// A volume of a world.
+pub struct Volume {
+    /// Its id.
+    pub id: VolumeId,
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// What its sectors may contain.
+    pub oracle: RefCell<Oracle>,
+}
+
+impl Volume {
+    /// Its size in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.bytes / SECTOR as u64
+    }
 }
 
 /// A simulated cluster. Devices, store and oracle outlive its crashes.
@@ -72,9 +91,9 @@ pub struct World {
     /// Its open disks, by the index of the device.
     pub disks: RefCell<Vec<Option<Rc<Disk>>>>,
     /// The volume.
-    pub volume: VolumeId,
-    /// What its sectors may contain.
-    pub oracle: RefCell<Oracle>,
+    pub volume: Rc<Volume>,
+    /// Another one on the same disks.
+    pub neighbour: Option<Rc<Volume>>,
     /// Disks that are gone for good.
     pub retired: RefCell<BTreeSet<usize>>,
     /// Nothing is struck any more: the log may shrink although content was hurt.
@@ -111,14 +130,33 @@ impl Node {
 
 /// A head that serves, or did until another took its volume.
 pub struct Running {
+    /// Of which volume.
+    pub volume: Rc<Volume>,
     /// Where it runs.
     pub node: Rc<Node>,
     /// The head.
     pub head: Rc<Head>,
 }
 
+/// Creates a volume whose log set is the first of these members.
+async fn create_volume(
+    config: &WorldConfig,
+    env: &Env,
+    store: &MemoryStore,
+    mut members: Vec<Member>,
+    bytes: u64,
+) -> Rc<Volume> {
+    let id = VolumeId::from_bytes(env.random_bytes());
+    members.truncate(config.log_disks.min(log_domains(config.scheme.parity)));
+    let set = LogSet::new(members, config.scheme.parity + 1).expect("a valid log set");
+    let root = Root::fresh(id, set, serde_json::Value::Null);
+    let put = Txn::new().put(schema::root_key(id), root.encode());
+    store.txn(put).await.expect("no faults yet");
+    Rc::new(Volume { id, bytes, oracle: RefCell::default() })
+}
+
 impl World {
-    /// Formats the disks and creates the volume. Must run inside a `LocalSet`.
+    /// Formats the disks and creates the volumes. Must run inside a `LocalSet`.
     pub async fn create(config: WorldConfig, env: Env) -> Self {
         let cluster = ClusterId::from_bytes(env.random_bytes());
         let mut devices = Vec::new();
@@ -142,14 +180,16 @@ impl World {
         let schema = schema::Schema::new(Rc::new(store.client(Rc::default())));
         let record = ClusterRecord { id: cluster, incarnation: 1 };
         schema.initialise(&record).await.expect("the store is empty");
-        let volume = VolumeId::from_bytes(env.random_bytes());
         let mut members: Vec<Member> =
             (0u32..).zip(&ids).map(|(domain, &disk)| Member { disk, domain }).collect();
-        members.truncate(config.log_disks.min(log_domains(config.scheme.parity)));
-        let set = LogSet::new(members, config.scheme.parity + 1).expect("a valid log set");
-        let root = Root::fresh(volume, set, serde_json::Value::Null);
-        let put = Txn::new().put(schema::root_key(volume), root.encode());
-        store.txn(put).await.expect("no faults yet");
+        let bytes = config.volume_bytes;
+        let volume = create_volume(&config, &env, &store, members.clone(), bytes).await;
+        // Its log begins on the other end of the disks.
+        members.reverse();
+        let mut neighbour = None;
+        if let Some(bytes) = config.neighbour_bytes {
+            neighbour = Some(create_volume(&config, &env, &store, members, bytes).await);
+        }
         let disks = config.disks;
         Self {
             config,
@@ -160,7 +200,7 @@ impl World {
             opening: (0..disks).map(|_| tokio::sync::Mutex::default()).collect(),
             disks: RefCell::new(vec![None; disks]),
             volume,
-            oracle: RefCell::default(),
+            neighbour,
             retired: RefCell::default(),
             ending: Cell::new(false),
             waiting: RefCell::default(),
@@ -220,11 +260,28 @@ impl World {
         node.connected.borrow_mut().insert(self.ids[index], Instant::now());
     }
 
-    /// Takes over the volume on a node.
+    /// The volumes.
+    pub fn volumes(&self) -> impl Iterator<Item = &Rc<Volume>> {
+        std::iter::once(&self.volume).chain(&self.neighbour)
+    }
+
+    /// Takes over the (first) volume on a node.
     ///
     /// # Errors
-    /// Why the take-over failed, in words; it may be tried again.
-    pub async fn take_over(&self, node: &Rc<Node>) -> Result<Rc<Running>, String> {
+    /// As [`World::take_over_volume`].
+    pub async fn take_over(&self, node: &Rc<Node>) -> Result<Rc<Running>, TakeOverError> {
+        self.take_over_volume(node, &self.volume).await
+    }
+
+    /// Takes over a volume on a node.
+    ///
+    /// # Errors
+    /// Why the take-over failed; it may be tried again.
+    pub async fn take_over_volume(
+        &self,
+        node: &Rc<Node>,
+        volume: &Rc<Volume>,
+    ) -> Result<Rc<Running>, TakeOverError> {
         let mut config = self.config.head.clone();
         if self.ending.get() {
             config.shrink_after = config.shrink_after.min(SHRINK_AFTER_IN_THE_END);
@@ -239,10 +296,8 @@ impl World {
         let wait = |why: &str| *self.waiting.borrow_mut() = format!("the take-over: {why}");
         wait("it does not end");
         let since = Instant::now();
-        let head = take_over(context, self.volume, self.config.volume_bytes, &wait)
-            .await
-            .map_err(|error| error.to_string())?;
-        self.oracle.borrow_mut().recovered();
+        let head = take_over(context, volume.id, volume.bytes, &wait).await?;
+        volume.oracle.borrow_mut().recovered();
         self.retired.borrow().iter().for_each(|index| head.disk_removed(self.ids[*index]));
         // As a node does: disks that came back meanwhile may not have been heard.
         let missed = node.connected_since(since);
@@ -252,7 +307,7 @@ impl World {
                 told.disk_returned(disk).await;
             }
         });
-        Ok(Rc::new(Running { node: node.clone(), head }))
+        Ok(Rc::new(Running { volume: volume.clone(), node: node.clone(), head }))
     }
 
     /// The open disk of a device.

@@ -7,8 +7,9 @@ use super::head::Head;
 use super::index::count_all;
 use super::overlay::Target;
 use super::rules;
+use super::segtab::ShardRef;
 use crate::id::{DiskId, SegmentId};
-use crate::shard::{SegmentKind, ShardState};
+use crate::shard::{SegmentKind, ShardInfo, ShardState};
 
 impl Head {
     /// Checks that who fences the log set meets every log segment that the root in force does not
@@ -81,14 +82,14 @@ impl Head {
     }
 
     /// Checks that every shard which counts as whole is on its disk, sealed at the length of its
-    /// segment. Nothing may be written meanwhile.
+    /// segment; on disks of `but` they need not be. Nothing may be written meanwhile.
     ///
     /// # Errors
     /// A shard that is not, in words.
-    pub async fn check_shards(self: &Rc<Self>) -> Result<(), String> {
+    pub async fn check_shards(self: &Rc<Self>, but: &BTreeSet<DiskId>) -> Result<(), String> {
         let _lock = self.checkpoint_lock.lock().await;
         let mut held: BTreeMap<(DiskId, SegmentId, u64), (ShardState, u32)> = BTreeMap::new();
-        for disk in self.disks.ids() {
+        for disk in self.disks.ids().into_iter().filter(|disk| !but.contains(disk)) {
             let Some(client) = self.disks.client(disk) else { continue };
             let found = client.list(self.volume).await.map_err(|e| format!("list {disk}: {e}"))?;
             held.extend(found.shards.into_iter().map(|info| {
@@ -100,7 +101,8 @@ impl Head {
             for (index, member) in segment.members.iter().enumerate() {
                 let found = held.get(&(member.disk, segment.id, member.creation));
                 let whole = found == Some(&(ShardState::Sealed, segment.blocks));
-                if segment.missing >> index & 1 == 0 && !whole {
+                let counts = segment.missing >> index & 1 == 0 && !but.contains(&member.disk);
+                if counts && !whole {
                     return Err(format!(
                         "shard {index} of segment {} counts as whole, {} blocks long, but disk {} has {found:?}",
                         segment.id, segment.blocks, member.disk,
@@ -111,12 +113,23 @@ impl Head {
         Ok(())
     }
 
-    /// Checks that the disks hold exactly the shards that the table lists. Nothing may be written
-    /// meanwhile.
+    /// Whether a shard on a disk counts as whole, of a segment that is sealed and needed.
+    pub fn counts_on(&self, disk: DiskId, info: &ShardInfo) -> bool {
+        let state = self.state.borrow();
+        let there = ShardRef { disk, creation: info.spec.creation };
+        self.is_needed(&state, info.spec.segment)
+            && state.table.segments.get(&info.spec.segment).is_some_and(|segment| {
+                let index = segment.members.iter().position(|member| *member == there);
+                segment.sealed && index.is_some_and(|index| segment.missing >> index & 1 == 0)
+            })
+    }
+
+    /// Checks that the disks, those of `but` excepted, hold exactly the shards that the table lists.
+    /// Nothing may be written meanwhile.
     ///
     /// # Errors
     /// A shard too many or too few, in words.
-    pub async fn check_leaks(self: &Rc<Self>) -> Result<(), String> {
+    pub async fn check_leaks(self: &Rc<Self>, but: &BTreeSet<DiskId>) -> Result<(), String> {
         let _lock = self.checkpoint_lock.lock().await;
         let mut listed: BTreeSet<(DiskId, SegmentId, u64)> = BTreeSet::new();
         {
@@ -126,7 +139,7 @@ impl Head {
             }
             listed.extend(state.table.freed.iter().map(|(id, s)| (s.disk, *id, s.creation)));
         }
-        for disk in self.disks.ids() {
+        for disk in self.disks.ids().into_iter().filter(|disk| !but.contains(disk)) {
             let Some(client) = self.disks.client(disk) else { continue };
             let held = client.list(self.volume).await.map_err(|e| format!("list {disk}: {e}"))?;
             for info in held.shards {
@@ -137,11 +150,9 @@ impl Head {
             }
         }
         let state = self.state.borrow();
-        if let Some(freed) = state.table.freed.iter().next() {
-            return Err(format!(
-                "{} shards stay freed, such as {freed:?}",
-                state.table.freed.len()
-            ));
+        let mut freed = state.table.freed.iter().filter(|(_, shard)| !but.contains(&shard.disk));
+        if let Some(first) = freed.next() {
+            return Err(format!("{} shards stay freed, such as {first:?}", 1 + freed.count()));
         }
         let dead: Vec<SegmentId> =
             state.table.segments.keys().copied().filter(|id| state.table.is_dead(*id)).collect();

@@ -68,6 +68,11 @@ pub struct HeadConfig {
     pub replace_after: Duration,
     /// Domains of the log set at most, where that is fewer than [`rules::log_domains`].
     pub log_domains_max: usize,
+    /// Within how long every sealed shard is read and checked, again and again; none: only when it
+    /// is asked for.
+    pub scrub_period: Option<Duration>,
+    /// Seconds since 1970, for what people read.
+    pub unix_seconds: fn() -> u64,
 }
 
 impl Default for HeadConfig {
@@ -84,6 +89,8 @@ impl Default for HeadConfig {
             shrink_after: Duration::from_millis(500),
             replace_after: Duration::from_secs(10),
             log_domains_max: rules::log_domains(PARITY_MAX),
+            scrub_period: Some(super::scrub::DEFAULT_PERIOD),
+            unix_seconds: || 0,
         }
     }
 }
@@ -119,6 +126,12 @@ pub struct HeadStats {
     pub rebuilt_shards: Cell<u64>,
     /// Bytes rebuilt.
     pub rebuilt_bytes: Cell<u64>,
+    /// Bytes that scrubs read.
+    pub scrub_bytes: Cell<u64>,
+    /// Bad blocks and shards that scrubs found, and those of reads that were mended in place.
+    pub scrub_found: Cell<u64>,
+    /// Of them, those that were mended or built anew.
+    pub scrub_repaired: Cell<u64>,
     /// Blocks moved by garbage collection.
     pub moved_blocks: Cell<u64>,
     /// Blocks written to segments (all copies counted once), headers included.
@@ -287,6 +300,7 @@ pub struct Head {
     pub(super) space: super::space::Space,
     /// Bounds how often it is logged that a block is bad.
     findings_told: Throttle,
+    pub(super) scrub: super::scrub::Scrub,
     /// Counts this head among those that share the disks.
     _member: Member,
     /// Counters.
@@ -496,6 +510,7 @@ impl Head {
             dense: super::dense::Dense::default(),
             space: super::space::Space::default(),
             findings_told: Throttle::default(),
+            scrub: super::scrub::Scrub::default(),
             stats: HeadStats::default(),
         })
     }
@@ -530,6 +545,7 @@ impl Head {
         self.repair_wanted.notify_one();
         self.gc_wanted.notify_one();
         self.width_wanted.notify_waiters();
+        self.scrub.stop();
     }
 
     /// Whether the head takes requests.
@@ -594,12 +610,11 @@ impl Head {
         })
     }
 
-    /// Takes up what reads found: a shard with a bad block is rebuilt.
+    /// Takes up what reads found: a bad block is mended in place, a shard that is worse is rebuilt.
     pub(super) fn note_findings(&self, findings: &[Finding]) {
         use crate::segment::fetch::Problem;
-        let mut state = self.state.borrow_mut();
         for finding in findings {
-            let grave = match &finding.problem {
+            match &finding.problem {
                 Problem::Corrupt(block) => {
                     add(&self.stats.corrupt_blocks, 1);
                     // Each read meets a block that cannot be repaired.
@@ -609,28 +624,43 @@ impl Head {
                             block, "a block does not match its checksum",
                         );
                     }
-                    true
+                    if self.scrub.suspect(finding.segment, *block) {
+                        continue;
+                    }
                 }
-                Problem::Disk(error) => {
-                    matches!(error, ShardError::Io(_) | ShardError::Damaged(_) | ShardError::Gone)
-                }
-            };
-            if grave
-                && let Some(segment) = state.table.segments.get_mut(&finding.segment)
-                && segment.sealed
-                // A shard that was replaced meanwhile says nothing of the new one.
-                && let Some(shard) = segment
-                    .members
-                    .iter()
-                    .position(|m| m.disk == finding.disk && m.creation == finding.creation)
-            {
-                segment.missing |= 1 << shard;
-                if finding.problem.is_of_content() {
-                    segment.damaged |= 1 << shard;
-                }
-                self.repair_wanted.notify_one();
+                Problem::Disk(ShardError::Io(_) | ShardError::Damaged(_) | ShardError::Gone) => {}
+                Problem::Disk(_) => continue,
             }
+            let of_content = finding.problem.is_of_content();
+            self.note_bad_shard(finding.segment, finding.disk, finding.creation, of_content);
         }
+    }
+
+    /// Notes that a shard of a sealed segment is not there, or some of its content bad: it is built
+    /// anew. False if the segment has no such shard (any more), or that is known already.
+    pub(super) fn note_bad_shard(
+        &self,
+        segment: SegmentId,
+        disk: DiskId,
+        creation: u64,
+        of_content: bool,
+    ) -> bool {
+        let mut state = self.state.borrow_mut();
+        let Some(segment) = state.table.segments.get_mut(&segment).filter(|s| s.sealed) else {
+            return false;
+        };
+        // A shard that was replaced meanwhile says nothing of the new one.
+        let there = ShardRef { disk, creation };
+        let Some(shard) = segment.members.iter().position(|member| *member == there) else {
+            return false;
+        };
+        let known = segment.missing >> shard & 1 == 1;
+        segment.missing |= 1 << shard;
+        if of_content {
+            segment.damaged |= 1 << shard;
+        }
+        self.repair_wanted.notify_one();
+        !known
     }
 
     /// Whether the head may serve reads now.
@@ -686,7 +716,7 @@ impl Head {
     }
 
     /// Asks all disks of the sets in use, until enough have answered.
-    async fn probe_all(&self) {
+    pub(super) async fn probe_all(&self) {
         let members: BTreeSet<DiskId> = {
             let state = self.state.borrow();
             state.pairs().iter().flat_map(|set| set.members()).map(|m| m.disk).collect()

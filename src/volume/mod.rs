@@ -17,6 +17,7 @@ mod repair;
 mod report;
 pub mod root;
 pub mod rules;
+mod scrub;
 pub mod segtab;
 mod space;
 mod swap;
@@ -28,3 +29,4 @@ mod walk;
 mod width;
 
 pub use report::HeadReport;
+pub use scrub::{DEFAULT_PERIOD as SCRUB_PERIOD, ScrubReport};

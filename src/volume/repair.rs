@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::time::Instant;
 
 use super::head::{Head, HeadError, Op, State, add};
 use super::segtab::{Segment, ShardRef};
@@ -29,6 +30,8 @@ use crate::shard::{
 const PAUSE: Duration = Duration::from_millis(500);
 /// Pause between two looks whether a segment that was left is sealed.
 const SEAL_POLL: Duration = Duration::from_millis(10);
+/// How long a take-over repairs before it serves.
+const TAIL_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a disk that came back is asked what it holds, and the pause between.
 const FENCES_MAX: u32 = 20;
 const FENCE_PAUSE: Duration = Duration::from_millis(500);
@@ -87,10 +90,20 @@ impl Head {
         wanted.into_iter().map(|(_, id, shard)| (id, shard)).collect()
     }
 
-    /// Repairs log segments that a take-over found incomplete, as far as disks are there for it.
+    /// Repairs log segments that a take-over found incomplete, as far as disks are there for it and
+    /// do not take long: the newest first, whose records may be on fewer disks than the others'.
+    /// The rest is repaired while the head serves.
     pub(super) async fn repair_tail(self: &Rc<Self>, segments: Vec<SegmentId>) {
-        for id in segments {
-            let missing = self.state.borrow().table.segments.get(&id).map_or(0, |s| s.missing);
+        let since = Instant::now();
+        for id in segments.into_iter().rev() {
+            if since.elapsed() >= TAIL_PATIENCE {
+                tracing::warn!(volume = %self.volume, "the log stays reduced for now: its disks are slow");
+                return;
+            }
+            // Data segments may be large and many: they are repaired while the volume is served.
+            let log = |s: &&Segment| s.kind == SegmentKind::Log;
+            let missing =
+                self.state.borrow().table.segments.get(&id).filter(log).map_or(0, |s| s.missing);
             for shard in (0..32).filter(|i| missing >> i & 1 == 1) {
                 if let Err(error) = self.rebuild(id, shard).await {
                     tracing::warn!(volume = %self.volume, segment = %id, shard, %error,
@@ -316,6 +329,12 @@ impl Head {
         let mut findings = Vec::new();
         let hear = &mut |finding| findings.push(finding);
         let read = source.read(&self.disks, shard, first, header.payload_blocks, hear).await;
+        if source.missing >> shard & 1 == 0 {
+            // It is being mended: that some of it is bad is known.
+            findings.retain(|finding| {
+                finding.creation != source.creations[shard] || finding.disk != source.members[shard]
+            });
+        }
         // What nobody holds whole is moved instead (garbage collection).
         self.note_findings(&findings);
         Ok((header, read?))
@@ -351,7 +370,8 @@ impl Head {
         created.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
         let mut at = 0;
         while at < segment.blocks {
-            let (data, crcs) = self.rebuilt_record(segment, shard, at).await?;
+            let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
+            let (data, crcs) = self.rebuilt_record(&source, segment, shard, at).await?;
             let blocks = u32::try_from(crcs.len()).expect("a record is small");
             let append = Append {
                 authority: self.authority,
@@ -370,14 +390,14 @@ impl Head {
     }
 
     /// The record at block `at` of shard `shard`, made from the other shards.
-    async fn rebuilt_record(
+    pub(super) async fn rebuilt_record(
         &self,
+        source: &Source,
         segment: &Segment,
         shard: usize,
         at: u32,
     ) -> Result<(Vec<Bytes>, Vec<u32>), HeadError> {
-        let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
-        let (mut header, data) = self.read_record(&source, segment, shard, at).await?;
+        let (mut header, data) = self.read_record(source, segment, shard, at).await?;
         let copies = segment.scheme.data == 1 && segment.kind != SegmentKind::Data;
         header.shard = if copies { 0 } else { u8::try_from(shard).expect("at most 20") };
         let salt = Salt::new(self.volume, segment.id, segment.scheme, shard);

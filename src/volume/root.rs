@@ -99,8 +99,13 @@ impl Root {
                 known: VERSION,
             });
         }
-        serde_json::from_slice(opened.payload)
-            .map_err(|e| EnvelopeError::Payload { kind: Kind::Root, reason: e.to_string() })
+        let payload = |reason: String| EnvelopeError::Payload { kind: Kind::Root, reason };
+        let root: Self =
+            serde_json::from_slice(opened.payload).map_err(|e| payload(e.to_string()))?;
+        if root.checkpoint.as_ref().is_some_and(|checkpoint| !checkpoint.place.is_possible()) {
+            return Err(payload("its checkpoint lies beyond the end of a segment".into()));
+        }
+        Ok(root)
     }
 
     /// The mirror of this root for a disk.

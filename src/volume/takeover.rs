@@ -11,6 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
 use tokio::time::Instant;
 
 use super::head::{Head, HeadContext, HeadError, State};
@@ -31,6 +32,10 @@ use crate::shard::{Authority, MIRROR_BYTES_MAX, SegmentKind, ShardError, ShardIn
 
 /// How long one disk may take to answer a fence before the take-over goes on to ask again.
 const FENCE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Segments that are settled at the same time, so that a slow disk does not cost its time for each;
+/// what is read of each is bounded, and so is what is read of all.
+const SETTLED_AT_ONCE: usize = 8;
 
 /// Why a volume could not be taken over; all of them may pass when tried again.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +67,16 @@ pub enum TakeOverError {
         end: Lsn,
         /// The highest acknowledged one.
         acked: Lsn,
+    },
+    /// The log goes on with a record that this version does not understand.
+    #[error(
+        "block {block} of log segment {segment} holds a record of a newer version: run the newer sds"
+    )]
+    Newer {
+        /// The segment.
+        segment: SegmentId,
+        /// Where the record lies, blocks.
+        block: u32,
     },
     /// Disks were fenced but then did not yield their records, and one of them could hold the end
     /// of the log.
@@ -164,7 +179,8 @@ async fn fence_all(
         let fences = wanted.difference(&answered).copied().collect::<Vec<_>>();
         let fence = |disk| fence_one(&context.disks, authority, root, disk, &refusals);
         let requests = fences.into_iter().map(fence);
-        for (disk, shards) in join_all(requests).await.into_iter().flatten() {
+        for fence in join_all(requests).await {
+            let Some((disk, shards)) = fence? else { continue };
             answered.insert(disk);
             mirrored.insert(disk);
             for info in shards {
@@ -230,27 +246,29 @@ async fn fence_one(
     root: &Root,
     disk: DiskId,
     refusals: &Refusals,
-) -> Option<(DiskId, Vec<ShardInfo>)> {
-    let client = disks.client(disk)?;
+) -> Result<Option<(DiskId, Vec<ShardInfo>)>, TakeOverError> {
+    let Some(client) = disks.client(disk) else { return Ok(None) };
     if bug(Bug::SkipFence) {
-        let held = client.list(authority.volume).await.ok()?;
-        return Some((disk, held.shards));
+        let held = client.list(authority.volume).await;
+        return Ok(held.ok().map(|held| (disk, held.shards)));
     }
     // The mirror counts for the log set only; a disk outside it is fenced all the same.
     let fence = client.fence(authority, Some(root.mirror()));
     match tokio::time::timeout(FENCE_PATIENCE, fence).await {
-        Ok(Ok(held)) => Some((disk, held.shards)),
+        Ok(Ok(held)) => Ok(Some((disk, held.shards))),
+        // Whoever fenced it swapped the root before.
+        Ok(Err(ShardError::Fenced(epoch))) if epoch > authority.epoch => Err(TakeOverError::Lost),
         Ok(Err(error)) => {
             let why = error.to_string();
             let told = refusals.borrow_mut().insert(disk, why.clone());
             if told.is_none_or(|told| told != why) {
                 tracing::warn!(volume = %authority.volume, %disk, %error, "fence refused");
             }
-            None
+            Ok(None)
         }
         Err(_) => {
             disks.report(disk, &ShardError::Unreachable);
-            None
+            Ok(None)
         }
     }
 }
@@ -288,9 +306,10 @@ async fn recover(
         head.adopt_orphans(listing);
         return Ok(head);
     };
-    head.finish_deletions(&checkpoint).await?;
     head.settle_kind(listing, SegmentKind::Meta, &checkpoint, &BTreeMap::new()).await;
     let replay = head.replay(listing, &fenced, epoch, log).await?;
+    // The replay must still know what the checkpoint lists as freed: the disks offer it no less.
+    head.finish_deletions(&checkpoint).await?;
     let lengths = &replay.lengths;
     head.settle_kind(listing, SegmentKind::Data, &checkpoint, lengths).await;
     head.settle_kind(listing, SegmentKind::Log, &checkpoint, lengths).await;
@@ -513,6 +532,9 @@ impl Head {
     ) -> Result<Replay, TakeOverError> {
         let start = self.state.borrow().acked;
         let replay = walk::replay(self, listing, epoch, from, start).await;
+        if let Some((segment, block)) = replay.newer {
+            return Err(TakeOverError::Newer { segment, block });
+        }
         let read = fenced - &replay.unread;
         if !rules::heard_enough(&self.state.borrow().root.set, fenced, &read)
             && !bug(Bug::SkipFence)
@@ -543,7 +565,8 @@ impl Head {
             let state = self.state.borrow();
             state.table.segments.values().filter(|s| s.kind == kind).map(|s| s.id).collect()
         };
-        for id in segments {
+        let empty = BTreeMap::new();
+        let settle = |id: SegmentId| {
             let segment = self.state.borrow().table.segments[&id].clone();
             let mut length = segment.blocks.max(lengths.get(&id).copied().unwrap_or(0));
             if id == checkpoint.place.segment {
@@ -552,9 +575,14 @@ impl Head {
             if let (SegmentKind::Log, Some(&walked)) = (kind, lengths.get(&id)) {
                 length = walked;
             }
-            let empty = BTreeMap::new();
             let held = listing.get(&id).unwrap_or(&empty);
-            let settled = walk::settle(&self.disks, self.authority, &segment, length, held).await;
+            async move {
+                let settled = walk::settle(&self.disks, self.authority, &segment, length, held);
+                (id, settled.await)
+            }
+        };
+        let mut settled = stream::iter(segments.into_iter().map(settle)).buffered(SETTLED_AT_ONCE);
+        while let Some((id, settled)) = settled.next().await {
             let mut state = self.state.borrow_mut();
             let entry = state.table.segments.get_mut(&id).expect("nothing is freed here");
             entry.sealed = true;
@@ -610,6 +638,12 @@ impl Head {
                     if since.elapsed() >= self.config.shrink_after {
                         self.shrink().await;
                     }
+                    // What cannot be read may be gone because another head has the volume: nothing
+                    // that fails before a write would tell.
+                    self.probe_all().await;
+                    if self.stopped().is_some() {
+                        return Err(TakeOverError::Lost);
+                    }
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(2));
                 }
@@ -640,6 +674,8 @@ impl Head {
         tokio::task::spawn_local(super::gc::run(self.clone()));
         tokio::task::spawn_local(super::width::run_shrink(self.clone()));
         tokio::task::spawn_local(super::width::run_renew(self.clone()));
+        tokio::task::spawn_local(super::scrub::run_rounds(self.clone()));
+        tokio::task::spawn_local(super::scrub::run_mends(self.clone()));
         self.repair_wanted.notify_one();
     }
 

@@ -539,13 +539,25 @@ impl BlockTarget for HeadTarget {
         false
     }
     fn read(&self, offset: u64, len: usize) -> LocalFuture<'_, Result<Vec<Bytes>, TargetError>> {
-        Box::pin(self.0.read_bytes(offset, len))
+        let busy = self.0.disks.activity.begin();
+        Box::pin(async move {
+            let _busy = busy;
+            self.0.read_bytes(offset, len).await
+        })
     }
     fn write(&self, offset: u64, data: Bytes) -> LocalFuture<'_, Result<(), TargetError>> {
-        Box::pin(self.0.write_bytes(offset, data))
+        let busy = self.0.disks.activity.begin();
+        Box::pin(async move {
+            let _busy = busy;
+            self.0.write_bytes(offset, data).await
+        })
     }
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> LocalFuture<'_, Result<(), TargetError>> {
-        Box::pin(self.0.zero_bytes(offset, len, unmap))
+        let busy = self.0.disks.activity.begin();
+        Box::pin(async move {
+            let _busy = busy;
+            self.0.zero_bytes(offset, len, unmap).await
+        })
     }
     fn flush(&self) -> LocalFuture<'_, Result<(), TargetError>> {
         // Whatever was acknowledged is durable on every shard of its segment.

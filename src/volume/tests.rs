@@ -1,10 +1,10 @@
 //! A head in a simulated world, without faults but those that a test asks for.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::head::HeadConfig;
@@ -17,6 +17,7 @@ use crate::meta::{MetaStore, Txn, schema};
 use crate::segment::fetch::{Finding, Problem};
 use crate::shard::{Authority, Scheme, SegmentKind, ShardError, ShardSpec, SlotClass};
 use crate::sim::device::SimDevice;
+use crate::sim::simulate;
 use crate::sim::world::{Node, Running, World, WorldConfig};
 
 fn config() -> WorldConfig {
@@ -26,6 +27,7 @@ fn config() -> WorldConfig {
         disk_bytes: 24 << 20,
         slot_bytes: 128 << 10,
         volume_bytes: 1 << 20,
+        neighbour_bytes: None,
         overcommitted: false,
         log_disks: 4,
         min_size: 1,
@@ -36,12 +38,7 @@ fn config() -> WorldConfig {
 
 /// Runs `body` with a head that has just taken a fresh volume over.
 fn with_head(body: impl AsyncFnOnce(&World, &Running)) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .expect("a runtime");
-    LocalSet::new().block_on(&runtime, async {
+    simulate(async {
         let world = World::create(config(), Env::from_seed(1)).await;
         world.open_disks().await;
         let node: Rc<Node> = world.node();
@@ -59,7 +56,7 @@ async fn write(running: &Running, lba: u64, byte: u8) {
 }
 
 async fn stored_root(world: &World) -> Root {
-    let stored = world.store.get(&schema::root_key(world.volume)).await.expect("no faults here");
+    let stored = world.store.get(&schema::root_key(world.volume.id)).await.expect("no faults here");
     Root::decode(&stored.expect("there is a root").value).expect("a valid root")
 }
 
@@ -85,7 +82,7 @@ fn a_head_writes_and_makes_checkpoints_while_its_swap_is_in_doubt() {
         let made = running.head.report().checkpoint_sequence;
         assert_eq!(named(world).await, made, "the root names the newest checkpoint by itself");
         running.head.checkpoint().await.expect("nothing is wrong");
-        running.head.check_leaks().await.expect("what was freed is deleted");
+        running.head.check_leaks(&BTreeSet::new()).await.expect("what was freed is deleted");
     });
 }
 
@@ -134,7 +131,7 @@ fn a_head_that_stops_leaves_a_swap_in_doubt() {
 #[test]
 fn a_swap_of_a_deleted_volume_says_so() {
     with_head(async |world, running| {
-        let gone = Txn::new().delete(schema::root_key(world.volume));
+        let gone = Txn::new().delete(schema::root_key(world.volume.id));
         world.store.txn(gone).await.expect("no faults here");
         let error = running.head.describe(serde_json::json!("new")).await.expect_err("no root");
         assert_eq!(error.to_string(), "the head stopped: the volume was deleted");
@@ -156,7 +153,7 @@ fn a_swap_whose_caller_is_gone_keeps_its_sequence() {
         assert_eq!(root.sequence, before.sequence + 2);
         assert_eq!(root.description, "second");
         for index in 0..world.ids.len() {
-            let held = world.disk(index).expect("open").list(world.volume).expect("readable");
+            let held = world.disk(index).expect("open").list(world.volume.id).expect("readable");
             let mirror = held.mirror.expect("mirrored");
             assert_eq!(Root::decode(&mirror.data).expect("a root"), root, "on disk {index}");
         }

@@ -12,11 +12,11 @@ use super::overlay::Target;
 use super::segtab::{Segment, ShardRef};
 use super::takeover::Listing;
 use crate::id::{BLOCK_SIZE, DiskId, Epoch, Lsn, SegmentId, VolumeId};
-use crate::limits::RECORD_HEADER_BLOCKS_MAX;
+use crate::limits::{RECORD_HEADER_BLOCKS_MAX, RECORD_PAYLOAD_BLOCKS_MAX};
 use crate::planted::{Bug, bug};
 use crate::segment::BlockAddr;
 use crate::segment::checksum::{Salt, raw_crcs};
-use crate::segment::record::{Entry, Header};
+use crate::segment::record::{Entry, Header, RecordError};
 use crate::shard::disks::Disks;
 use crate::shard::{
     Authority, Scheme, SegmentKind, ShardClient, ShardError, ShardInfo, ShardState,
@@ -26,6 +26,9 @@ use crate::shard::{
 const WINDOW_BLOCKS: u32 = 256;
 /// Length bound of a log segment found on the disks: with one data shard, addresses need no stride.
 const COPIES_BLOCKS: u32 = 1 << crate::limits::SEGMENT_BLOCK_BITS;
+/// Blocks of the largest record.
+#[allow(clippy::cast_possible_truncation, reason = "small constants")]
+const RECORD_BLOCKS_MAX: u32 = (RECORD_HEADER_BLOCKS_MAX + RECORD_PAYLOAD_BLOCKS_MAX) as u32;
 /// How long a raw read or a seal of a recovery may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -37,7 +40,11 @@ pub(super) struct Raw {
     window: (u32, Bytes),
     /// The disk, if it did not yield what was asked of it.
     unreadable: Option<DiskId>,
+    /// It did not answer in time once.
+    silent: bool,
     disk: DiskId,
+    /// The block at which a record of this segment lies that this version does not understand.
+    newer: Option<u32>,
 }
 
 impl Raw {
@@ -48,7 +55,9 @@ impl Raw {
             segment,
             window: (0, Bytes::new()),
             unreadable: None,
+            silent: false,
             disk,
+            newer: None,
         }
     }
 
@@ -62,10 +71,10 @@ impl Raw {
                 return None;
             };
             // A window may reach beyond the slot or into a bad sector: then just what is needed.
-            let (mut found, mut silent) = (None, false);
+            let (mut found, mut failed) = (None, false);
             for want in [count.max(WINDOW_BLOCKS), count] {
                 let read = client.read_raw(self.volume, self.segment, block, want);
-                silent = match tokio::time::timeout(PATIENCE, read).await {
+                failed = match tokio::time::timeout(PATIENCE, read).await {
                     Ok(Ok(reply)) => {
                         found = Some(reply.data);
                         break;
@@ -74,11 +83,15 @@ impl Raw {
                     Ok(Err(
                         ShardError::WrongLength(_) | ShardError::Gone | ShardError::Invalid(_),
                     )) => false,
-                    _ => true,
+                    Ok(Err(_)) => true,
+                    Err(_) => {
+                        (self.silent, failed) = (true, true);
+                        break;
+                    }
                 };
             }
             let Some(found) = found else {
-                if silent {
+                if failed {
                     self.unreadable = Some(self.disk);
                 }
                 return None;
@@ -92,11 +105,46 @@ impl Raw {
     /// The record header at `block`, if a valid one of this shard lies there.
     pub(super) async fn header(&mut self, block: u32, shard: u8) -> Option<Header> {
         let most = u32::try_from(RECORD_HEADER_BLOCKS_MAX).ok()?;
-        let decoded = match self.blocks(block, most).await {
-            Some(bytes) => Header::decode(&bytes),
-            None => Header::decode(&self.blocks(block, 1).await?),
+        let bytes = match self.blocks(block, most).await {
+            Some(bytes) => bytes,
+            None => self.blocks(block, 1).await?,
         };
-        decoded.ok().filter(|h| h.is_at(self.volume, self.segment, shard, block))
+        match Header::decode(&bytes) {
+            Ok(header) => Some(header).filter(|h| h.is_at(self.volume, self.segment, shard, block)),
+            Err(RecordError::Version(_) | RecordError::Entry)
+                if Header::claims(&bytes, self.volume, self.segment, block) =>
+            {
+                self.newer = Some(block);
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// The highest LSN that a record of `epoch` from `block` on says was acknowledged. Looks until
+    /// no record begins within the size of the largest one.
+    async fn acked_beyond(&mut self, mut block: u32, epoch: Epoch) -> Lsn {
+        let mut highest = Lsn::default();
+        let mut last = block;
+        while block - last <= RECORD_BLOCKS_MAX {
+            let found = self.header(block, 0).await.filter(|header| header.epoch == epoch);
+            if let Some(header) = found {
+                highest = highest.max(header.acked);
+                block += header.blocks();
+                last = block;
+            } else if self.unreadable.is_some() || !self.has(block) {
+                break;
+            } else {
+                block += 1;
+            }
+        }
+        highest
+    }
+
+    /// Whether a block was read.
+    fn has(&self, block: u32) -> bool {
+        let (start, data) = &self.window;
+        (*start..*start + u32::try_from(data.len() / BLOCK_SIZE).unwrap_or(0)).contains(&block)
     }
 
     /// Whether the payload of a record is there and matches its checksums.
@@ -121,6 +169,8 @@ pub(super) struct Replay {
     pub(super) acked: Lsn,
     /// A segment that ends, says its successor, beyond what could be read.
     pub(super) cut: bool,
+    /// Where a record lies that this version does not understand.
+    pub(super) newer: Option<(SegmentId, u32)>,
     /// Disks that did not yield all that was asked of them where the log seems to end.
     pub(super) unread: BTreeSet<DiskId>,
     /// Settled lengths: of log segments as walked, of data segments as referred to.
@@ -136,7 +186,10 @@ struct Members {
 impl Members {
     /// The record at `block`, whole on at least one member.
     async fn record(&mut self, block: u32, verify: bool) -> Option<Header> {
+        // Whoever kept the walk waiting is asked last from now on.
+        self.raws.sort_by_key(|raw| raw.silent);
         for raw in &mut self.raws {
+            raw.unreadable = None;
             let Some(header) = raw.header(block, 0).await else {
                 tracing::trace!(segment = %raw.segment, block, "no record on this member");
                 continue;
@@ -147,6 +200,16 @@ impl Members {
             tracing::debug!(segment = %raw.segment, block, lsn = %header.lsn, "torn record on this member");
         }
         None
+    }
+
+    /// The highest LSN that what lies from `block` on says was acknowledged: a damaged record must
+    /// not hide that the log went on behind it.
+    async fn acked_beyond(&mut self, block: u32, epoch: Epoch) -> Lsn {
+        let mut highest = Lsn::default();
+        for raw in &mut self.raws {
+            highest = highest.max(raw.acked_beyond(block, epoch).await);
+        }
+        highest
     }
 }
 
@@ -258,12 +321,14 @@ async fn walk_log(
         salt: Salt::new(head.volume, id, scheme, 0),
     };
     let mut at = begin;
+    let mut ends = false;
     while end.is_none_or(|end| at < end) {
         // What lies below an end that a later record names was acknowledged; its content is
         // verified when it is read. An end that a shard was sealed at proves less.
         let Some(header) = members.record(at, !acknowledged).await else {
             replay.unread.extend(members.raws.iter().filter_map(|raw| raw.unreadable));
             replay.cut |= acknowledged;
+            ends = true;
             break;
         };
         let same = header.epoch == epoch || bug(Bug::ReplayOtherEpoch);
@@ -273,6 +338,7 @@ async fn walk_log(
         replay.acked = replay.acked.max(header.acked);
         if header.lsn != Lsn(0) {
             if header.lsn > replay.end.next() {
+                ends = true;
                 break;
             }
             if header.lsn == replay.end.next() {
@@ -281,6 +347,12 @@ async fn walk_log(
             }
         }
         at += header.blocks();
+    }
+    if ends && !bug(Bug::ReplayOtherEpoch) {
+        let beyond = members.acked_beyond(at, epoch).await;
+        replay.acked = replay.acked.max(beyond);
+        let newer = members.raws.iter().find_map(|raw| raw.newer);
+        replay.newer = replay.newer.or(newer.map(|block| (id, block)));
     }
     at
 }
@@ -313,10 +385,15 @@ impl Head {
 
     /// Applies one record of the log.
     async fn replay_record(&self, id: SegmentId, header: &Header, replay: &mut Replay) {
-        // Moves apply only where the index still points to the old place.
+        self.know_opened(header);
+        // Moves apply only where the index still points to the old place; and not where the new
+        // place is gone: the head did not apply the move either, and freed what held nothing.
         let mut matching: BTreeSet<(u64, BlockAddr)> = BTreeSet::new();
         for entry in &header.entries {
-            if let Entry::Move { lba, blocks, from, .. } = *entry {
+            if let Entry::Move { lba, blocks, from, to } = *entry {
+                if !self.state.borrow().table.segments.contains_key(&to.segment) {
+                    continue;
+                }
                 let tree = self.state.borrow().tree;
                 let Ok(extents) = lookup(self, tree, lba, blocks.into()).await else { continue };
                 for extent in extents {
@@ -331,7 +408,6 @@ impl Head {
                 }
             }
         }
-        self.know_opened(header);
         let mut state = self.state.borrow_mut();
         for entry in &header.entries {
             if let Entry::Place { blocks, addr, .. } | Entry::Move { blocks, to: addr, .. } = entry

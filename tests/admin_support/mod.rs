@@ -10,7 +10,7 @@ use sds::admin::backend::{ApiResult, Command, channel};
 use sds::admin::error::ApiError;
 use sds::admin::types::{
     AddDisk, Capacity, CreatePool, CreateVolume, Disk, DiskErrors, DiskLatency, DiskState, Pool,
-    Redundancy, Removed, ResizeVolume, Volume, VolumeName, VolumeState,
+    Redundancy, Removed, ResizeVolume, Scrub, ScrubState, Volume, VolumeName, VolumeState,
 };
 use sds::admin::{health, server};
 use sds::id::{DiskId, PoolId, VolumeId};
@@ -89,6 +89,7 @@ struct State {
     pools: BTreeMap<String, Pool>,
     volumes: BTreeMap<String, Volume>,
     held: Vec<Command>,
+    scrubbing: bool,
 }
 
 fn disk(n: u8, path: String) -> Disk {
@@ -135,6 +136,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         exports: vec![format!("nbd://127.0.0.1:10809/{short}")],
         state: VolumeState::Online,
         failures: vec![],
+        unrepairable: 0,
     }
 }
 
@@ -152,6 +154,7 @@ impl State {
             pools: [(pool.name.clone(), pool)].into(),
             volumes: [(volume.name.clone(), volume)].into(),
             held: vec![],
+            scrubbing: false,
         }
     }
 
@@ -217,8 +220,37 @@ impl State {
             Command::VolumeRemove { volume, force, reply } => {
                 drop(reply.send(self.remove_volume(&volume, force)));
             }
+            Command::ScrubList { reply } => drop(reply.send(Ok(self.scrubs(None)))),
+            Command::ScrubStart { volume, reply } => {
+                let started = match &volume {
+                    Some(name) => self.volume(name).map(|v| v.name.clone()).map(Some),
+                    None => Ok(None),
+                };
+                drop(reply.send(started.map(|name| {
+                    self.scrubbing = true;
+                    self.scrubs(name.as_deref())
+                })));
+            }
             other => panic!("unexpected {other:?}"),
         }
+    }
+
+    fn scrubs(&self, only: Option<&str>) -> Vec<Scrub> {
+        let wanted = self.volumes.keys().filter(|name| only.is_none_or(|only| only == *name));
+        wanted
+            .map(|name| Scrub {
+                volume: name.clone(),
+                state: if self.scrubbing { ScrubState::Running } else { ScrubState::Idle },
+                bytes_done: 1 << 30,
+                bytes_total: 4 << 30,
+                bytes_unchecked: 0,
+                eta_s: Some(200),
+                finished_at: Some(1_700_000_000),
+                found: 3,
+                repaired: 3,
+                unrepairable: 0,
+            })
+            .collect()
     }
 
     fn disk(&mut self, id: DiskId) -> ApiResult<&mut Disk> {

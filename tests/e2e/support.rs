@@ -175,7 +175,8 @@ impl Node {
 
     /// Stops in order.
     pub(crate) fn stop(mut self) {
-        run("kill", &["-TERM", &self.child.id().to_string()]);
+        // The shell has it built in; the program is in a package that not every machine has.
+        run("sh", &["-c", &format!("kill -TERM {}", self.child.id())]);
         let status = self.child.wait().expect("sdsd ends");
         assert!(status.success(), "sdsd ended with {status}");
     }

@@ -11,7 +11,14 @@ use sds::export::memory::{MemoryDirectory, MemoryTarget};
 use sds::export::nbd::{NbdConfig, NbdMetrics, Server};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, duplex};
 use tokio::sync::watch;
-use tokio::task::{JoinHandle, LocalSet, spawn_local};
+use tokio::task::{JoinHandle, spawn_local};
+
+use clock::simulate;
+
+// Not through the library: these tests are built without the simulation too.
+#[allow(unreachable_pub, reason = "public where it belongs")]
+#[path = "../../src/sim/clock.rs"]
+mod clock;
 
 pub(crate) const IHAVEOPT: u64 = 0x4948_4156_454F_5054;
 pub(crate) const VOLUME_BYTES: u64 = 64 << 20;
@@ -75,12 +82,7 @@ pub(crate) fn run<F: Future<Output = ()>>(test: impl FnOnce(World) -> F) {
 }
 
 pub(crate) fn run_with<F: Future<Output = ()>>(config: NbdConfig, test: impl FnOnce(World) -> F) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    LocalSet::new().block_on(&runtime, async {
+    simulate(async {
         let bounded = tokio::time::timeout(Duration::from_hours(1), test(World::new(config)));
         bounded.await.expect("the test hangs");
     });

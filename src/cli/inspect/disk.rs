@@ -26,7 +26,7 @@ pub(super) struct DiskReport {
     disk: DiskId,
     cluster: ClusterId,
     superblocks: Vec<SuperblockView>,
-    layout: Layout,
+    layout: Geometry,
     slots: Slots,
     volumes: Vec<VolumeView>,
     catalog: CatalogView,
@@ -46,47 +46,6 @@ struct SuperblockView {
     sequence: Option<u64>,
     formatted: Option<bool>,
     fault: Option<String>,
-}
-
-/// Offsets and sizes in bytes.
-#[derive(Serialize)]
-struct Layout {
-    size_bytes: u64,
-    slot_bytes: u64,
-    slots: u32,
-    volumes_max: u32,
-    slot_table: u64,
-    volume_table: u64,
-    catalog: u64,
-    checksums: u64,
-    data: u64,
-}
-
-impl From<Geometry> for Layout {
-    fn from(geometry: Geometry) -> Self {
-        let Geometry {
-            size_bytes,
-            slot_bytes,
-            slots,
-            volumes_max,
-            slot_table,
-            volume_table,
-            catalog,
-            checksums,
-            data,
-        } = geometry;
-        Self {
-            size_bytes,
-            slot_bytes,
-            slots,
-            volumes_max,
-            slot_table,
-            volume_table,
-            catalog,
-            checksums,
-            data,
-        }
-    }
 }
 
 /// Slots by state.
@@ -223,7 +182,7 @@ impl DiskReport {
             disk: found.superblock.disk,
             cluster: found.superblock.cluster,
             superblocks: superblock_views(copies),
-            layout: geometry.into(),
+            layout: geometry,
             slots,
             volumes,
             catalog: catalog_view(found),
@@ -251,7 +210,7 @@ impl DiskReport {
     }
 
     pub(super) fn text(&self) -> String {
-        let Layout { size_bytes, slot_bytes, slots, volumes_max, .. } = self.layout;
+        let Geometry { size_bytes, slot_bytes, slots, volumes_max, .. } = self.layout;
         let mut lines = self.subject.lines();
         lines.extend([
             ("disk", self.disk.to_string()),
@@ -264,7 +223,7 @@ impl DiskReport {
         }
         let states = &self.slots;
         lines.extend([
-            ("layout", self.layout.text()),
+            ("layout", layout_text(&self.layout)),
             (
                 "slots",
                 format!(
@@ -371,13 +330,11 @@ impl SuperblockView {
     }
 }
 
-impl Layout {
-    fn text(&self) -> String {
-        format!(
-            "slot table at {}, volume table at {}, catalog at {}, checksums at {}, slot 0 at {}",
-            self.slot_table, self.volume_table, self.catalog, self.checksums, self.data
-        )
-    }
+fn layout_text(layout: &Geometry) -> String {
+    format!(
+        "slot table at {}, volume table at {}, catalog at {}, checksums at {}, slot 0 at {}",
+        layout.slot_table, layout.volume_table, layout.catalog, layout.checksums, layout.data
+    )
 }
 
 impl CatalogView {
