@@ -13,13 +13,7 @@ use crate::volume::ScrubReport;
 impl Node {
     /// The scrubs of all volumes, sorted by name.
     pub(super) fn list_scrubs(&self) -> Vec<Scrub> {
-        self.view_scrubs(self.volumes.borrow().values().cloned())
-    }
-
-    fn view_scrubs(&self, slots: impl Iterator<Item = Rc<VolumeSlot>>) -> Vec<Scrub> {
-        let mut list: Vec<Scrub> = slots.map(|slot| view_scrub(&slot)).collect();
-        list.sort_by(|a, b| a.volume.cmp(&b.volume));
-        list
+        view_scrubs(self.volumes.borrow().values().cloned())
     }
 
     /// Begins to scrub one volume, or all that are served.
@@ -41,8 +35,14 @@ impl Node {
         for head in served.iter().filter_map(|slot| slot.serving()) {
             head.start_scrub();
         }
-        Ok(self.view_scrubs(served.into_iter()))
+        Ok(view_scrubs(served.into_iter()))
     }
+}
+
+fn view_scrubs(slots: impl Iterator<Item = Rc<VolumeSlot>>) -> Vec<Scrub> {
+    let mut list: Vec<Scrub> = slots.map(|slot| view_scrub(&slot)).collect();
+    list.sort_by(|a, b| a.volume.cmp(&b.volume));
+    list
 }
 
 fn view_scrub(slot: &VolumeSlot) -> Scrub {

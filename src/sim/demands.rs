@@ -150,16 +150,15 @@ pub(super) async fn take_over(
     context.cover(if due() { "take-over that must succeed" } else { "take-over with an excuse" });
     let _counted = TakingOver::new(context);
     let mut attempt = std::pin::pin!(context.world.take_over_volume(node, volume));
-    let result = match timeout(TAKE_OVER_MAX, &mut attempt).await {
-        Ok(result) => result,
-        Err(_) => {
-            if due() && !node.faults.unavailable.get() {
-                let waiting = context.world.waiting.borrow().clone();
-                context.fail(format!("a take-over lasts longer than {TAKE_OVER_MAX:?}: {waiting}"));
-            }
-            context.note(&format!("a take-over lasts: {excuse:?}"));
-            attempt.await
+    let result = if let Ok(result) = timeout(TAKE_OVER_MAX, &mut attempt).await {
+        result
+    } else {
+        if due() && !node.faults.unavailable.get() {
+            let waiting = context.world.waiting.borrow().clone();
+            context.fail(format!("a take-over lasts longer than {TAKE_OVER_MAX:?}: {waiting}"));
         }
+        context.note(&format!("a take-over lasts: {excuse:?}"));
+        attempt.await
     };
     if let Err(
         error @ (TakeOverError::Damaged { .. }

@@ -141,7 +141,9 @@ async fn retire(context: &Context) {
             context.world.retired.borrow_mut().insert(index);
             context.faulty.borrow_mut().remove(&index);
             context.long.borrow_mut().remove(&index);
-            heads.iter().for_each(|running| running.head.disk_removed(id));
+            for running in &heads {
+                running.head.disk_removed(id);
+            }
             context.cover_noted("disk is gone for good");
             return;
         }

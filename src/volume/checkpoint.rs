@@ -78,7 +78,10 @@ impl MetaWriter<'_> {
         if let Some(meta) = self.head.state.borrow().meta.clone() {
             return Ok(meta);
         }
-        let mut opened = self.head.open_in_set(SegmentKind::Meta, SlotClass::Client, 1).await;
+        let mut opened = Err(OpenError::NoSpace);
+        if !self.head.space.meta_failed.get() {
+            opened = self.head.open_in_set(SegmentKind::Meta, SlotClass::Client, 1).await;
+        }
         if matches!(opened, Err(OpenError::NoSpace)) {
             self.head.take_checkpoint_reserve().await;
             opened = self.head.open_in_set(SegmentKind::Meta, SlotClass::Checkpoint, 1).await;
@@ -171,6 +174,7 @@ impl MetaWriter<'_> {
             self.head.disks.report(meta.shards[shard].disk, &error);
             failed = true;
         }
+        self.head.space.meta_failed.set(failed);
         let end = start + blocks + payload_blocks;
         let mut state = self.head.state.borrow_mut();
         let Some(entry) = state.table.segments.get_mut(&meta.id) else {

@@ -54,6 +54,9 @@ pub(super) struct Space {
     known: Cell<Option<(u64, u32, u32)>>,
     /// The version of the disks' fill at which a checkpoint was last asked for.
     asked: Cell<u64>,
+    /// An append to a meta segment failed: the next one is opened where the disks are sound, with the
+    /// checkpoints' reserve, though clients' slots may be free on those that are not.
+    pub(super) meta_failed: Cell<bool>,
     /// Meta segments that the checkpoint under way has opened.
     pub(super) opened: RefCell<Vec<SegmentId>>,
     /// Held while a checkpoint uses the checkpoints' reserve, until the root names it and what it
