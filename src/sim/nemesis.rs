@@ -216,16 +216,19 @@ fn place(context: &Context) -> u64 {
 }
 
 /// Content is not hurt while a rival takes over: of the last record it may have found a single copy,
-/// which it makes whole on other disks in the end only (docs/simulation.md, known open).
+/// which it makes whole on other disks in the end only (docs/simulation.md, known open). Nor is it
+/// while some segment survives no further loss: that would be beyond its redundancy.
 fn strike(context: &Context) {
     let Some(index) = victims(context) else { return };
-    let gentle = context.gentle || context.taking_over.get() > 0;
+    let heads = context.heads.borrow().clone();
+    let bare = |running: &Rc<Running>| running.head.reduced().1 == Some(0);
+    let gentle = context.gentle || context.taking_over.get() > 0 || heads.last().is_some_and(bare);
     let what = if gentle || context.env.chance(1, 2) {
         stall(context, index)
     } else {
         hurt(context, index)
     };
-    let reduced = context.heads.borrow().last().is_some_and(|r| r.head.reduced().0 > 0);
+    let reduced = heads.last().is_some_and(|r| r.head.reduced().0 > 0);
     let state = if reduced { "reduced" } else { "full" };
     context.cover_noted(&format!("{what} while {state}"));
 }
