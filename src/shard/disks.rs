@@ -291,13 +291,6 @@ impl Disks {
         self.fill_changed();
     }
 
-    /// Free and all slots of the disks that are up.
-    pub fn fill(&self) -> (u64, u64) {
-        let disks = self.known.borrow();
-        let sum = |f: fn(&DiskInfo) -> u32| disks.values().map(|e| u64::from(f(&e.info))).sum();
-        (sum(|i| i.slots_free), sum(|i| i.slots))
-    }
-
     /// Chooses up to `count` disks in different domains by weighted random draw (weight: slots
     /// that are free for `class`), healthy ones first, out of those that `allowed` admits, avoiding
     /// the domains in `taken`. Fewer are returned when there are no more.

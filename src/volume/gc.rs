@@ -30,8 +30,12 @@ use crate::segment::open::OpenError;
 use crate::segment::record::{Entry, Header};
 use crate::shard::{SegmentKind, SlotClass};
 
-/// Segments cleaned in one pass.
-const VICTIMS_MAX: usize = 8;
+/// Segments that one pass may clean. Where they are nearly full, it takes many to free one.
+const VICTIMS_MAX: usize = 64;
+/// Segments that one pass cleans, if that frees as much as [`GAIN_ENOUGH`].
+const VICTIMS_ENOUGH: usize = 8;
+/// Segments' worth of slots that are enough for one pass to free.
+const GAIN_ENOUGH: usize = 4;
 /// For how long a volume keeps others from cleaning while it waits for its checkpoint.
 const FREE_PATIENCE: Duration = Duration::from_secs(10);
 /// Pages that one checkpoint rewrites to empty meta segments.
@@ -183,7 +187,6 @@ impl Head {
 
     /// Segments worth cleaning now, best first.
     fn victims(&self) -> Vec<Segment> {
-        let (free, slots) = self.disks.fill();
         let state = self.state.borrow();
         let (log, _) = self.capture.borrow().log;
         let coded = self.pool.scheme.data > 1;
@@ -196,8 +199,8 @@ impl Head {
             .collect();
         let used: u64 = sealed.iter().map(|s| s.capacity_blocks()).sum();
         let live: u64 = sealed.iter().map(|s| u64::from(s.live)).sum();
-        // With room to spare, only clear waste is worth the work.
-        let tight = free * 3 < slots || self.is_tight(&state);
+        // What dies by itself need not be moved: with room to spare, only clear waste is worth it.
+        let tight = self.wants_space(&state);
         let wasteful = used > 2 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
         let uncompacted = coded && logs > 64;
@@ -273,6 +276,10 @@ impl Head {
             if here > gain && segments <= segments_max && (segments == 0 || gives_back) {
                 gain = here;
                 best = (index + 1, segments);
+                let enough = GAIN_ENOUGH * self.pool.scheme.width();
+                if gain >= enough && index + 1 >= VICTIMS_ENOUGH {
+                    break;
+                }
             }
         }
         best

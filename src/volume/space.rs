@@ -7,7 +7,8 @@
 //! - from [`slow_from`] down, writes of clients are delayed, by more the less there is; a checkpoint
 //!   and garbage collection are asked for with each segment that is opened; an overlay counts as
 //!   full at this volume's share of what the checkpoints' reserve can hold; sparse meta segments
-//!   are rewritten by every checkpoint;
+//!   are rewritten by every checkpoint. Garbage collection begins at twice that: the later it
+//!   comes, the more is dead by itself;
 //! - at zero, a write waits until a *round* has ended in vain that began after it came: a
 //!   checkpoint, and a pass of garbage collection that found nothing to gain. Then it fails with
 //!   "no space". Trims, zeroes and moves wait for nothing here: the log takes them from the
@@ -34,7 +35,7 @@ const POLL: Duration = Duration::from_millis(100);
 /// Headroom from which on writes are delayed, at least.
 const SLOW_FROM_MIN: u32 = 8;
 /// The same, percent of a disk's slots.
-const SLOW_FROM_PERCENT: u32 = 2;
+const SLOW_FROM_PERCENT: u32 = 1;
 /// Extents that an overlay may always have.
 const EXTENTS_MIN: usize = 8;
 /// How long a checkpoint that used the reserve may wait for its root while others wait for it.
@@ -120,6 +121,13 @@ impl Head {
     pub(super) fn is_tight(&self, state: &State) -> bool {
         let (headroom, slow) = self.headroom(state);
         headroom < slow
+    }
+
+    /// Whether so few slots are free that garbage collection has to make room: some more than
+    /// where writes begin to be delayed.
+    pub(super) fn wants_space(&self, state: &State) -> bool {
+        let (headroom, slow) = self.headroom(state);
+        headroom < slow.saturating_mul(2)
     }
 
     /// Extents at which the overlay is full: while space is short, no more than change the index
