@@ -532,9 +532,10 @@ pub(super) async fn settle(
         .filter(|info| info.state == ShardState::Sealed && info.blocks >= length)
         .map(|info| info.blocks)
         .max();
-    let blocks = match segment.kind {
-        SegmentKind::Log => length,
-        _ => sealed_at.unwrap_or(length),
+    let blocks = match (segment.kind, sealed_at) {
+        (SegmentKind::Log, _) | (SegmentKind::Meta, None) => length,
+        (SegmentKind::Data, None) => whole_records(disks, authority.volume, segment, length).await,
+        (_, Some(sealed_at)) => sealed_at,
     };
     tracing::debug!(segment = %segment.id, kind = ?segment.kind, length, blocks, ?held, "settle");
     let mut missing = 0u32;
@@ -572,6 +573,24 @@ pub(super) async fn settle(
         }
     }
     Settled { blocks, missing }
+}
+
+/// The end of the record that reaches to block `length` of a data segment, or beyond: the log may
+/// refer to the first blocks of a record only, because the others were overwritten before they
+/// were moved. What is referred to at all was durable as a whole.
+async fn whole_records(disks: &Disks, volume: VolumeId, segment: &Segment, length: u32) -> u32 {
+    for (shard, member) in (0..).zip(&segment.members) {
+        let mut raw = Raw::new(disks, volume, segment.id, member.disk);
+        let mut at = 0;
+        while at < length {
+            let Some(header) = raw.header(at, shard).await else { break };
+            at += header.blocks();
+        }
+        if at >= length {
+            return at;
+        }
+    }
+    length
 }
 
 /// Seals a closed shard if it holds the first `blocks` blocks intact.
