@@ -330,8 +330,15 @@ impl Writer {
             op.finish(Err(TargetError::Io("looked up in an older index".into())));
             self.head.applied.notify_waiters();
         }
+        // What was first before, and was looked at, may have been skipped or refused: what is first
+        // now may only lack room in this segment, and comes into the next one.
+        let fits_none = |op: &Op| {
+            log.next.get() == 0
+                || op.crcs.len() > RECORD_PAYLOAD_BLOCKS_MAX
+                || op.entries.len() > RECORD_ENTRIES_MAX
+        };
         if ops.is_empty()
-            && let Some(op) = state.pending.pop_front()
+            && let Some(op) = state.pending.pop_front_if(|op| fits_none(op))
         {
             // It fits no record: a defect of whoever made it, but no reason to stand still.
             state.unpin(&op.entries);

@@ -7,14 +7,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::head::HeadConfig;
+use super::head::{HeadConfig, Op};
 use super::root::Root;
 use super::target::HeadTarget;
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE, Epoch, HeadId, SegmentId, VolumeId};
 use crate::meta::{MetaStore, Txn, schema};
+use crate::segment::BlockAddr;
 use crate::segment::fetch::{Finding, Problem};
+use crate::segment::record::Entry;
 use crate::shard::{Authority, Scheme, SegmentKind, ShardError, ShardSpec, SlotClass};
 use crate::sim::device::SimDevice;
 use crate::sim::simulate;
@@ -336,5 +338,31 @@ fn a_read_looks_again_when_its_shards_were_replaced() {
         };
         let (read, ()) = tokio::join!(read, replace);
         assert_eq!(read.expect("it is read in the end").concat(), vec![9; BLOCK_SIZE]);
+    });
+}
+
+#[test]
+fn a_write_behind_a_stale_move_that_does_not_fit_the_segment_goes_to_the_next() {
+    with_head(async |_, running| {
+        let target = HeadTarget(running.head.clone());
+        let large = Bytes::from(vec![3; 8 * BLOCK_SIZE]);
+        for n in 0..40 {
+            for lba in 0..n % 3 {
+                write(running, lba, 1).await;
+            }
+            let nowhere = BlockAddr { segment: SegmentId(1 << 30), block: 0 };
+            let stale = Entry::Move { lba: 200, blocks: 1, from: nowhere, to: nowhere };
+            let generation = running.head.state.borrow().generation + 1;
+            running.head.enqueue(Op {
+                entries: vec![stale],
+                payload: Vec::new(),
+                crcs: Vec::new(),
+                class: SlotClass::Gc,
+                generation,
+                done: None,
+            });
+            let written = target.write(100 * BLOCK_BYTES, large.clone()).await;
+            assert_eq!(written, Ok(()), "write {n}");
+        }
     });
 }
