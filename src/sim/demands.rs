@@ -21,7 +21,7 @@ use crate::volume::rules;
 use crate::volume::takeover::TakeOverError;
 
 /// Virtual time within which a take-over without an excuse ends.
-const TAKE_OVER_MAX: Duration = Duration::from_mins(1);
+const TAKE_OVER_MAX: Duration = Duration::from_secs(30);
 /// Virtual time within which a head without faults releases its volume, and each client
 /// ends beyond what an answer may take.
 const END_MAX: Duration = Duration::from_secs(30);

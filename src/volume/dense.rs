@@ -34,7 +34,7 @@ pub(super) struct Dense {
 #[derive(Default)]
 struct Lane {
     open: RefCell<Option<Rc<DataSegment>>>,
-    /// Opened ahead, to be filled next.
+    /// Opened ahead, to be filled next, the last one first.
     spare: RefCell<Vec<Rc<DataSegment>>>,
     opening: tokio::sync::Mutex<()>,
 }
@@ -206,27 +206,35 @@ impl Head {
         let spare = lane.spare.borrow_mut().pop();
         let data = match spare {
             Some(spare) => spare,
-            None => self.open_dense(class).await?,
+            None => self.open_dense(class, |_| true).await?,
         };
         *lane.open.borrow_mut() = Some(data.clone());
         if fits(&data) { Ok(data) } else { Err(HeadError::TooLarge) }
     }
 
-    /// Opens data segments for garbage collection ahead: `count`, or as many as there is room for.
-    /// Tells how many.
+    /// Opens data segments for garbage collection ahead, on disks that are admitted: `count`, or as
+    /// many as there is room for. Tells the disks of each, in the order in which they are filled.
     ///
     /// # Errors
     /// They cannot be opened for other reasons.
-    pub(super) async fn obtain_dense(self: &Rc<Self>, count: usize) -> Result<usize, HeadError> {
+    pub(super) async fn obtain_dense(
+        self: &Rc<Self>,
+        count: usize,
+        admitted: impl Fn(DiskId) -> bool,
+    ) -> Result<Vec<Vec<DiskId>>, HeadError> {
         let lane = self.dense.lane(SlotClass::Gc);
-        for obtained in 0..count {
-            match self.open_dense(SlotClass::Gc).await {
-                Ok(data) => lane.spare.borrow_mut().push(data),
-                Err(HeadError::Open(OpenError::NoSpace)) => return Ok(obtained),
+        let mut disks = Vec::new();
+        for _ in 0..count {
+            match self.open_dense(SlotClass::Gc, &admitted).await {
+                Ok(data) => {
+                    disks.push(data.segment.shards.iter().map(|shard| shard.disk).collect());
+                    lane.spare.borrow_mut().insert(0, data);
+                }
+                Err(HeadError::Open(OpenError::NoSpace)) => break,
                 Err(error) => return Err(error),
             }
         }
-        Ok(count)
+        Ok(disks)
     }
 
     /// Closes the data segments that were opened ahead and are not needed.
@@ -244,8 +252,13 @@ impl Head {
         open.as_ref().filter(|data| !data.failed.get()).map_or(0, |data| data.room())
     }
 
-    async fn open_dense(self: &Rc<Self>, class: SlotClass) -> Result<Rc<DataSegment>, HeadError> {
-        let allowed: BTreeSet<_> = self.disks.ids().into_iter().collect();
+    async fn open_dense(
+        self: &Rc<Self>,
+        class: SlotClass,
+        admitted: impl Fn(DiskId) -> bool,
+    ) -> Result<Rc<DataSegment>, HeadError> {
+        let allowed: BTreeSet<_> =
+            self.disks.ids().into_iter().filter(|&disk| admitted(disk)).collect();
         let request = OpenRequest {
             authority: self.authority,
             kind: SegmentKind::Data,

@@ -8,6 +8,7 @@
 //!
 //! Meta segments are emptied by having the next checkpoint rewrite the pages in them.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -251,29 +252,24 @@ impl Head {
     }
 
     /// How many of the victims, from the first on, free the most slots beyond those that what is
-    /// live in them will fill, with at most `segments_max` new segments; and how many it takes.
-    /// On a disk of `short` a pass frees all but so many of the slots that it may take there, so
-    /// that the reserve of garbage collection is not used up on one disk for the good of others.
+    /// live in them will fill, where `fits` tells whether so many victims may take so many new
+    /// segments; and how many it takes.
     fn best_pass(
         &self,
         victims: &[Segment],
         open: u32,
-        short: &[(DiskId, u32)],
-        segments_max: usize,
+        fits: impl Fn(&[Segment], usize) -> bool,
     ) -> (usize, usize) {
         let each = usable(self.disks.slot_blocks_min()).max(1);
         let mut best = (0, 0);
         let (mut gain, mut frees) = (0, 0);
         for (index, victim) in victims.iter().enumerate() {
             frees += victim.scheme.width();
-            let lacking = self.moved_blocks(&victims[..=index]).saturating_sub(usable(open));
+            let chosen = &victims[..=index];
+            let lacking = self.moved_blocks(chosen).saturating_sub(usable(open));
             let segments = lacking.div_ceil(each) as usize;
             let here = frees.saturating_sub(segments * self.pool.scheme.width());
-            let gives_back = short.iter().all(|&(disk, slack)| {
-                let on_disk = victims[..=index].iter().filter(|v| v.lies_on(disk));
-                on_disk.count() + slack as usize >= segments
-            });
-            if here > gain && segments <= segments_max && (segments == 0 || gives_back) {
+            if here > gain && (segments == 0 || fits(chosen, segments)) {
                 gain = here;
                 best = (index + 1, segments);
                 let enough = GAIN_ENOUGH * self.pool.scheme.width();
@@ -287,6 +283,10 @@ impl Head {
 
     /// Opens the data segments that a pass will fill, before anything is moved. Leaves out the
     /// victims for which there is no room, or that free nothing.
+    ///
+    /// On a disk that is full for clients a pass frees all but so many of the slots that it takes
+    /// there, so that the reserve of garbage collection is not used up on one disk for the good of
+    /// others. Where it cannot, it takes slots of the other disks only.
     async fn obtain(self: &Rc<Self>, mut victims: Vec<Segment>) -> Result<Vec<Segment>, HeadError> {
         let open = self.gc_room();
         let mut short = self.disks.full_for(SlotClass::Client);
@@ -294,12 +294,31 @@ impl Head {
         for (_, slack) in &mut short {
             *slack = slack.saturating_sub(1);
         }
-        let (count, segments) = self.best_pass(&victims, open, &short, usize::MAX);
+        let may_take = |victims: &[Segment], disk: DiskId, slots: usize| {
+            let Some((_, slack)) = short.iter().find(|(full, _)| *full == disk) else {
+                return true;
+            };
+            let freed = victims.iter().filter(|victim| victim.lies_on(disk)).count();
+            freed + *slack as usize >= slots
+        };
+        let fits = |victims: &[Segment], segments: usize| {
+            let disks = self.disks.ids().into_iter().filter(|&d| may_take(victims, d, segments));
+            let domains: BTreeSet<_> = disks.filter_map(|disk| self.disks.domain(disk)).collect();
+            domains.len() >= self.pool.scheme.width()
+        };
+        let (count, segments) = self.best_pass(&victims, open, fits);
         if count == 0 {
             return Ok(Vec::new());
         }
-        let obtained = self.obtain_dense(segments).await?;
-        let (count, _) = self.best_pass(&victims, open, &short, obtained);
+        let admitted = |disk| may_take(&victims[..count], disk, segments);
+        let obtained = self.obtain_dense(segments, admitted).await?;
+        let fits = |victims: &[Segment], segments: usize| {
+            let slots = |disk| obtained.iter().take(segments).filter(|s| s.contains(&disk)).count();
+            let disks: BTreeSet<DiskId> = obtained.iter().flatten().copied().collect();
+            segments <= obtained.len()
+                && disks.iter().all(|&disk| may_take(victims, disk, slots(disk)))
+        };
+        let (count, _) = self.best_pass(&victims, open, fits);
         if count == 0 {
             return Err(HeadError::Open(OpenError::NoSpace));
         }
