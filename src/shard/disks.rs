@@ -217,6 +217,11 @@ impl Disks {
         disks.values().map(pages).min().unwrap_or(u64::MAX)
     }
 
+    /// Blocks of a slot of a disk that is up.
+    pub fn slot_blocks(&self, disk: DiskId) -> Option<u32> {
+        self.known.borrow().get(&disk).map(|entry| slot_blocks(entry.info.slot_bytes))
+    }
+
     /// The client of a disk; none if it is down.
     pub fn client(&self, disk: DiskId) -> Option<Rc<dyn ShardClient>> {
         self.known.borrow().get(&disk).map(|entry| entry.client.clone())

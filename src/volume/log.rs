@@ -325,9 +325,7 @@ impl Writer {
             ops.push(op);
         }
         for op in skipped {
-            state.unpin(&op.entries);
-            state.pending_bytes -= op.bytes();
-            op.finish(Err(TargetError::Io("looked up in an older index".into())));
+            state.fail(op, "looked up in an older index");
             self.head.applied.notify_waiters();
         }
         // What was first before, and was looked at, may have been skipped or refused: what is first
@@ -341,9 +339,7 @@ impl Writer {
             && let Some(op) = state.pending.pop_front_if(|op| fits_none(op))
         {
             // It fits no record: a defect of whoever made it, but no reason to stand still.
-            state.unpin(&op.entries);
-            state.pending_bytes -= op.bytes();
-            op.finish(Err(TargetError::Io("the operation fits no record".into())));
+            state.fail(op, "the operation fits no record");
             return None;
         }
         if entries.is_empty() {
@@ -567,6 +563,13 @@ impl Writer {
 }
 
 impl super::head::State {
+    /// Ends an operation that was taken out of the queue and is in no record.
+    fn fail(&mut self, op: Op, why: &str) {
+        self.unpin(&op.entries);
+        self.pending_bytes -= op.bytes();
+        op.finish(Err(TargetError::Io(why.into())));
+    }
+
     /// Takes out the waiting operations of at most this class, to be failed.
     fn fail_pending(&mut self, class: SlotClass) -> Vec<Op> {
         let pending = std::mem::take(&mut self.pending);

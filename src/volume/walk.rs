@@ -5,6 +5,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::join_all;
+use tokio::time::Instant;
 
 use super::head::Head;
 use super::index::lookup;
@@ -31,6 +33,8 @@ const COPIES_BLOCKS: u32 = 1 << crate::limits::SEGMENT_BLOCK_BITS;
 const RECORD_BLOCKS_MAX: u32 = (RECORD_HEADER_BLOCKS_MAX + RECORD_PAYLOAD_BLOCKS_MAX) as u32;
 /// How long a raw read or a seal of a recovery may take.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A disk that took so long for a raw read is asked after the others from then on.
+const SLOW: Duration = Duration::from_millis(100);
 
 /// Unverified blocks of one shard, read ahead.
 pub(super) struct Raw {
@@ -40,8 +44,10 @@ pub(super) struct Raw {
     window: (u32, Bytes),
     /// The disk, if it did not yield what was asked of it.
     unreadable: Option<DiskId>,
-    /// It did not answer in time once.
-    silent: bool,
+    /// Blocks of a slot of the disk: no read ahead goes beyond.
+    slot_blocks: u32,
+    /// The longest that a read took.
+    slowest: Duration,
     disk: DiskId,
     /// The block at which a record of this segment lies that this version does not understand.
     newer: Option<u32>,
@@ -55,7 +61,8 @@ impl Raw {
             segment,
             window: (0, Bytes::new()),
             unreadable: None,
-            silent: false,
+            slot_blocks: disks.slot_blocks(disk).unwrap_or(0),
+            slowest: Duration::ZERO,
             disk,
             newer: None,
         }
@@ -70,11 +77,15 @@ impl Raw {
                 self.unreadable = Some(self.disk);
                 return None;
             };
-            // A window may reach beyond the slot or into a bad sector: then just what is needed.
+            // A window may reach into a bad sector: then just what is needed.
+            let window = WINDOW_BLOCKS.min(self.slot_blocks.saturating_sub(block));
             let (mut found, mut failed) = (None, false);
-            for want in [count.max(WINDOW_BLOCKS), count] {
+            for want in [count.max(window), count] {
+                let since = Instant::now();
                 let read = client.read_raw(self.volume, self.segment, block, want);
-                failed = match tokio::time::timeout(PATIENCE, read).await {
+                let reply = tokio::time::timeout(PATIENCE, read).await;
+                self.slowest = self.slowest.max(since.elapsed());
+                failed = match reply {
                     Ok(Ok(reply)) => {
                         found = Some(reply.data);
                         break;
@@ -85,7 +96,7 @@ impl Raw {
                     )) => false,
                     Ok(Err(_)) => true,
                     Err(_) => {
-                        (self.silent, failed) = (true, true);
+                        failed = true;
                         break;
                     }
                 };
@@ -160,6 +171,11 @@ impl Raw {
     }
 }
 
+/// How late a disk is asked whose slowest read took so long: those that are not slow are alike.
+fn lateness(slowest: Duration) -> Duration {
+    if slowest < SLOW { Duration::ZERO } else { slowest }
+}
+
 /// What a replay found.
 #[derive(Debug, Default)]
 pub(super) struct Replay {
@@ -175,6 +191,25 @@ pub(super) struct Replay {
     pub(super) unread: BTreeSet<DiskId>,
     /// Settled lengths: of log segments as walked, of data segments as referred to.
     pub(super) lengths: BTreeMap<SegmentId, u32>,
+    /// The longest that a read of each disk took.
+    slowest: BTreeMap<DiskId, Duration>,
+}
+
+impl Replay {
+    /// The disks that hold a segment, in the order to ask them.
+    fn raws(&self, head: &Head, id: SegmentId, held: &BTreeMap<DiskId, ShardInfo>) -> Vec<Raw> {
+        let raw = |disk: &DiskId| {
+            let slowest = self.slowest.get(disk).copied().unwrap_or_default();
+            Raw { slowest, ..Raw::new(&head.disks, head.volume, id, *disk) }
+        };
+        let mut raws: Vec<Raw> = held.keys().map(raw).collect();
+        raws.sort_by_key(|raw| lateness(raw.slowest));
+        raws
+    }
+
+    fn note_slowest(&mut self, raw: &Raw) {
+        self.slowest.insert(raw.disk, raw.slowest);
+    }
 }
 
 /// The members of a log segment that may be read, in the order to try them.
@@ -187,7 +222,7 @@ impl Members {
     /// The record at `block`, whole on at least one member.
     async fn record(&mut self, block: u32, verify: bool) -> Option<Header> {
         // Whoever kept the walk waiting is asked last from now on.
-        self.raws.sort_by_key(|raw| raw.silent);
+        self.raws.sort_by_key(|raw| lateness(raw.slowest));
         for raw in &mut self.raws {
             raw.unreadable = None;
             let Some(header) = raw.header(block, 0).await else {
@@ -263,7 +298,7 @@ pub(super) async fn replay(
         })
         .map(|(id, _)| *id)
         .collect();
-    let closed = closures(head, listing, &logs, epoch).await;
+    let closed = closures(head, listing, &logs, epoch, &mut replay).await;
     for id in logs {
         let held = &listing[&id];
         let sealed =
@@ -286,14 +321,14 @@ async fn closures(
     listing: &Listing,
     logs: &[SegmentId],
     epoch: Epoch,
+    replay: &mut Replay,
 ) -> BTreeMap<SegmentId, u32> {
     let mut closed = BTreeMap::new();
     for id in logs {
-        for disk in listing[id].keys() {
-            let mut raw = Raw::new(&head.disks, head.volume, *id, *disk);
-            let Some(header) = raw.header(0, 0).await.filter(|h| h.epoch == epoch) else {
-                continue;
-            };
+        for mut raw in replay.raws(head, *id, &listing[id]) {
+            let header = raw.header(0, 0).await.filter(|h| h.epoch == epoch);
+            replay.note_slowest(&raw);
+            let Some(header) = header else { continue };
             for entry in &header.entries {
                 if let Entry::Closed { segment, blocks, .. } = entry {
                     closed.insert(*segment, *blocks);
@@ -316,10 +351,8 @@ async fn walk_log(
 ) -> u32 {
     let (begin, end, acknowledged) = bounds;
     let scheme = Scheme { data: 1, parity: 0 };
-    let mut members = Members {
-        raws: held.keys().map(|d| Raw::new(&head.disks, head.volume, id, *d)).collect(),
-        salt: Salt::new(head.volume, id, scheme, 0),
-    };
+    let mut members =
+        Members { raws: replay.raws(head, id, held), salt: Salt::new(head.volume, id, scheme, 0) };
     let mut at = begin;
     let mut ends = false;
     while end.is_none_or(|end| at < end) {
@@ -354,6 +387,7 @@ async fn walk_log(
         let newer = members.raws.iter().find_map(|raw| raw.newer);
         replay.newer = replay.newer.or(newer.map(|block| (id, block)));
     }
+    members.raws.iter().for_each(|raw| replay.note_slowest(raw));
     at
 }
 
@@ -539,18 +573,18 @@ pub(super) async fn settle(
     };
     tracing::debug!(segment = %segment.id, kind = ?segment.kind, length, blocks, ?held, "settle");
     let mut missing = 0u32;
-    for (index, member) in segment.members.iter().enumerate() {
+    let settled = segment.members.iter().enumerate().map(async |(index, member)| {
         let whole = match info(member) {
             None => false,
             Some(info) if info.state == ShardState::Sealed => {
-                (info.blocks == blocks && !segment.is_damaged(index))
-                    || bug(Bug::StaleShardAccepted)
+                info.blocks == blocks && !segment.is_damaged(index)
             }
-            Some(_) => {
-                seal_closed(disks, authority, segment, index, blocks, None).await
-                    || bug(Bug::StaleShardAccepted)
-            }
+            Some(_) => seal_closed(disks, authority, segment, index, blocks, None).await,
         };
+        whole || (info(member).is_some() && bug(Bug::StaleShardAccepted))
+    });
+    let settled = join_all(settled).await;
+    for (index, (member, whole)) in segment.members.iter().zip(settled).enumerate() {
         if !whole {
             tracing::info!(
                 volume = %authority.volume, segment = %segment.id, index, disk = %member.disk,
