@@ -46,17 +46,18 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         let Some(running) = start(context).await else { return };
         running.node.heal();
         super::nemesis::heal(context).await;
-        if context.world.config.overcommitted
-            && let Err(why) = fill_up(context, &running).await
-        {
-            note_slots(context);
-            context.fail(format!("full disks: {why}"));
-        }
         let mut heads = vec![running];
+        // What a volume that is not served holds of the reserves is given back by its next head only.
         if let Some(volume) = &context.world.neighbour {
             let neighbour = take_over_at_last(context, &heads[0].node, volume).await;
             heads.extend(neighbour.clone());
             *context.neighbour.borrow_mut() = neighbour;
+        }
+        if context.world.config.overcommitted
+            && let Err(why) = fill_up(context, &heads[0]).await
+        {
+            note_slots(context);
+            context.fail(format!("full disks: {why}"));
         }
         for running in &heads {
             if context.failure.borrow().is_none()

@@ -5,16 +5,21 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::dense::Payload;
 use super::head::{HeadConfig, Op};
+use super::overlay::Target;
 use super::root::Root;
 use super::target::HeadTarget;
+use crate::buffer::AlignedBuf;
 use crate::env::Env;
 use crate::export::{BlockTarget, TargetError};
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE, Epoch, HeadId, SegmentId, VolumeId};
 use crate::meta::{MetaStore, Txn, schema};
 use crate::segment::BlockAddr;
+use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::{Finding, Problem};
 use crate::segment::record::Entry;
 use crate::shard::{Authority, Scheme, SegmentKind, ShardError, ShardSpec, SlotClass};
@@ -364,5 +369,77 @@ fn a_write_behind_a_stale_move_that_does_not_fit_the_segment_goes_to_the_next() 
             let written = target.write(100 * BLOCK_BYTES, large.clone()).await;
             assert_eq!(written, Ok(()), "write {n}");
         }
+    });
+}
+
+/// Hands an operation of garbage collection to the log; the receiver tells when it is durable.
+fn log_for_gc(
+    running: &Running,
+    entries: Vec<Entry>,
+) -> oneshot::Receiver<Result<(), TargetError>> {
+    let (done, durable) = oneshot::channel();
+    let generation = running.head.state.borrow().generation;
+    running.head.enqueue(Op {
+        entries,
+        payload: Vec::new(),
+        crcs: Vec::new(),
+        class: SlotClass::Gc,
+        generation,
+        done: Some(done),
+    });
+    durable
+}
+
+/// Ends the head as a process ends, and takes the volume over on another node.
+async fn take_over_again(world: &World, running: &Running) -> Rc<Running> {
+    running.head.abandon("the process ends");
+    world.stop_devices(false);
+    world.open_disks().await;
+    world.take_over(&world.node()).await.expect("nothing is wrong")
+}
+
+async fn read(running: &Running, lba: u64) -> Vec<u8> {
+    let target = HeadTarget(running.head.clone());
+    target.read(lba * BLOCK_BYTES, BLOCK_SIZE).await.expect("it is read").concat()
+}
+
+#[test]
+fn a_data_segment_whose_last_record_is_referred_to_in_part_stays_whole() {
+    with_head(async |world, running| {
+        let data = AlignedBuf::copy_of(&[5; 3 * BLOCK_SIZE]).freeze();
+        let crcs = raw_crcs(&data).collect();
+        let payload = Payload { runs: vec![(0, 3)], data: vec![data], crcs };
+        let written = running.head.write_dense(Rc::new(payload), SlotClass::Gc).await;
+        let (placed, mut entries, _) = written.unwrap_or_else(|error| panic!("{error}"));
+        // The other two were overwritten meanwhile.
+        entries.push(Entry::Place { lba: 0, blocks: 1, addr: placed[0].2 });
+        let durable = log_for_gc(running, entries).await.expect("it is answered");
+        assert_eq!(durable, Ok(()));
+        let running = take_over_again(world, running).await;
+        assert_eq!(read(&running, 0).await, vec![5; BLOCK_SIZE]);
+        assert_eq!(running.head.reduced().0, 0, "no shard is missing");
+    });
+}
+
+#[test]
+fn a_move_that_the_head_did_not_apply_is_not_replayed_onto_a_segment_that_is_gone() {
+    with_head(async |world, running| {
+        write(running, 0, 7).await;
+        // It is in the index now, and not among what the log says is newer.
+        running.head.checkpoint().await.expect("nothing is wrong");
+        let found = running.head.resolve(0, 1).await.unwrap_or_else(|error| panic!("{error}"));
+        let Target::Data(from) = found[0].target else { panic!("it was written") };
+        // It held nothing but what was moved there, so it was freed.
+        let to = BlockAddr { segment: SegmentId(1 << 30), block: 0 };
+        let durable = log_for_gc(running, vec![Entry::Move { lba: 0, blocks: 1, from, to }]);
+        while running.head.state.borrow().flights.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        // A checkpoint changes the index before the record is durable.
+        running.head.state.borrow_mut().generation += 1;
+        assert_eq!(durable.await.expect("it is answered"), Ok(()));
+        assert_eq!(read(running, 0).await, vec![7; BLOCK_SIZE]);
+        let running = take_over_again(world, running).await;
+        assert_eq!(read(&running, 0).await, vec![7; BLOCK_SIZE]);
     });
 }
