@@ -244,6 +244,11 @@ async fn scrub_twice(context: &Context, running: &Running) -> Result<(), String>
             context.cover("a scrub found what no fault of the content left");
         }
         settle_at_last(context, running).await?;
+        if first.found > first.repaired + first.unrepairable {
+            // What was written meanwhile was left for the next round.
+            scrub().await?;
+            settle_at_last(context, running).await?;
+        }
     }
     let last = scrub().await?;
     if last.found > 0 || last.unchecked_bytes > 0 || last.unrepairable > 0 {

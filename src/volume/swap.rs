@@ -18,7 +18,7 @@ use super::head::{Head, HeadError, State};
 use super::root::Root;
 use super::rules::{self, LogSet};
 use super::segtab::ShardRef;
-use crate::id::{DiskId, SegmentId};
+use crate::id::{DiskId, Epoch, SegmentId};
 use crate::limits::SEGMENT_RANGE;
 use crate::meta::{Condition, MetaError, MetaStore, Txn, TxnOutcome, schema};
 use crate::planted::{Bug, bug};
@@ -89,7 +89,14 @@ pub(super) async fn swap(
 }
 
 /// Mirrors a root on the disks of its set and of former sets; the disks that have it.
-pub(super) async fn mirror(disks: &Disks, authority: Authority, root: &Root) -> BTreeSet<DiskId> {
+///
+/// # Errors
+/// The epoch of a later head, which swapped the root before it fenced a disk.
+pub(super) async fn mirror(
+    disks: &Disks,
+    authority: Authority,
+    root: &Root,
+) -> Result<BTreeSet<DiskId>, Epoch> {
     let mirror = root.mirror();
     let members: BTreeSet<DiskId> = std::iter::once(&root.set)
         .chain(&root.former)
@@ -109,11 +116,8 @@ pub(super) async fn mirror(disks: &Disks, authority: Authority, root: &Root) -> 
                 }
             };
             match tokio::time::timeout(MIRROR_PATIENCE, request).await {
-                Ok(Ok(())) => Some(disk),
-                Ok(Err(error @ ShardError::Fenced(_))) => {
-                    tracing::debug!(%disk, %error, "mirror refused");
-                    None
-                }
+                Ok(Ok(())) => Some(Ok(disk)),
+                Ok(Err(ShardError::Fenced(epoch))) if epoch > authority.epoch => Some(Err(epoch)),
                 _ => None,
             }
         })
@@ -385,7 +389,13 @@ impl Head {
             }
             let pending = self.state.borrow().pending_root.clone();
             let Some(new) = pending else { return Ok(()) };
-            let mirrored = mirror(&self.disks, self.authority, &new).await;
+            let mirrored = match mirror(&self.disks, self.authority, &new).await {
+                Ok(mirrored) => mirrored,
+                Err(epoch) => {
+                    self.stop(&format!("fenced by epoch {epoch}"));
+                    continue;
+                }
+            };
             let in_force = rules::in_force(&new.set, &new.former, &mirrored);
             if in_force || bug(Bug::SkipFence) {
                 self.use_root(new);

@@ -199,7 +199,9 @@ async fn fence_all(
         }
         if enough && started.elapsed() >= context.config.shrink_after {
             claimed = shrink_claimed(context, claimed, &answered).await?;
-            mirrored = mirror(&context.disks, authority, &claimed.root).await;
+            let made = mirror(&context.disks, authority, &claimed.root).await;
+            // Whoever fenced a disk swapped the root before.
+            mirrored = made.map_err(|_| TakeOverError::Lost)?;
         }
         let changed = context.disks.changed.notified();
         // Whichever comes first: a disk that returned, or time to ask again.
