@@ -61,7 +61,8 @@ pub(super) fn leave_behind(context: &Context, ahead: Option<usize>) {
     let env = &context.env;
     let devices = context.world.devices.borrow();
     if let Some(back) = context.behind.take() {
-        devices[back].bring_back();
+        // It may have been struck by something else in the life before it was left behind.
+        devices[back].end_faults();
         context.faulty.borrow_mut().remove(&back);
         context.cover_noted("a disk that was left behind comes back");
     }

@@ -342,6 +342,14 @@ impl SimDevice {
         self.with(|inner, _| inner.away = false);
     }
 
+    /// All faults of the device end but those of its content.
+    pub fn end_faults(&self) {
+        self.heal();
+        self.clear_errors();
+        self.bring_back();
+        self.set_slow(1);
+    }
+
     /// Whether writes and flushes only pretend to be durable: a planted bug.
     pub fn set_drop_durability(&self, drop_it: bool) {
         self.with(|inner, _| inner.drop_durability = drop_it);

@@ -363,10 +363,7 @@ pub(super) async fn heal(context: &Context) {
         (&*context.faulty.borrow() - &*context.long.borrow()).into_iter().collect();
     for &index in &faulty {
         let device = context.world.devices.borrow()[index].clone();
-        device.heal();
-        device.clear_errors();
-        device.bring_back();
-        device.set_slow(1);
+        device.end_faults();
     }
     for index in faulty {
         reopen(context, index).await;

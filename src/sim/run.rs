@@ -367,10 +367,7 @@ async fn live(context: &Rc<Context>, life: u64) {
 /// All faults of devices and ways end. Disks that failed stay so until they are opened again.
 pub(super) fn heal_all(context: &Context) {
     for device in context.world.devices.borrow().iter() {
-        device.heal();
-        device.clear_errors();
-        device.bring_back();
-        device.set_slow(1);
+        device.end_faults();
     }
     context.nodes.borrow().iter().for_each(|node| node.heal());
     context.faulty.borrow_mut().clear();

@@ -36,6 +36,8 @@ const FENCE_PATIENCE: Duration = Duration::from_secs(2);
 /// Segments that are settled at the same time, so that a slow disk does not cost its time for each;
 /// what is read of each is bounded, and so is what is read of all.
 const SETTLED_AT_ONCE: usize = 8;
+/// How often an orderly end tries to store its checkpoint, with another disk failing under each try.
+const RELEASE_TRIES: u32 = 5;
 
 /// Why a volume could not be taken over; all of them may pass when tried again.
 #[derive(Debug, thiserror::Error)]
@@ -713,13 +715,25 @@ impl Head {
     }
 
     async fn release_locked(self: &Rc<Self>) -> Result<(), HeadError> {
-        self.merge_overlay().await?;
-        self.store_table().await?;
+        let mut tries = 1;
+        while let Err(error) = self.store_last().await {
+            // A disk failed under it: it is stored on others.
+            if tries == RELEASE_TRIES || !matches!(error, HeadError::Append) {
+                return Err(error);
+            }
+            tracing::debug!(volume = %self.volume, %error, "the last checkpoint is tried again");
+            tries += 1;
+        }
         let meta = self.state.borrow_mut().meta.take();
         if let Some(meta) = meta {
             meta.seal(meta.next.get()).await;
         }
         self.swap_root(|root| root.released = true).await
+    }
+
+    async fn store_last(self: &Rc<Self>) -> Result<(), HeadError> {
+        self.merge_overlay().await?;
+        self.store_table().await
     }
 
     /// Seals the open log and data segments.
