@@ -11,8 +11,7 @@ use super::width_tests::{config, in_world, plain_node, serve};
 use super::world::World;
 use crate::export::BlockTarget;
 use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
-use crate::segment::record::Header;
-use crate::segment::record::RecordError;
+use crate::segment::record::{Header, RecordError};
 use crate::volume::takeover::TakeOverError;
 use crate::volume::target::HeadTarget;
 
