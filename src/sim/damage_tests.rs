@@ -17,10 +17,11 @@ use crate::volume::target::HeadTarget;
 
 /// Longer than a take-over takes that does not wait for ever.
 const LONG: Duration = Duration::from_mins(1);
-/// Records that clients were told are durable.
-const RECORDS: u8 = 10;
+/// Records that clients were told are durable: all lie in one segment, so that only what lies behind
+/// a damaged record tells that the log goes on.
+const RECORDS: u8 = 6;
 /// The one that is damaged.
-const DAMAGED: u8 = 5;
+const DAMAGED: u8 = 3;
 
 /// Where the payload of the record to be damaged lies on a device, wherever that is, in bytes; its
 /// header is the block before.
