@@ -8,14 +8,22 @@
 
 #[path = "model/config.rs"]
 mod config;
+#[path = "model/faults.rs"]
+mod faults;
 #[path = "model/history.rs"]
 mod history;
 #[path = "model/planted.rs"]
 mod planted;
+#[path = "model/roots.rs"]
+mod roots;
+#[path = "model/serving.rs"]
+mod serving;
 #[path = "model/state.rs"]
 mod state;
 #[path = "model/steps.rs"]
 mod steps;
+#[path = "model/takeover.rs"]
+mod takeover;
 
 use stateright::{Checker, HasDiscoveries, Model};
 
