@@ -244,9 +244,14 @@ async fn scrub_twice(context: &Context, running: &Running) -> Result<(), String>
             context.cover("a scrub found what no fault of the content left");
         }
         settle_at_last(context, running).await?;
-        if first.found > first.repaired + first.unrepairable {
-            // What was written meanwhile was left for the next round.
-            scrub().await?;
+        // Where a disk did not answer in time, because a write there is stuck, the next round mends just
+        // that.
+        let left = first.found.saturating_sub(first.repaired + first.unrepairable);
+        if left > 0 {
+            let again = scrub().await?;
+            if again.found > left || again.repaired < again.found {
+                return Err(format!("a scrub leaves what it can mend: {first:?}, then {again:?}"));
+            }
             settle_at_last(context, running).await?;
         }
     }

@@ -12,6 +12,7 @@ use super::dense::Payload;
 use super::head::{HeadConfig, Op};
 use super::overlay::Target;
 use super::root::Root;
+use super::swap::mirror;
 use super::target::HeadTarget;
 use crate::buffer::AlignedBuf;
 use crate::env::Env;
@@ -442,4 +443,39 @@ fn a_move_that_the_head_did_not_apply_is_not_replayed_onto_a_segment_that_is_gon
         let running = take_over_again(world, running).await;
         assert_eq!(read(&running, 0).await, vec![7; BLOCK_SIZE]);
     });
+}
+
+#[test]
+fn a_mirror_refused_by_a_later_epoch_tells_it() {
+    with_head(async |world, running| {
+        let root = running.head.state.borrow().root.clone();
+        let own = running.head.authority;
+        let later = Authority { epoch: own.epoch.next(), head: HeadId::default(), ..own };
+        let members: BTreeSet<_> = root.set.members().iter().map(|member| member.disk).collect();
+        assert_eq!(mirror(&running.head.disks, own, &root).await, Ok(members));
+        let client = running.head.disks.client(world.ids[1]).expect("it is up");
+        client.fence(later, None).await.expect("nothing is wrong");
+        assert_eq!(mirror(&running.head.disks, own, &root).await, Err(later.epoch));
+    });
+}
+
+#[test]
+fn a_volume_is_released_though_a_disk_fails_under_its_last_checkpoint() {
+    for index in 0..config().disks {
+        with_head(async |world, running| {
+            for lba in 0..20 {
+                write(running, lba, 8).await;
+            }
+            world.devices.borrow()[index].fail_writes(0..config().disk_bytes);
+            let released = timeout(Duration::from_mins(1), running.head.release()).await;
+            let released = released.expect("in time");
+            assert!(released.is_ok(), "disk {index}: {:?}", released.err().map(|e| e.to_string()));
+            assert!(stored_root(world).await.released, "disk {index}");
+            world.devices.borrow()[index].end_faults();
+            let running = take_over_again(world, running).await;
+            for lba in 0..20 {
+                assert_eq!(read(&running, lba).await, vec![8; BLOCK_SIZE], "disk {index}");
+            }
+        });
+    }
 }
