@@ -26,6 +26,7 @@ pub enum Bug {
     ParityOfOldStripe,
     FenceTooFew,
     WidthIgnoresOpenSegments,
+    NeverAvoidsSlow,
 }
 
 impl Bug {
@@ -50,6 +51,7 @@ impl Bug {
         Self::ParityOfOldStripe,
         Self::FenceTooFew,
         Self::WidthIgnoresOpenSegments,
+        Self::NeverAvoidsSlow,
     ];
 }
 

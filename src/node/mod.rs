@@ -167,6 +167,7 @@ impl Node {
         node.load_volumes().await?;
         node.mirror_catalog().await;
         tokio::task::spawn_local(node.clone().watch());
+        tokio::task::spawn_local(node.registry.clone().exercise());
         Ok(node)
     }
 

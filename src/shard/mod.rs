@@ -19,7 +19,9 @@
 //! - Delete names the creation it means; a slot is reused only after every I/O on it ended.
 
 pub mod disks;
+pub mod latency;
 pub mod local;
+mod measured;
 pub mod reserve;
 
 use std::future::Future;
@@ -361,4 +363,8 @@ pub trait ShardClient {
 
     /// The mirrored keys; empty with revision 0 on a fresh disk.
     fn get_catalog(&self) -> LocalFuture<'_, ShardResult<Catalog>>;
+
+    /// Reads one block of the device, or writes one durably, and changes nothing by it: how long
+    /// that takes is what matters. [`ShardError::Unreachable`] while another such request runs.
+    fn exercise(&self, write: bool) -> LocalFuture<'_, ShardResult<()>>;
 }

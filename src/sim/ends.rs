@@ -50,6 +50,10 @@ pub(super) async fn reckon(context: &Rc<Context>) {
             note_slots(context);
             context.fail(format!("full disks: {why}"));
         }
+        let spell = !context.world.config.overcommitted && context.env.chance(1, 6);
+        if spell && let Err(why) = super::slow::spell(context, &running).await {
+            context.fail(why);
+        }
         if context.failure.borrow().is_none()
             && let Err(why) = read_all(context, &running).await
         {

@@ -207,6 +207,7 @@ impl World {
             }
         }
         (0..self.ids.len()).for_each(|index| self.connect(&node, index));
+        tokio::task::spawn_local(node.registry.clone().exercise());
         node
     }
 

@@ -326,14 +326,18 @@ impl Head {
         Ok(())
     }
 
-    /// Closes an open meta segment with fewer copies than could be had now.
+    /// Closes an open meta segment with fewer copies than could be had now, or with one on a slow
+    /// disk that could be avoided.
     fn leave_narrow_meta(self: &Rc<Self>) {
         let mut state = self.state.borrow_mut();
         let Some(meta) = state.meta.clone() else { return };
         let healthy = self.healthy();
         let sets = state.pairs().into_iter().chain(&state.planned);
         let domains = sets.map(|set| rules::domains_touched(set, &healthy)).max().unwrap_or(0);
-        if meta.shards.len() >= meta.scheme.width().min(domains) {
+        let slow = meta.shards.iter().any(|shard| self.disks.is_slow(shard.disk));
+        let fast = self.fast();
+        let avoidable = slow && state.pairs().iter().all(|set| rules::write_set_ok(set, &fast));
+        if meta.shards.len() >= meta.scheme.width().min(domains) && !avoidable {
             return;
         }
         state.meta = None;

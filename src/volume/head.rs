@@ -472,7 +472,7 @@ impl Head {
             volume: authority.volume,
             authority,
             env: context.env,
-            _member: context.disks.join(),
+            _member: context.disks.join(context.pool.scheme.parity),
             disks: context.disks,
             store: context.store,
             config: context.config,

@@ -628,6 +628,7 @@ impl Head {
         tokio::task::spawn_local(super::gc::run(self.clone()));
         tokio::task::spawn_local(super::width::run_shrink(self.clone()));
         tokio::task::spawn_local(super::width::run_renew(self.clone()));
+        tokio::task::spawn_local(super::width::run_avoid(self.clone()));
         self.repair_wanted.notify_one();
     }
 
