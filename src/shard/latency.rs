@@ -50,6 +50,8 @@ const WINDOW: Duration = Duration::from_secs(5);
 const SAMPLES_MIN: u64 = 4;
 /// Weight of a new request in the average: one in so many.
 const WEIGHT: u64 = 8;
+/// After so many requests in a row that are as with the peers, what was before counts no more.
+const GOOD_RUN: u32 = 6;
 /// Blocks that a request may have to count as one; longer ones count by the piece.
 const PIECE_BLOCKS: u32 = 64;
 /// A request that was given up counts as one of so many times the time it had: how long it would
@@ -111,6 +113,8 @@ impl Histogram {
 struct Track {
     ewma_us: u64,
     samples: u64,
+    /// Requests in a row that took no longer than with the peers.
+    good_run: u32,
     last: Instant,
     window: Instant,
     now: Histogram,
@@ -122,6 +126,7 @@ impl Track {
         Self {
             ewma_us: 0,
             samples: 0,
+            good_run: 0,
             last: now,
             window: now,
             now: Histogram::EMPTY,
@@ -129,7 +134,7 @@ impl Track {
         }
     }
 
-    fn add(&mut self, us: u64, now: Instant) {
+    fn add(&mut self, us: u64, well: u64, now: Instant) {
         let age = now - self.window;
         if age >= WINDOW {
             self.before = if age >= WINDOW * 2 { Histogram::EMPTY } else { self.now };
@@ -140,6 +145,10 @@ impl Track {
         // The first few are averaged plainly.
         let weight = WEIGHT.min(self.samples + 1);
         self.ewma_us = (self.ewma_us * (weight - 1) + us) / weight;
+        self.good_run = if us > well { 0 } else { self.good_run.saturating_add(1) };
+        if self.good_run == GOOD_RUN {
+            self.ewma_us = self.ewma_us.min(well);
+        }
         self.samples += 1;
         self.last = now;
     }
@@ -211,11 +220,19 @@ impl Gauge {
 
     fn add(&self, class: Class, took: Duration, blocks: u32) {
         let us = micros(took) / u64::from(1 + blocks / PIECE_BLOCKS);
-        self.tracks.borrow_mut()[class as usize].add(us, Instant::now());
-        if us > self.limits.get()[class as usize] {
+        let limit = self.limits.get()[class as usize];
+        self.tracks.borrow_mut()[class as usize].add(us, well(limit), Instant::now());
+        if us > limit {
             let weight = if us >= micros(VERY_LONG) { SLOW_SAMPLES } else { 1 };
             self.slow_samples.set(self.slow_samples.get().saturating_add(weight));
         }
+    }
+
+    fn trust(&self) {
+        self.slow_since.set(None);
+        self.well_since.set(None);
+        self.suspected.set(None);
+        self.slow_samples.set(0);
     }
 
     fn well_after(&self) -> Duration {
@@ -243,8 +260,7 @@ impl Gauge {
                 continue;
             }
             any = true;
-            let well = limit / u64::from(SLOW_FACTOR) * u64::from(WELL_FACTOR);
-            if track.ewma_us > well.max(micros(FLOOR)) {
+            if track.ewma_us > well(limit) {
                 return false;
             }
         }
@@ -453,9 +469,7 @@ impl Watch {
         gauge.well_since.set(Some(since));
         if now - since >= gauge.well_after() {
             tracing::info!(%disk, "disk is as fast as its peers again");
-            gauge.slow_since.set(None);
-            gauge.suspected.set(None);
-            gauge.slow_samples.set(0);
+            gauge.trust();
             self.changed.notify_waiters();
         }
     }
@@ -472,7 +486,13 @@ impl Watch {
         domains.insert(gauge.domain);
         let spare = self.spare.borrow().first_key_value().map_or(1, |(parity, _)| *parity);
         if domains.len() > usize::from(spare) {
-            return;
+            // One that is only not trusted yet makes room.
+            let yields = |g: &&Rc<Gauge>| g.domain != gauge.domain && g.well_since.get().is_some();
+            let Some(other) = gauges.values().find(yields) else { return };
+            other.trust();
+            if domains.len() > usize::from(spare) + 1 {
+                return;
+            }
         }
         let average = gauge.tracks.borrow().each_ref().map(|track| track.ewma_us);
         tracing::warn!(%disk, average_us = ?average, limit_us = ?gauge.limits.get(),
@@ -482,6 +502,11 @@ impl Watch {
         gauge.times.set(gauge.times.get() + 1);
         self.changed.notify_waiters();
     }
+}
+
+/// What a request of a disk that is well does not exceed, by what one of a slow disk does.
+fn well(limit: u64) -> u64 {
+    (limit / u64::from(SLOW_FACTOR) * u64::from(WELL_FACTOR)).max(micros(FLOOR))
 }
 
 /// The lower median; none of nothing.

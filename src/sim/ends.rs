@@ -265,10 +265,13 @@ async fn scrub(context: &Context) -> Result<(), String> {
             held.shards.into_iter().filter(|i| i.state == ShardState::Sealed && i.blocks > 0);
         for info in sealed {
             let (spec, id) = (&info.spec, info.spec.segment);
-            let reply = disk
-                .read(spec.volume, id, 0, info.blocks)
-                .await
-                .map_err(|e| format!("scrub of segment {id} on disk {index}: {e}"))?;
+            let reply = match disk.read(spec.volume, id, 0, info.blocks).await {
+                // Deleted since it was listed.
+                Err(ShardError::Gone) => continue,
+                reply => {
+                    reply.map_err(|e| format!("scrub of segment {id} on disk {index}: {e}"))?
+                }
+            };
             let salt = Salt::new(spec.volume, id, spec.scheme, usize::from(spec.index));
             if let Some(block) = salt.verify(0, &reply.data, &reply.crcs) {
                 return Err(format!("segment {id} on disk {index}: block {block} is damaged"));

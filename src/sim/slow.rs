@@ -109,7 +109,8 @@ async fn victim(context: &Context, running: &Running) -> Option<usize> {
     let head = &running.head;
     for _ in 0..CALM_TRIES {
         let (healthy, width, full) = head.log_width();
-        if head.reduced().0 == 0 && width == full && healthy >= usize::from(width) {
+        let calm = head.reduced().0 == 0 && width == full && healthy >= usize::from(width);
+        if calm && running.node.registry.watch().slow().is_empty() {
             break;
         }
         sleep(Duration::from_millis(250)).await;
@@ -121,7 +122,8 @@ async fn victim(context: &Context, running: &Running) -> Option<usize> {
             !retired.contains(index) && running.node.registry.rank(id(context, *index)) == 0
         })
         .collect();
-    if up.is_empty() || head.reduced().0 > 0 {
+    let known = !running.node.registry.watch().slow().is_empty();
+    if up.is_empty() || known || head.reduced().0 > 0 {
         return None;
     }
     let pick = context.env.random_below(up.len() as u64);

@@ -459,6 +459,24 @@ impl Head {
             };
             freed.iter().copied().filter(|(id, _)| !kept(id)).collect()
         };
+        // Nobody waits for a slow disk: what it deletes meanwhile is listed until it has.
+        let (slow, freed): (Vec<_>, Vec<_>) =
+            freed.into_iter().partition(|(_, shard)| self.disks.is_slow(shard.disk));
+        if !slow.is_empty() && !self.deletes_slowly.replace(true) {
+            let this = self.this.clone();
+            tokio::task::spawn_local(async move {
+                let Some(head) = this.upgrade() else { return };
+                head.delete_confirmed(slow).await;
+                head.deletes_slowly.set(false);
+            });
+        }
+        self.delete_confirmed(freed).await;
+        self.disks.refresh().await;
+        self.wake.notify_one();
+    }
+
+    /// Deletes shards, and lists those no longer whose deletion is confirmed.
+    async fn delete_confirmed(&self, freed: Vec<(SegmentId, ShardRef)>) {
         let deletes = freed.into_iter().filter_map(|(segment, shard)| {
             let client = self.disks.client(shard.disk)?;
             Some(async move {
@@ -476,8 +494,6 @@ impl Head {
         for confirmed in results.into_iter().flatten() {
             self.state.borrow_mut().table.freed.remove(&confirmed);
         }
-        self.disks.refresh().await;
-        self.wake.notify_one();
     }
 }
 

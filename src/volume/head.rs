@@ -282,6 +282,8 @@ pub struct Head {
     pub(super) relocate: RefCell<super::index::Relocate>,
     /// Segments to be moved, because a shard of them can be rebuilt nowhere.
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
+    /// What slow disks are to delete is being deleted.
+    pub(super) deletes_slowly: Cell<bool>,
     pub(super) dense: super::dense::Dense,
     pub(super) space: super::space::Space,
     /// Counts this head among those that share the disks.
@@ -490,6 +492,7 @@ impl Head {
             capture: RefCell::default(),
             relocate: RefCell::default(),
             torn: RefCell::default(),
+            deletes_slowly: Cell::new(false),
             dense: super::dense::Dense::default(),
             space: super::space::Space::default(),
             stats: HeadStats::default(),
