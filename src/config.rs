@@ -17,6 +17,10 @@
 //! index = "64MiB"
 //! overlay_extents = 1_000_000
 //!
+//! [care]
+//! set_aside_seconds = 600
+//! smart_seconds = 3600
+//!
 //! [log]
 //! level = "info"
 //! ```
@@ -93,6 +97,8 @@ pub struct Config {
     pub admin: AdminConfig,
     /// What the caches may take.
     pub cache: CacheConfig,
+    /// What is done for sick disks.
+    pub care: CareConfig,
     /// What is logged.
     pub log: LogConfig,
 }
@@ -143,6 +149,17 @@ pub struct CacheConfig {
     pub overlay_extents: usize,
 }
 
+/// What is done for disks that are slow or failing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CareConfig {
+    /// Seconds for which a disk must have been slow or failing until it is set aside and what is on
+    /// it rebuilt; 0 never does it.
+    pub set_aside_seconds: u64,
+    /// Seconds between two questions for SMART data, where `smartctl` is there; 0 never asks.
+    pub smart_seconds: u64,
+}
+
 /// What is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -160,6 +177,7 @@ impl Default for Config {
             nbd: NbdConfig::default(),
             admin: AdminConfig::default(),
             cache: CacheConfig::default(),
+            care: CareConfig::default(),
             log: LogConfig::default(),
         }
     }
@@ -180,6 +198,12 @@ impl Default for AdminConfig {
 impl Default for CacheConfig {
     fn default() -> Self {
         Self { index: ByteSize(16 << 20), overlay_extents: 256 << 10 }
+    }
+}
+
+impl Default for CareConfig {
+    fn default() -> Self {
+        Self { set_aside_seconds: 600, smart_seconds: 3_600 }
     }
 }
 

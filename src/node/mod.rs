@@ -19,6 +19,7 @@
 //!   if need be. The keys are mirrored to the disks after each change.
 //! - A node whose disks have seen a newer state of the store than the store has does not start.
 
+pub mod care;
 mod catalog;
 mod commands;
 pub mod daemon;
@@ -30,6 +31,7 @@ pub mod opener;
 mod pools;
 pub mod recover;
 mod samples;
+mod smart;
 mod views;
 mod volumes;
 
@@ -74,6 +76,8 @@ pub struct NodeOptions {
     pub opener: Rc<dyn DeviceOpener>,
     /// Tuning of the heads.
     pub head: HeadConfig,
+    /// What is done for sick disks.
+    pub care: care::Care,
     /// Bytes of all heads' index caches together.
     pub index_cache_bytes: usize,
     /// Seconds since 1970, for records that people read.
@@ -168,6 +172,7 @@ impl Node {
         node.mirror_catalog().await;
         tokio::task::spawn_local(node.clone().watch());
         tokio::task::spawn_local(node.registry.clone().exercise());
+        tokio::task::spawn_local(node.clone().watch_smart());
         Ok(node)
     }
 
@@ -206,6 +211,7 @@ impl Node {
         while !self.stopping.get() {
             tokio::time::sleep(WATCH_INTERVAL).await;
             self.watch_disks().await;
+            self.care_for_disks().await;
             for slot in self.volumes.borrow().values() {
                 slot.look();
             }

@@ -18,7 +18,7 @@ impl Node {
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
             },
-            disks: self.slots().iter().map(sample_disk).collect(),
+            disks: self.slots().iter().map(|slot| sample_disk(self, slot)).collect(),
             pools: pools
                 .into_iter()
                 .map(|pool| PoolSample {
@@ -47,8 +47,8 @@ impl Node {
     }
 }
 
-fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
-    let view = Node::view_disk(slot);
+fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
+    let view = node.view_disk(slot);
     let mut sample = DiskSample {
         disk: view.id.to_string(),
         path: view.path,
@@ -66,6 +66,7 @@ fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
         read_bytes: 0,
         read_us: 0,
         flushes: 0,
+        timing: view.timing,
     };
     if let Some(disk) = slot.last_disk() {
         let stats = disk.stats();

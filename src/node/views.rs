@@ -9,8 +9,8 @@ use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Capacity, Disk, DiskErrors, DiskLatency, DiskState, FailureDomain as Shown, Pool, Redundancy,
-    RepairProgress, Status, Volume, VolumeState,
+    Capacity, Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, FailureDomain as Shown, Pool,
+    Redundancy, RepairProgress, Status, Volume, VolumeState,
 };
 use crate::disk::OperationStats;
 use crate::id::DiskId;
@@ -30,7 +30,7 @@ impl Node {
 
     /// All disks by path, pools by name and volumes by name.
     pub(super) fn views(&self) -> (Vec<Disk>, Vec<Pool>, Vec<Volume>) {
-        let mut disks: Vec<Disk> = self.slots().iter().map(Self::view_disk).collect();
+        let mut disks: Vec<Disk> = self.slots().iter().map(|slot| self.view_disk(slot)).collect();
         let problems = self.problems.borrow();
         disks.extend(problems.iter().map(|(path, reason)| unusable_disk(path, reason)));
         disks.sort_by(|a, b| a.path.cmp(&b.path));
@@ -39,7 +39,7 @@ impl Node {
         (disks, pools, volumes)
     }
 
-    pub(super) fn view_disk(slot: &Rc<DiskSlot>) -> Disk {
+    pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {
         let record = slot.record.borrow();
         let geometry = slot.geometry.get();
         let slots = geometry.map_or(0, |geometry| geometry.slots);
@@ -48,20 +48,19 @@ impl Node {
         let used = slots.saturating_sub(free);
         let (errors, latency) = last.as_ref().map_or_else(Default::default, |disk| {
             let stats = disk.stats();
-            let io = [&stats.appends, &stats.reads, &stats.table_writes, &stats.table_reads]
-                .iter()
-                .map(|operation| operation.errors.get())
-                .sum();
+            let io = stats.errors();
             let checksum = stats.damaged_pages.get();
             let latency =
                 DiskLatency { append_us: mean_us(&stats.appends), read_us: mean_us(&stats.reads) };
             (DiskErrors { io, checksum, timeout: 0 }, latency)
         });
+        // Being drained says more than being slow does.
+        let slow = (slot.state.get() == DiskState::Online).then(|| self.slowness(slot)).flatten();
         Disk {
             id: slot.id,
             path: record.path.clone(),
-            state: slot.state.get(),
-            state_reason: slot.reason.borrow().clone(),
+            state: if slow.is_some() { DiskState::Slow } else { slot.state.get() },
+            state_reason: slow.or_else(|| slot.reason.borrow().clone()),
             size: record.size_bytes,
             slot_bytes: record.slot_bytes,
             slots,
@@ -69,6 +68,8 @@ impl Node {
             used: u64::from(used) * record.slot_bytes,
             errors,
             latency,
+            timing: self.timing(slot.id),
+            smart: slot.sickness.smart.borrow().clone(),
         }
     }
 
@@ -83,7 +84,7 @@ impl Node {
         let mut capacity = Capacity::default();
         let mut online = 0;
         for slot in self.slots() {
-            let disk = Self::view_disk(&slot);
+            let disk = self.view_disk(&slot);
             if !disk.state.is_online() {
                 continue;
             }
@@ -236,6 +237,8 @@ fn unusable_disk(path: &str, reason: &str) -> Disk {
         used: 0,
         errors: DiskErrors::default(),
         latency: DiskLatency::default(),
+        timing: DiskTiming::default(),
+        smart: None,
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 use sds::admin::backend::{ApiResult, Command, channel};
 use sds::admin::error::ApiError;
 use sds::admin::types::{
-    AddDisk, Capacity, CreatePool, CreateVolume, Disk, DiskErrors, DiskLatency, DiskState, Pool,
-    Redundancy, Removed, ResizeVolume, Volume, VolumeName, VolumeState,
+    AddDisk, Capacity, CreatePool, CreateVolume, Disk, DiskErrors, DiskLatency, DiskState,
+    DiskTiming, Pool, Redundancy, Removed, ResizeVolume, Volume, VolumeName, VolumeState,
 };
 use sds::admin::{health, server};
 use sds::id::{DiskId, PoolId, VolumeId};
@@ -104,6 +104,8 @@ fn disk(n: u8, path: String) -> Disk {
         used: 100 * (4 << 20),
         errors: DiskErrors::default(),
         latency: DiskLatency { append_us: 85, read_us: 60 },
+        timing: DiskTiming::default(),
+        smart: None,
     }
 }
 
