@@ -75,4 +75,5 @@ planted! {
     parity_of_old_stripe: ParityOfOldStripe,
     fence_too_few: FenceTooFew,
     width_ignores_open_segments: WidthIgnoresOpenSegments,
+    never_avoids_slow: NeverAvoidsSlow,
 }

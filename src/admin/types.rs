@@ -258,10 +258,10 @@ pub struct Smart {
     /// Sectors that could not be read in its own tests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uncorrectable_sectors: Option<u64>,
-    /// Errors of the medium, of an NVMe device.
+    /// Errors of the medium, of an `NVMe` device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub media_errors: Option<u64>,
-    /// Share of its life that is used up, percent, of an NVMe device.
+    /// Share of its life that is used up, percent, of an `NVMe` device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wear_percent: Option<u64>,
 }

@@ -1,5 +1,6 @@
 //! `sdsctl disk …`.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Subcommand;
@@ -180,7 +181,7 @@ fn smart(of: &Smart) -> String {
     let mut text = health.to_owned();
     let mut add = |count: Option<u64>, what: &str| {
         if let Some(count) = count {
-            text += &format!(", {count} {what}");
+            write!(text, ", {count} {what}").expect("a string takes all");
         }
     };
     add(of.reallocated_sectors, "sectors reallocated");

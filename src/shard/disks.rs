@@ -146,7 +146,7 @@ impl Disks {
     /// How much a disk is to be avoided: 0 not at all, 1 if it is slow, 2 if it failed lately, is to
     /// go or is down.
     pub fn rank(&self, disk: DiskId) -> u8 {
-        if !self.is_healthy(disk) { 2 } else { u8::from(self.is_slow(disk)) }
+        if self.is_healthy(disk) { u8::from(self.is_slow(disk)) } else { 2 }
     }
 
     /// Domains with a disk that is up, fails nothing and is not slow.
@@ -172,9 +172,9 @@ impl Disks {
                 Some(async move {
                     for write in [false, true] {
                         let exercise = client.exercise(write);
-                        match tokio::time::timeout(EXERCISE_PATIENCE, exercise).await {
-                            Ok(Err(error)) => this.report(disk, &error),
-                            Ok(Ok(())) | Err(_) => {}
+                        let done = tokio::time::timeout(EXERCISE_PATIENCE, exercise).await;
+                        if let Ok(Err(error)) = done {
+                            this.report(disk, &error);
                         }
                     }
                 })
