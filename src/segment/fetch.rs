@@ -200,12 +200,12 @@ impl Source {
             // Copies: healthy disks first, starting at a place that spreads the load.
             let start = (block / 64) as usize % width;
             let mut order: Vec<usize> = (0..width).map(|i| (start + i) % width).collect();
-            order.sort_by_key(|&i| avoid(i));
+            order.sort_by_cached_key(|&i| avoid(i));
             let race = Race { source: self, disks, wanted: None, block, count };
             return race.run(order.into(), found).await;
         }
         let mut order: Vec<usize> = (0..width).filter(|&i| i != shard).collect();
-        order.sort_by_key(|&i| avoid(i));
+        order.sort_by_cached_key(|&i| avoid(i));
         // A shard on a disk that is avoided comes last: it may still deliver.
         let at = if avoid(shard) == (false, 0) { 0 } else { order.len() };
         order.insert(at, shard);
