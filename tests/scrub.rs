@@ -31,6 +31,7 @@ fn config() -> WorldConfig {
         disk_bytes: 28 << 20,
         slot_bytes: 512 << 10,
         volume_bytes: 256 << 20,
+        neighbour_bytes: None,
         overcommitted: true,
         log_disks: 7,
         min_size: 1,
@@ -111,11 +112,11 @@ async fn shards(world: &World, running: &Running) -> BTreeMap<SegmentId, Vec<Sha
         let device = world.devices.borrow()[disk].clone();
         let inspection = inspect(&device).await.unwrap();
         let geometry = *world.disk(disk).unwrap().geometry();
-        for info in world.disk(disk).unwrap().list(world.volume).unwrap().shards {
+        for info in world.disk(disk).unwrap().list(world.volume.id).unwrap().shards {
             if info.state != ShardState::Sealed || !running.head.counts_on(world.ids[disk], &info) {
                 continue;
             }
-            let shard = inspection.shard(&device, world.volume, info.spec.segment).unwrap();
+            let shard = inspection.shard(&device, world.volume.id, info.spec.segment).unwrap();
             let offset = geometry.block_offset(shard.slot(), 0);
             found.entry(info.spec.segment).or_default().push(Shard { disk, info, offset });
         }
@@ -214,7 +215,7 @@ fn ten_thousand_flipped_bits_are_found_and_repaired_and_clients_see_none() {
         for lba in (0..blocks).step_by(256) {
             check(running, lba, 256).await;
         }
-        running.head.check_shards().await.unwrap();
+        running.head.check_shards(&std::collections::BTreeSet::new()).await.unwrap();
     });
 }
 
@@ -352,7 +353,7 @@ fn rounds_come_with_their_period_and_the_next_head_knows_of_the_last() {
         assert_eq!(next.head.scrub_report().rounds, 1, "the period goes on over take-overs");
         next.head.release().await.unwrap();
         // The next one goes on where a round was cut short.
-        let key = schema::scrub_key(world.volume);
+        let key = schema::scrub_key(world.volume.id);
         let kept = world.store.get(&key).await.unwrap().unwrap();
         let text = String::from_utf8(kept.value.to_vec()).unwrap();
         assert!(text.contains("\"position\":null"), "{text}");

@@ -131,7 +131,7 @@ fn a_head_that_stops_leaves_a_swap_in_doubt() {
 #[test]
 fn a_swap_of_a_deleted_volume_says_so() {
     with_head(async |world, running| {
-        let gone = Txn::new().delete(schema::root_key(world.volume));
+        let gone = Txn::new().delete(schema::root_key(world.volume.id));
         world.store.txn(gone).await.expect("no faults here");
         let error = running.head.describe(serde_json::json!("new")).await.expect_err("no root");
         assert_eq!(error.to_string(), "the head stopped: the volume was deleted");
