@@ -20,6 +20,10 @@
 //! [scrub]
 //! period = "7d"
 //!
+//! [care]
+//! set_aside_seconds = 600
+//! smart_seconds = 3600
+//!
 //! [log]
 //! level = "info"
 //! ```
@@ -104,6 +108,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// How often everything that is stored is read and checked.
     pub scrub: ScrubConfig,
+    /// What is done for sick disks.
+    pub care: CareConfig,
     /// What is logged.
     pub log: LogConfig,
 }
@@ -162,6 +168,17 @@ pub struct ScrubConfig {
     pub period: TimeSpan,
 }
 
+/// What is done for disks that are slow or failing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CareConfig {
+    /// Seconds for which a disk must have been slow or failing until it is set aside and what is on
+    /// it rebuilt; 0 never does it.
+    pub set_aside_seconds: u64,
+    /// Seconds between two questions for SMART data, where `smartctl` is there; 0 never asks.
+    pub smart_seconds: u64,
+}
+
 /// What is logged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -180,6 +197,7 @@ impl Default for Config {
             admin: AdminConfig::default(),
             cache: CacheConfig::default(),
             scrub: ScrubConfig::default(),
+            care: CareConfig::default(),
             log: LogConfig::default(),
         }
     }
@@ -206,6 +224,12 @@ impl Default for CacheConfig {
 impl Default for ScrubConfig {
     fn default() -> Self {
         Self { period: TimeSpan(SCRUB_PERIOD) }
+    }
+}
+
+impl Default for CareConfig {
+    fn default() -> Self {
+        Self { set_aside_seconds: 600, smart_seconds: 3_600 }
     }
 }
 

@@ -27,6 +27,7 @@ pub enum Bug {
     FenceTooFew,
     WidthIgnoresOpenSegments,
     ScrubSkips,
+    NeverAvoidsSlow,
 }
 
 impl Bug {
@@ -52,6 +53,7 @@ impl Bug {
         Self::FenceTooFew,
         Self::WidthIgnoresOpenSegments,
         Self::ScrubSkips,
+        Self::NeverAvoidsSlow,
     ];
 }
 

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use sds::admin::types::{DiskState, HealthLevel};
+use sds::admin::types::{DiskState, DiskTiming, HealthLevel, LatencyFigures};
 use sds::obs::Metrics;
 use sds::obs::histogram::{BUCKETS, LatencyHistogram};
 use sds::obs::sample::{
@@ -60,6 +60,8 @@ fn sample() -> Sample {
     let histogram = LatencyHistogram::default();
     histogram.observe(Duration::from_micros(100));
     histogram.observe(Duration::from_secs(100));
+    let figures =
+        LatencyFigures { p50_us: 8_000, p99_us: 16_000, peers_p50_us: 96, peers_p99_us: 256 };
     Sample {
         node: NodeSample {
             uptime_seconds: 12.5,
@@ -84,6 +86,7 @@ fn sample() -> Sample {
             read_bytes: 24_576,
             read_us: 3_000_000,
             flushes: 7,
+            timing: DiskTiming { append: Some(figures), ..DiskTiming::default() },
         }],
         pools: vec![PoolSample { pool: "p".into(), raw_bytes: 1 << 40, ..PoolSample::default() }],
         volumes: vec![VolumeSample {

@@ -17,6 +17,8 @@ mod daemon;
 mod faults;
 #[path = "nbd_threaded/identity.rs"]
 mod identity;
+#[path = "e2e/slow.rs"]
+mod slow;
 #[path = "e2e/strangers.rs"]
 mod strangers;
 #[path = "e2e/support.rs"]

@@ -76,4 +76,5 @@ planted! {
     fence_too_few: FenceTooFew,
     width_ignores_open_segments: WidthIgnoresOpenSegments,
     scrub_skips: ScrubSkips,
+    never_avoids_slow: NeverAvoidsSlow,
 }

@@ -8,7 +8,7 @@
 
 use super::types::{
     Capacity, Disk, DiskCounts, DiskState, Health, HealthLevel, Pool, PoolCapacity, Reason,
-    Redundancy, RepairProgress, Status, Volume, VolumeCounts, VolumeState,
+    Redundancy, RepairProgress, Smart, Status, Volume, VolumeCounts, VolumeState,
 };
 
 /// A pool with less than this share of its raw space free is a warning, percent.
@@ -81,9 +81,16 @@ fn total_capacity(disks: &[Disk]) -> Capacity {
     sum
 }
 
+fn is_failing(smart: &Smart) -> bool {
+    smart.passed == Some(false)
+}
+
 fn assess_disk(disk: &Disk) -> Option<Reason> {
     let because = disk.state_reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default();
     let message = match disk.state {
+        DiskState::Online | DiskState::Slow if disk.smart.as_ref().is_some_and(is_failing) => {
+            format!("expects to fail, says its SMART data{because}")
+        }
         DiskState::Online if disk.recent_errors.total() > 0 => format!(
             "had errors since it was opened: {} I/O, {} checksum, {} time-out",
             disk.recent_errors.io, disk.recent_errors.checksum, disk.recent_errors.timeout
@@ -92,6 +99,7 @@ fn assess_disk(disk: &Disk) -> Option<Reason> {
         DiskState::Slow => format!("is much slower than its peers{because}"),
         DiskState::Draining => format!("is being drained{because}"),
         DiskState::Offline => format!("is offline{because}"),
+        DiskState::SetAside => format!("was set aside{because}"),
         DiskState::Failed => format!("failed{because}"),
         DiskState::Missing => format!("is missing{because}"),
     };
@@ -171,7 +179,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::admin::types::{DiskErrors, DiskLatency, FailureDomain, PoolScheme};
+    use crate::admin::types::{
+        DiskErrors, DiskLatency, DiskTiming, FailureDomain, LatencyFigures, PoolScheme,
+    };
     use crate::id::{DiskId, PoolId, VolumeId};
 
     fn disk(state: DiskState) -> Disk {
@@ -188,6 +198,8 @@ mod tests {
             errors: DiskErrors::default(),
             recent_errors: DiskErrors::default(),
             latency: DiskLatency::default(),
+            timing: DiskTiming::default(),
+            smart: None,
         }
     }
 
@@ -221,11 +233,12 @@ mod tests {
         }
     }
 
-    const STATES: [DiskState; 6] = [
+    const STATES: [DiskState; 7] = [
         DiskState::Online,
         DiskState::Slow,
         DiskState::Draining,
         DiskState::Offline,
+        DiskState::SetAside,
         DiskState::Failed,
         DiskState::Missing,
     ];
@@ -285,6 +298,16 @@ mod tests {
         let health = assess(&[], &[], &[lost]);
         assert_eq!(health.health, HealthLevel::Critical);
         assert!(health.reasons[0].message.starts_with("2 places"));
+    }
+
+    #[test]
+    fn a_disk_that_expects_to_fail_is_named() {
+        let mut bad = disk(DiskState::Slow);
+        bad.smart = Some(Smart { passed: Some(false), ..Smart::default() });
+        bad.timing.read = Some(LatencyFigures::default());
+        let health = assess(&[disk(DiskState::Online), bad], &[], &[]);
+        assert_eq!(health.health, HealthLevel::Warning);
+        assert!(health.reasons[0].message.contains("SMART"));
     }
 
     #[test]

@@ -149,6 +149,9 @@ pub enum DiskState {
     Draining,
     /// Taken out of service by an operator; its data counts as missing until it is back.
     Offline,
+    /// Taken out of service because it was slow or failing for long; `disk online` takes it back.
+    #[serde(rename = "set-aside")]
+    SetAside,
     /// Refuses work after an I/O error or because its tables are damaged.
     Failed,
     /// Known, but not found when the node started, or vanished since.
@@ -169,6 +172,7 @@ impl fmt::Display for DiskState {
             Self::Slow => "slow",
             Self::Draining => "draining",
             Self::Offline => "offline",
+            Self::SetAside => "set-aside",
             Self::Failed => "failed",
             Self::Missing => "missing",
         })
@@ -202,6 +206,66 @@ pub struct DiskLatency {
     pub read_us: u64,
 }
 
+/// How one class of requests to a disk fares, and how its peers do: microseconds, of the last seconds
+/// with requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LatencyFigures {
+    /// Median.
+    pub p50_us: u64,
+    /// 99th percentile.
+    pub p99_us: u64,
+    /// Median of the peers' medians; 0 if nothing was measured there.
+    pub peers_p50_us: u64,
+    /// Median of the peers' 99th percentiles.
+    pub peers_p99_us: u64,
+}
+
+/// The latest latencies of a disk by class of requests; absent before the first of a class.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DiskTiming {
+    /// Reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read: Option<LatencyFigures>,
+    /// Durable appends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub append: Option<LatencyFigures>,
+    /// Changes of tables: create, seal, delete.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<LatencyFigures>,
+}
+
+/// What a device says of itself, by `smartctl`; absent what it does not say.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Smart {
+    /// Its own judgement: false if it expects to fail.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed: Option<bool>,
+    /// Its model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Its temperature, degrees Celsius.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature_c: Option<i64>,
+    /// How long it has run, hours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub power_on_hours: Option<u64>,
+    /// Sectors that were replaced by spare ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reallocated_sectors: Option<u64>,
+    /// Sectors that could not be read and wait to be written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_sectors: Option<u64>,
+    /// Sectors that could not be read in its own tests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uncorrectable_sectors: Option<u64>,
+    /// Errors of the medium, of an `NVMe` device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub media_errors: Option<u64>,
+    /// Share of its life that is used up, percent, of an `NVMe` device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wear_percent: Option<u64>,
+}
+
 /// A disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Disk {
@@ -232,6 +296,12 @@ pub struct Disk {
     pub recent_errors: DiskErrors,
     /// Mean latencies since the node started.
     pub latency: DiskLatency,
+    /// Latest latencies, and those of its peers.
+    #[serde(default)]
+    pub timing: DiskTiming,
+    /// What the device says of itself, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smart: Option<Smart>,
 }
 
 /// How a pool makes its data redundant.

@@ -1,5 +1,6 @@
 //! `sdsctl disk …`.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Subcommand;
@@ -8,7 +9,7 @@ use super::output::{Output, Table, fields, human_bytes, non_empty, percent};
 use super::{Failure, parse};
 use crate::admin::client::{Client, ClientError};
 use crate::admin::error::ApiError;
-use crate::admin::types::{AddDisk, Disk};
+use crate::admin::types::{AddDisk, Disk, LatencyFigures, Smart};
 use crate::id::DiskId;
 
 /// Shortest prefix of an id that names a disk, characters.
@@ -30,10 +31,10 @@ pub(super) enum DiskVerb {
         #[arg(long)]
         yes: bool,
     },
-    /// Lists all disks
+    /// Lists all disks; one that is much slower than its peers is "slow"
     #[command(visible_alias = "list")]
     Ls,
-    /// Shows one disk in full
+    /// Shows one disk in full: latencies against its peers', SMART data where smartctl is there
     Show {
         /// Id, beginning of an id, or path
         disk: String,
@@ -57,7 +58,7 @@ pub(super) enum DiskVerb {
         /// Id, beginning of an id, or path
         disk: String,
     },
-    /// Opens a disk again that is offline, failed or missing, and keeps one that is being drained
+    /// Opens a disk again that is offline, set aside, failed or missing, and keeps one that is being drained
     Online {
         /// Id, beginning of an id, or path
         disk: String,
@@ -133,7 +134,16 @@ fn state(disk: &Disk) -> String {
 
 fn table(disks: &[Disk]) -> String {
     let mut table = Table::new(&[
-        "ID", "PATH", "STATE", ">SIZE", ">USED", ">USE", ">ERRORS", ">APPEND", ">READ",
+        "ID",
+        "PATH",
+        "STATE",
+        ">SIZE",
+        ">USED",
+        ">USE",
+        ">ERRORS",
+        ">APPEND",
+        ">READ",
+        ">P99/PEERS",
     ]);
     for disk in disks {
         table.row(vec![
@@ -146,9 +156,50 @@ fn table(disks: &[Disk]) -> String {
             disk.errors.total().to_string(),
             format!("{} µs", disk.latency.append_us),
             format!("{} µs", disk.latency.read_us),
+            against_peers(disk),
         ]);
     }
     table.render()
+}
+
+/// The 99th percentile of the latest appends, or reads where there were none, and the peers'.
+fn against_peers(disk: &Disk) -> String {
+    let figures = disk.timing.append.or(disk.timing.read);
+    figures.map_or_else(|| "-".to_owned(), |f| format!("{}/{} µs", f.p99_us, f.peers_p99_us))
+}
+
+fn figures(of: Option<LatencyFigures>) -> String {
+    of.map_or_else(
+        || "-".to_owned(),
+        |f| {
+            format!(
+                "p50 {} µs, p99 {} µs; its peers {} µs, {} µs",
+                f.p50_us, f.p99_us, f.peers_p50_us, f.peers_p99_us
+            )
+        },
+    )
+}
+
+fn smart(of: &Smart) -> String {
+    let health = match of.passed {
+        Some(true) => "passed",
+        Some(false) => "EXPECTS TO FAIL",
+        None => "no judgement",
+    };
+    let mut text = health.to_owned();
+    let mut add = |count: Option<u64>, what: &str| {
+        if let Some(count) = count {
+            write!(text, ", {count} {what}").expect("a string takes all");
+        }
+    };
+    add(of.reallocated_sectors, "sectors reallocated");
+    add(of.pending_sectors, "pending");
+    add(of.uncorrectable_sectors, "uncorrectable");
+    add(of.media_errors, "errors of the medium");
+    add(of.wear_percent, "% worn");
+    add(of.power_on_hours, "hours on");
+    add(of.temperature_c.and_then(|degrees| u64::try_from(degrees).ok()), "°C");
+    text + &of.model.as_ref().map(|model| format!(" ({model})")).unwrap_or_default()
 }
 
 fn details(disk: &Disk) -> String {
@@ -165,7 +216,7 @@ fn details(disk: &Disk) -> String {
     );
     let latency =
         format!("append {} µs, read {} µs (mean)", disk.latency.append_us, disk.latency.read_us);
-    fields(&[
+    let mut pairs = vec![
         ("id", disk.id.to_string()),
         ("path", disk.path.clone()),
         ("state", disk.state.to_string()),
@@ -175,5 +226,12 @@ fn details(disk: &Disk) -> String {
         ("slots", slots),
         ("errors", errors),
         ("latency", latency),
-    ])
+        ("appends", figures(disk.timing.append)),
+        ("reads", figures(disk.timing.read)),
+        ("tables", figures(disk.timing.control)),
+    ];
+    if let Some(data) = &disk.smart {
+        pairs.push(("smart", smart(data)));
+    }
+    fields(&pairs)
 }

@@ -34,6 +34,7 @@ mod commit;
 #[cfg(test)]
 pub mod conformance;
 pub mod device;
+mod exercise;
 pub mod format;
 pub mod geometry;
 mod inspect;
@@ -76,6 +77,7 @@ pub struct Disk {
     writes_in_flight: Cell<u64>,
     writes_ended: Notify,
     stats: DiskStats,
+    exercise: RefCell<exercise::Exercise>,
 }
 
 impl Disk {

@@ -265,6 +265,7 @@ impl Disk {
             writes_in_flight: Cell::new(0),
             writes_ended: Notify::new(),
             stats,
+            exercise: RefCell::default(),
         });
         disk.check().map_err(DiskOpenError::Inconsistent)?;
         Ok(disk)

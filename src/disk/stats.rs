@@ -82,6 +82,12 @@ pub struct DiskStats {
 }
 
 impl DiskStats {
+    /// Requests to the device of all kinds that failed.
+    pub fn errors(&self) -> u64 {
+        let all = [&self.appends, &self.reads, &self.table_writes, &self.table_reads];
+        all.iter().map(|operation| operation.errors.get()).sum()
+    }
+
     /// Writes of all kinds that failed.
     pub fn failed_writes(&self) -> u64 {
         self.appends.errors.get() + self.table_writes.errors.get()

@@ -129,8 +129,18 @@ pub enum DiskState {
     Offline,
     /// In use, but avoided for new segments; its shards are moved elsewhere.
     Draining,
+    /// Not used, because it was sick for long; an operator may take it back.
+    #[serde(rename = "set-aside")]
+    SetAside,
     /// Gone for good. Kept as evidence for deletions and recoveries that must hear of it.
     Removed,
+}
+
+impl DiskState {
+    /// Whether the disk stays out of use until an operator wants it back.
+    pub const fn is_out(self) -> bool {
+        matches!(self, Self::Offline | Self::SetAside)
+    }
 }
 
 impl std::fmt::Display for DiskState {
@@ -139,6 +149,7 @@ impl std::fmt::Display for DiskState {
             Self::Online => "online",
             Self::Offline => "offline",
             Self::Draining => "draining",
+            Self::SetAside => "set-aside",
             Self::Removed => "removed",
         })
     }

@@ -10,12 +10,14 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 
+use super::care::Care;
 use super::dev::DevOptions;
 use super::opener::{DeviceOpener, OpenFailure, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
@@ -172,6 +174,10 @@ async fn run_local(
         store: Rc::new(store),
         opener,
         head,
+        care: Care {
+            set_aside_after: Duration::from_secs(config.care.set_aside_seconds),
+            smart_every: Duration::from_secs(config.care.smart_seconds),
+        },
         index_cache_bytes: usize::try_from(config.cache.index.0).unwrap_or(usize::MAX),
         unix_seconds,
     };

@@ -16,6 +16,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout};
 
+use super::care::Sickness;
 use super::counts::DiskCounts;
 use super::opener::{Detachable, OpenFailure, open_patiently};
 use super::{Node, NodeError};
@@ -61,6 +62,7 @@ pub(super) struct DiskSlot {
     failed_writes: Cell<u64>,
     /// What it counted the other times it was open.
     past: Cell<DiskCounts>,
+    pub(super) sickness: Sickness,
 }
 
 impl DiskSlot {
@@ -81,6 +83,7 @@ impl DiskSlot {
             short_lives: Cell::new(0),
             failed_writes: Cell::new(0),
             past: Cell::default(),
+            sickness: Sickness::default(),
         }
     }
 
@@ -116,7 +119,7 @@ impl DiskSlot {
         self.record.borrow().path.clone()
     }
 
-    fn down(&self, state: Shown, reason: &str) {
+    pub(super) fn down(&self, state: Shown, reason: &str) {
         self.state.set(state);
         *self.reason.borrow_mut() = Some(reason.to_owned());
     }
@@ -182,9 +185,14 @@ impl Node {
     async fn open_at_start(self: &Rc<Self>, path: &str, listed: bool) -> Result<(), Refusal> {
         let owner = self.slots().into_iter().find(|slot| slot.path() == path);
         if let Some(owner) = &owner
-            && owner.record.borrow().state == DiskState::Offline
+            && owner.record.borrow().state.is_out()
         {
-            return refused(Shown::Offline, "taken out of service by an operator");
+            return match owner.record.borrow().state {
+                DiskState::SetAside => {
+                    refused(Shown::SetAside, "it was slow or failing before the last start")
+                }
+                _ => refused(Shown::Offline, "taken out of service by an operator"),
+            };
         }
         let device = open_patiently(&*self.options.opener, path).await.map_err(refusal)?;
         let probe = match self.probe(&*device).await {
@@ -504,7 +512,7 @@ impl Node {
             // Again and again, because segments are sealed meanwhile.
             self.tell_lost(slot.id);
         }
-        if slot.record.borrow().state == DiskState::Offline || slot.busy.get() {
+        if slot.record.borrow().state.is_out() || slot.busy.get() {
             return;
         }
         if slot.down_since.get().elapsed() < slot.retry_after() {

@@ -19,6 +19,7 @@
 //!   if need be. The keys are mirrored to the disks after each change.
 //! - A node whose disks have seen a newer state of the store than the store has does not start.
 
+pub mod care;
 mod catalog;
 mod commands;
 mod counts;
@@ -32,6 +33,7 @@ mod pools;
 pub mod recover;
 mod samples;
 mod scrubs;
+mod smart;
 #[cfg(test)]
 mod tests;
 mod views;
@@ -78,6 +80,8 @@ pub struct NodeOptions {
     pub opener: Rc<dyn DeviceOpener>,
     /// Tuning of the heads.
     pub head: HeadConfig,
+    /// What is done for sick disks.
+    pub care: care::Care,
     /// Bytes of all heads' index caches together.
     pub index_cache_bytes: usize,
     /// Seconds since 1970, for records that people read.
@@ -171,6 +175,8 @@ impl Node {
         node.load_volumes().await?;
         node.mirror_catalog().await;
         tokio::task::spawn_local(node.clone().watch());
+        tokio::task::spawn_local(node.registry.clone().exercise());
+        tokio::task::spawn_local(node.clone().watch_smart());
         Ok(node)
     }
 
@@ -209,6 +215,7 @@ impl Node {
         while !self.stopping.get() {
             tokio::time::sleep(WATCH_INTERVAL).await;
             self.watch_disks().await;
+            self.care_for_disks().await;
             for slot in self.volumes.borrow().values() {
                 slot.look();
             }

@@ -177,7 +177,7 @@ impl Node {
     }
 
     pub(super) fn show_disk(&self, id: DiskId) -> Result<Disk, ApiError> {
-        self.find_disk(id).map(|slot| Self::view_disk(&slot))
+        self.find_disk(id).map(|slot| self.view_disk(&slot))
     }
 
     fn find_disk(&self, id: DiskId) -> Result<Rc<DiskSlot>, ApiError> {
@@ -187,7 +187,11 @@ impl Node {
         })
     }
 
-    async fn set_disk_state(&self, id: DiskId, state: DiskState) -> Result<(), ApiError> {
+    pub(super) async fn set_disk_state(
+        &self,
+        id: DiskId,
+        state: DiskState,
+    ) -> Result<(), ApiError> {
         self.update_disk(id, |record| {
             record.state = state;
             // Who takes a disk out of service that is being removed does not want it back.
@@ -225,7 +229,7 @@ impl Node {
         }
         self.tell_lost(id);
         self.mirror_catalog().await;
-        Ok(Self::view_disk(&slot))
+        Ok(self.view_disk(&slot))
     }
 
     /// Has every volume leave a disk, which stays in the node; over restarts, until it is put online.
@@ -243,7 +247,7 @@ impl Node {
         self.begin_draining(&slot);
         self.tell_lost(id);
         self.mirror_catalog().await;
-        Ok(Self::view_disk(&slot))
+        Ok(self.view_disk(&slot))
     }
 
     /// Puts a disk into service again.
@@ -251,6 +255,7 @@ impl Node {
         let _lock = self.changes.lock().await;
         let slot = self.find_disk(id)?;
         self.set_disk_state(id, DiskState::Online).await?;
+        slot.sickness.forgive();
         if slot.state.get() == Shown::Draining {
             slot.state.set(Shown::Online);
             slot.reason.borrow_mut().take();
@@ -270,7 +275,7 @@ impl Node {
             })?;
         }
         self.mirror_catalog().await;
-        Ok(Self::view_disk(&slot))
+        Ok(self.view_disk(&slot))
     }
 
     /// Takes a disk out of the node for good, once what was on it is rebuilt on the others.

@@ -21,7 +21,7 @@ impl Node {
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
             },
-            disks: self.slots().iter().map(sample_disk).collect(),
+            disks: self.slots().iter().map(|slot| sample_disk(self, slot)).collect(),
             pools: pools
                 .into_iter()
                 .map(|pool| PoolSample {
@@ -50,8 +50,8 @@ impl Node {
     }
 }
 
-fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
-    let view = Node::view_disk(slot);
+fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
+    let view = node.view_disk(slot);
     let counted = slot.counted();
     DiskSample {
         disk: view.id.to_string(),
@@ -70,6 +70,7 @@ fn sample_disk(slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
         read_bytes: counted.reads.bytes,
         read_us: counted.reads.latency_us,
         flushes: 0,
+        timing: view.timing,
     }
 }
 

@@ -67,6 +67,7 @@ impl Machine {
             opener: self.devices.clone(),
             head: HeadConfig::default(),
             index_cache_bytes: 16 << 20,
+            care: super::care::Care::default(),
             unix_seconds: || 0,
         };
         let paths: Vec<String> = self.devices.0.keys().cloned().collect();

@@ -10,8 +10,8 @@ use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Capacity, Disk, DiskErrors, DiskLatency, DiskState, FailureDomain as Shown, Pool, Redundancy,
-    RepairProgress, Status, Volume, VolumeState,
+    Capacity, Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, FailureDomain as Shown, Pool,
+    Redundancy, RepairProgress, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
 use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
@@ -25,7 +25,7 @@ impl Node {
 
     /// All disks by path, pools by name and volumes by name.
     pub(super) fn views(&self) -> (Vec<Disk>, Vec<Pool>, Vec<Volume>) {
-        let mut disks: Vec<Disk> = self.slots().iter().map(Self::view_disk).collect();
+        let mut disks: Vec<Disk> = self.slots().iter().map(|slot| self.view_disk(slot)).collect();
         let problems = self.problems.borrow();
         disks.extend(problems.iter().map(|(path, reason)| unusable_disk(path, reason)));
         disks.sort_by(|a, b| a.path.cmp(&b.path));
@@ -34,7 +34,7 @@ impl Node {
         (disks, pools, volumes)
     }
 
-    pub(super) fn view_disk(slot: &Rc<DiskSlot>) -> Disk {
+    pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {
         let record = slot.record.borrow();
         let geometry = slot.geometry.get();
         let slots = geometry.map_or(0, |geometry| geometry.slots);
@@ -51,14 +51,18 @@ impl Node {
         };
         let latency =
             DiskLatency { append_us: counted.appends.mean_us(), read_us: counted.reads.mean_us() };
+        // Being drained says more than being slow does.
+        let slow = (slot.state.get() == DiskState::Online).then(|| self.slowness(slot)).flatten();
         Disk {
             id: slot.id,
             path: record.path.clone(),
-            state: slot.state.get(),
-            state_reason: slot.reason.borrow().as_ref().map(|reason| match slot.state.get() {
-                DiskState::Draining if used == 0 => format!("{reason}; it is empty"),
-                DiskState::Draining => format!("{reason}; {used} slots are still in use"),
-                _ => reason.clone(),
+            state: if slow.is_some() { DiskState::Slow } else { slot.state.get() },
+            state_reason: slow.or_else(|| {
+                slot.reason.borrow().as_ref().map(|reason| match slot.state.get() {
+                    DiskState::Draining if used == 0 => format!("{reason}; it is empty"),
+                    DiskState::Draining => format!("{reason}; {used} slots are still in use"),
+                    _ => reason.clone(),
+                })
             }),
             size: record.size_bytes,
             slot_bytes: record.slot_bytes,
@@ -68,6 +72,8 @@ impl Node {
             errors: errors(&counted),
             recent_errors: errors(&since_open),
             latency,
+            timing: self.timing(slot.id),
+            smart: slot.sickness.smart.borrow().clone(),
         }
     }
 
@@ -82,7 +88,7 @@ impl Node {
         let mut capacity = Capacity::default();
         let mut online = 0;
         for slot in self.slots() {
-            let disk = Self::view_disk(&slot);
+            let disk = self.view_disk(&slot);
             if !disk.state.is_online() {
                 continue;
             }
@@ -237,6 +243,8 @@ fn unusable_disk(path: &str, reason: &str) -> Disk {
         errors: DiskErrors::default(),
         recent_errors: DiskErrors::default(),
         latency: DiskLatency::default(),
+        timing: DiskTiming::default(),
+        smart: None,
     }
 }
 

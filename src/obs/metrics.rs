@@ -9,17 +9,18 @@ use prometheus::{Counter, CounterVec, Encoder, Gauge, GaugeVec, Opts, Registry, 
 
 use super::histogram::{BUCKET_BOUNDS_US, LatencySample};
 use super::sample::{DiskSample, NbdSample, NodeSample, PoolSample, Sample, VolumeSample};
-use crate::admin::types::{DiskState, HealthLevel};
+use crate::admin::types::{DiskState, DiskTiming, HealthLevel};
 
 const MICROSECOND: f64 = 1e-6;
 
 const HEALTH_LEVELS: [HealthLevel; 3] =
     [HealthLevel::Ok, HealthLevel::Warning, HealthLevel::Critical];
-const DISK_STATES: [DiskState; 6] = [
+const DISK_STATES: [DiskState; 7] = [
     DiskState::Online,
     DiskState::Slow,
     DiskState::Draining,
     DiskState::Offline,
+    DiskState::SetAside,
     DiskState::Failed,
     DiskState::Missing,
 ];
@@ -80,6 +81,11 @@ declare! {
         read_seconds: CounterVec "sds_disk_read_seconds_total" ["disk", "path"]
             "Sum of the latencies of reads.";
         flushes: CounterVec "sds_disk_flushes_total" ["disk", "path"] "Flushes of the device.";
+        recent: GaugeVec "sds_disk_latency_recent_seconds" ["disk", "path", "class", "quantile"]
+            "Latency of the latest requests by class: read, append, control.";
+        peers: GaugeVec "sds_disk_peers_latency_recent_seconds"
+            ["disk", "path", "class", "quantile"]
+            "Median over the disk's peers of their latency of the latest requests.";
     }
     struct PoolMetrics {
         raw: GaugeVec "sds_pool_raw_bytes" ["pool"] "Raw space of the pool's disks.";
@@ -235,6 +241,18 @@ impl Metrics {
             count_up(&metrics.read_bytes, &labels, s.read_bytes as f64);
             count_up(&metrics.read_seconds, &labels, s.read_us as f64 * MICROSECOND);
             count_up(&metrics.flushes, &labels, s.flushes as f64);
+            let DiskTiming { read, append, control } = s.timing;
+            for (class, figures) in [("read", read), ("append", append), ("control", control)] {
+                let Some(f) = figures else { continue };
+                for (quantile, own, peers) in
+                    [("0.5", f.p50_us, f.peers_p50_us), ("0.99", f.p99_us, f.peers_p99_us)]
+                {
+                    let labels = [labels[0], labels[1], class, quantile];
+                    let seconds = |us: u64| us as f64 * MICROSECOND;
+                    metrics.recent.with_label_values(&labels).set(seconds(own));
+                    metrics.peers.with_label_values(&labels).set(seconds(peers));
+                }
+            }
         }
     }
 

@@ -5,7 +5,7 @@
 //! many as requests.
 
 use super::histogram::LatencySample;
-use crate::admin::types::{DiskState, HealthLevel};
+use crate::admin::types::{DiskState, DiskTiming, HealthLevel};
 
 /// Everything.
 #[derive(Debug, Clone, Default)]
@@ -81,6 +81,8 @@ pub struct DiskSample {
     pub read_us: u64,
     /// Flushes of the device.
     pub flushes: u64,
+    /// Latest latencies, and those of its peers.
+    pub timing: DiskTiming,
 }
 
 /// One pool.

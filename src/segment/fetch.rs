@@ -1,9 +1,15 @@
 //! Reading from segments: verified end to end, around shards that are missing, damaged or slow.
+//!
+//! A read that takes longer than the peers of its disk let expect is hedged: other shards are asked
+//! too, and the first answer that suffices wins. Hedges are few while no disk is slow
+//! ([`crate::shard::latency`]).
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::join_all;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::time::timeout;
 
 use super::checksum::Salt;
 use super::stripe;
@@ -187,89 +193,24 @@ impl Source {
         count: u32,
         found: &mut dyn FnMut(Finding),
     ) -> Result<Bytes, FetchError> {
-        let mut report = |shard: usize, problem: &Problem| {
-            found(Finding {
-                segment: self.segment,
-                disk: self.members[shard],
-                creation: self.creations[shard],
-                problem: problem.clone(),
-            });
-        };
-        let mut last = Problem::Disk(ShardError::Gone);
-        let mut gone = true;
+        disks.watch().note_read();
+        let width = self.scheme.width();
+        let avoid = |i: usize| (self.is_missing(i), disks.rank(self.members[i]));
         if self.scheme.data == 1 {
             // Copies: healthy disks first, starting at a place that spreads the load.
-            let width = self.scheme.width();
             let start = (block / 64) as usize % width;
             let mut order: Vec<usize> = (0..width).map(|i| (start + i) % width).collect();
-            order.sort_by_key(|&i| (self.is_missing(i), !disks.is_healthy(self.members[i])));
-            for i in order {
-                match self.direct(disks, i, block, count).await {
-                    Ok(data) => return Ok(data),
-                    Err(problem) => {
-                        gone &= problem == Problem::Disk(ShardError::Gone);
-                        report(i, &problem);
-                        last = problem;
-                    }
-                }
-            }
-            return Err(self.too_few(gone, 0, &last));
+            order.sort_by_cached_key(|&i| avoid(i));
+            let race = Race { source: self, disks, wanted: None, block, count };
+            return race.run(order.into(), found).await;
         }
-        if !self.is_missing(shard) && disks.is_healthy(self.members[shard]) {
-            match self.direct(disks, shard, block, count).await {
-                Ok(data) => return Ok(data),
-                Err(problem) => {
-                    report(shard, &problem);
-                    last = problem;
-                }
-            }
-        }
-        self.reconstruct(disks, shard, block, count, last, &mut report).await
-    }
-
-    /// Rebuilds blocks of one shard from any `k` others.
-    async fn reconstruct(
-        &self,
-        disks: &Disks,
-        wanted: usize,
-        block: u32,
-        count: u32,
-        mut last: Problem,
-        report: &mut dyn FnMut(usize, &Problem),
-    ) -> Result<Bytes, FetchError> {
-        let need = usize::from(self.scheme.data);
-        let mut gone = last == Problem::Disk(ShardError::Gone);
-        let mut order: Vec<usize> =
-            (0..self.scheme.width()).filter(|&shard| shard != wanted).collect();
-        order.sort_by_key(|&i| (self.is_missing(i), !disks.is_healthy(self.members[i])));
-        // The wanted shard itself comes last: a suspect disk may still deliver.
-        order.push(wanted);
-        let mut have: Vec<(usize, Bytes)> = Vec::with_capacity(need);
-        while have.len() < need && !order.is_empty() {
-            let batch: Vec<usize> = order.drain(..(need - have.len()).min(order.len())).collect();
-            let reads = batch.iter().map(|&shard| self.direct(disks, shard, block, count));
-            for (&shard, result) in batch.iter().zip(join_all(reads).await) {
-                match result {
-                    Ok(data) if shard == wanted => return Ok(data),
-                    Ok(data) => {
-                        gone = false;
-                        have.push((shard, data));
-                    }
-                    Err(problem) => {
-                        gone &= problem == Problem::Disk(ShardError::Gone);
-                        report(shard, &problem);
-                        last = problem;
-                    }
-                }
-            }
-        }
-        if have.len() < need {
-            return Err(self.too_few(gone, have.len(), &last));
-        }
-        let shards: Vec<(usize, &[u8])> = have.iter().map(|(i, data)| (*i, &data[..])).collect();
-        let mut out = AlignedBuf::new(count as usize * BLOCK_SIZE);
-        stripe::rebuild(self.scheme, &shards, wanted, &mut out);
-        Ok(out.freeze())
+        let mut order: Vec<usize> = (0..width).filter(|&i| i != shard).collect();
+        order.sort_by_cached_key(|&i| avoid(i));
+        // A shard on a disk that is avoided comes last: it may still deliver.
+        let at = if avoid(shard) == (false, 0) { 0 } else { order.len() };
+        order.insert(at, shard);
+        let race = Race { source: self, disks, wanted: Some(shard), block, count };
+        race.run(order.into(), found).await
     }
 
     fn too_few(&self, gone: bool, have: usize, last: &Problem) -> FetchError {
@@ -285,5 +226,124 @@ impl Source {
                 Problem::Disk(error) => error.to_string(),
             },
         }
+    }
+}
+
+/// Blocks of one shard, read from as few disks as will do, and from more when those fail or are
+/// overdue. The first answer that suffices wins: the wanted shard, or any `k` others.
+struct Race<'a> {
+    source: &'a Source,
+    disks: &'a Disks,
+    /// The shard that needs no others; none where each is as good.
+    wanted: Option<usize>,
+    block: u32,
+    count: u32,
+}
+
+/// What a race has under way.
+#[derive(Default)]
+struct Field {
+    /// Shards not asked yet, in the order in which they will be.
+    left: VecDeque<usize>,
+    running: Vec<usize>,
+    have: Vec<(usize, Bytes)>,
+    /// No more hedges: there is nobody left for one, or they were too many.
+    patient: bool,
+}
+
+impl Race<'_> {
+    async fn run(
+        &self,
+        order: VecDeque<usize>,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<Bytes, FetchError> {
+        let source = self.source;
+        let mut reads = FuturesUnordered::new();
+        let mut field = Field { left: order, ..Field::default() };
+        let (mut gone, mut last) = (true, Problem::Disk(ShardError::Gone));
+        let mut more = 1;
+        loop {
+            more = more.max(self.lacks(&field)).min(field.left.len());
+            for shard in field.left.drain(..more) {
+                field.running.push(shard);
+                reads.push(async move {
+                    (shard, source.direct(self.disks, shard, self.block, self.count).await)
+                });
+            }
+            let Some(&longest) = field.running.first() else {
+                return Err(source.too_few(gone, field.have.len(), &last));
+            };
+            more = 0;
+            let overdue = self.disks.watch().overdue_after(source.members[longest]);
+            let answer = if field.patient {
+                reads.next().await
+            } else {
+                let Ok(answer) = timeout(overdue, reads.next()).await else {
+                    more = self.hedge(&mut field, longest);
+                    continue;
+                };
+                answer
+            };
+            let Some((shard, result)) = answer else { continue };
+            field.running.retain(|&other| other != shard);
+            match result {
+                Ok(data) if self.wanted.is_none_or(|wanted| wanted == shard) => return Ok(data),
+                Ok(data) => {
+                    gone = false;
+                    field.have.push((shard, data));
+                    if field.have.len() == usize::from(source.scheme.data) {
+                        return Ok(self.rebuild(&field.have));
+                    }
+                }
+                Err(problem) => {
+                    gone &= problem == Problem::Disk(ShardError::Gone);
+                    found(Finding {
+                        segment: source.segment,
+                        disk: source.members[shard],
+                        creation: source.creations[shard],
+                        problem: problem.clone(),
+                    });
+                    last = problem;
+                }
+            }
+        }
+    }
+
+    /// Shards that must be asked besides those that are, or there will be no answer.
+    fn lacks(&self, field: &Field) -> usize {
+        let running = field.running.len();
+        let direct = field.running.iter().any(|&shard| Some(shard) == self.wanted);
+        if direct && running == 1 && field.have.is_empty() {
+            return 0;
+        }
+        let first = field.left.front().copied();
+        if first.is_some() && first == self.wanted && running == 0 && field.have.is_empty() {
+            return 1;
+        }
+        let others = field.have.len() + running - usize::from(direct);
+        usize::from(self.source.scheme.data).saturating_sub(others)
+    }
+
+    /// How many more to ask because `shard` is overdue.
+    fn hedge(&self, field: &mut Field, shard: usize) -> usize {
+        let direct = Some(shard) == self.wanted && field.running.len() == 1;
+        let more = if direct { usize::from(self.source.scheme.data) } else { 1 };
+        let good = |&&i: &&usize| {
+            !self.source.is_missing(i) && self.disks.rank(self.source.members[i]) < 2
+        };
+        let there = field.left.iter().take(more).filter(good).count() == more;
+        if there && self.disks.watch().may_hedge(self.source.members[shard], more) {
+            return more;
+        }
+        field.patient = true;
+        0
+    }
+
+    fn rebuild(&self, have: &[(usize, Bytes)]) -> Bytes {
+        let shards: Vec<(usize, &[u8])> = have.iter().map(|(i, data)| (*i, &data[..])).collect();
+        let mut out = AlignedBuf::new(self.count as usize * BLOCK_SIZE);
+        let wanted = self.wanted.expect("a copy needs no others");
+        stripe::rebuild(self.source.scheme, &shards, wanted, &mut out);
+        out.freeze()
     }
 }

@@ -1,7 +1,8 @@
 //! The disks that a node can reach, and what it thinks of them.
 //!
-//! Heads look disks up by id and choose where new segments go. A disk that failed a request is
-//! avoided for a while ("suspect"); one that is down is not asked at all.
+//! Heads look disks up by id and choose where new segments go. A disk that is much slower than the
+//! others ([`super::latency`]) is taken after all that are not; one that failed a request is avoided
+//! for a while ("suspect"); one that is down is not asked at all.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -14,6 +15,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::activity::Activity;
+use super::latency::Watch;
+use super::measured::MeasuredClient;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::DiskId;
@@ -24,6 +27,10 @@ use crate::segment::slot_blocks;
 pub const SUSPECT_FOR: Duration = Duration::from_secs(5);
 /// Deletions of shards that are under way at once.
 pub const DELETES_MAX: usize = 64;
+/// Pause between two exercises of the disks while one of them is slow.
+const EXERCISE_EVERY: Duration = Duration::from_millis(500);
+/// How long an exercise may take.
+const EXERCISE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a disk may take to tell its fill.
 const INFO_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -53,6 +60,7 @@ pub struct Disks {
     deletes: Semaphore,
     /// How busy clients keep the disks.
     pub activity: Rc<Activity>,
+    watch: Rc<Watch>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
 }
@@ -69,17 +77,19 @@ impl Default for Disks {
             gc_passes: Arc::new(Semaphore::new(1)),
             deletes: Semaphore::new(DELETES_MAX),
             activity: Rc::default(),
+            watch: Rc::default(),
             changed: Notify::new(),
         }
     }
 }
 
 /// A head that uses the disks, as long as this lives.
-pub struct Member(Rc<Disks>);
+pub struct Member(Rc<Disks>, u8);
 
 impl Drop for Member {
     fn drop(&mut self) {
         self.0.heads.set(self.0.heads.get() - 1);
+        self.0.watch.part(self.1);
     }
 }
 
@@ -99,6 +109,8 @@ impl Disks {
     pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
         let arrival = self.arrivals.get() + 1;
         self.arrivals.set(arrival);
+        let gauge = self.watch.add(info.id, domain);
+        let client = Rc::new(MeasuredClient::new(client, self.watch.clone(), gauge));
         let entry = Entry { client, domain, suspect_until: None, draining: false, arrival, info };
         self.known.borrow_mut().insert(entry.info.id, entry);
         self.fill_changed();
@@ -108,6 +120,7 @@ impl Disks {
     /// Takes a disk out: it is down until added again.
     pub fn remove(&self, disk: DiskId) {
         self.known.borrow_mut().remove(&disk);
+        self.watch.remove(disk);
         self.fill_changed();
         self.changed.notify_waiters();
     }
@@ -127,10 +140,63 @@ impl Disks {
         self.slot_bytes_min.set(smallest.unwrap_or(SLOT_BYTES_MAX));
     }
 
-    /// Counts a head among those that share the disks.
-    pub fn join(self: &Rc<Self>) -> Member {
+    /// Counts a head, whose pool survives the loss of `parity` domains, among those that share the
+    /// disks.
+    pub fn join(self: &Rc<Self>, parity: u8) -> Member {
         self.heads.set(self.heads.get() + 1);
-        Member(self.clone())
+        self.watch.join(parity);
+        Member(self.clone(), parity)
+    }
+
+    /// How long the disks take.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
+    }
+
+    /// Whether a disk that is up is much slower than its peers.
+    pub fn is_slow(&self, disk: DiskId) -> bool {
+        self.watch.is_slow(disk)
+    }
+
+    /// How much a disk is to be avoided: 0 not at all, 1 if it is slow, 2 if it failed lately, is to
+    /// go or is down.
+    pub fn rank(&self, disk: DiskId) -> u8 {
+        if self.is_healthy(disk) { u8::from(self.is_slow(disk)) } else { 2 }
+    }
+
+    /// Domains with a disk that is up, fails nothing and is not slow.
+    pub fn fast_domains(&self) -> usize {
+        let disks = self.known.borrow();
+        let fast = disks.values().filter(|e| e.healthy() && !self.is_slow(e.info.id));
+        let domains: std::collections::BTreeSet<u32> = fast.map(|e| e.domain).collect();
+        domains.len()
+    }
+
+    /// Exercises the disks while one is slow, for ever: what is avoided is not measured otherwise.
+    /// All of them, so that like is compared with like.
+    pub async fn exercise(self: Rc<Self>) {
+        loop {
+            let changed = self.watch.changed.notified();
+            if self.watch.slow().is_empty() {
+                changed.await;
+                continue;
+            }
+            let this = &self;
+            let asked = self.ids().into_iter().filter_map(|disk| {
+                let client = this.client(disk)?;
+                Some(async move {
+                    for write in [false, true] {
+                        let exercise = client.exercise(write);
+                        let done = tokio::time::timeout(EXERCISE_PATIENCE, exercise).await;
+                        if let Ok(Err(error)) = done {
+                            this.report(disk, &error);
+                        }
+                    }
+                })
+            });
+            join_all(asked.collect::<Vec<_>>()).await;
+            tokio::time::sleep(EXERCISE_EVERY).await;
+        }
     }
 
     /// Heads that share the disks, one at least.
@@ -297,8 +363,8 @@ impl Disks {
     }
 
     /// Chooses up to `count` disks in different domains by weighted random draw (weight: slots
-    /// that are free for `class`), healthy ones first, out of those that `allowed` admits, avoiding
-    /// the domains in `taken`. Fewer are returned when there are no more.
+    /// that are free for `class`), healthy ones first and then slow ones, out of those that `allowed`
+    /// admits, avoiding the domains in `taken`. Fewer are returned when there are no more.
     pub fn choose(
         &self,
         env: &Env,
@@ -310,9 +376,10 @@ impl Disks {
         let disks = self.known.borrow();
         let mut taken = taken.to_vec();
         let mut chosen = Vec::with_capacity(count);
-        for healthy in [true, false] {
+        let rank = |e: &Entry| if e.healthy() { u8::from(self.is_slow(e.info.id)) } else { 2 };
+        for wanted in 0..=2 {
             let mut pool: Vec<&Entry> =
-                disks.values().filter(|e| e.healthy() == healthy && allowed(e.info.id)).collect();
+                disks.values().filter(|e| rank(e) == wanted && allowed(e.info.id)).collect();
             while chosen.len() < count {
                 pool.retain(|e| !taken.contains(&e.domain));
                 // A disk that seems full comes last, but it may have room meanwhile.

@@ -164,6 +164,10 @@ impl ShardClient for LocalClient {
         self.current().put_catalog(catalog)
     }
 
+    fn exercise(&self, write: bool) -> LocalFuture<'_, ShardResult<()>> {
+        self.current().exercise(write)
+    }
+
     fn get_catalog(&self) -> LocalFuture<'_, ShardResult<Catalog>> {
         ready(self.current().get_catalog())
     }

@@ -20,7 +20,9 @@
 
 pub mod activity;
 pub mod disks;
+pub mod latency;
 pub mod local;
+mod measured;
 pub mod reserve;
 
 use std::future::Future;
@@ -399,4 +401,8 @@ pub trait ShardClient {
 
     /// The mirrored keys; empty with revision 0 on a fresh disk.
     fn get_catalog(&self) -> LocalFuture<'_, ShardResult<Catalog>>;
+
+    /// Reads one block of the device, or writes one durably, and changes nothing by it: how long
+    /// that takes is what matters. [`ShardError::Unreachable`] while another such request runs.
+    fn exercise(&self, write: bool) -> LocalFuture<'_, ShardResult<()>>;
 }

@@ -316,6 +316,10 @@ impl ShardClient for FaultyClient {
         self.send(move |disk| disk.put_catalog(catalog))
     }
 
+    fn exercise(&self, write: bool) -> LocalFuture<'_, ShardResult<()>> {
+        self.ask(move |disk| disk.exercise(write))
+    }
+
     fn get_catalog(&self) -> LocalFuture<'_, ShardResult<Catalog>> {
         self.ask(|disk| ready(disk.get_catalog()))
     }

@@ -46,6 +46,10 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         let Some(running) = start(context).await else { return };
         running.node.heal();
         super::nemesis::heal(context).await;
+        let spell = !context.world.config.overcommitted && context.env.chance(1, 6);
+        if spell && let Err(why) = super::slow::spell(context, &running).await {
+            context.fail(why);
+        }
         let mut heads = vec![running];
         // What a volume that is not served holds of the reserves is given back by its next head only.
         if let Some(volume) = &context.world.neighbour {
@@ -339,10 +343,13 @@ async fn check_content(
             held.shards.into_iter().filter(|i| i.state == ShardState::Sealed && i.blocks > 0);
         for info in sealed.filter(|info| wanted(index, info)) {
             let (spec, id) = (&info.spec, info.spec.segment);
-            let reply = disk
-                .read(spec.volume, id, 0, info.blocks)
-                .await
-                .map_err(|e| format!("content of segment {id} on disk {index}: {e}"))?;
+            let reply = match disk.read(spec.volume, id, 0, info.blocks).await {
+                // Deleted since it was listed.
+                Err(ShardError::Gone) => continue,
+                reply => {
+                    reply.map_err(|e| format!("content of segment {id} on disk {index}: {e}"))?
+                }
+            };
             let salt = Salt::new(spec.volume, id, spec.scheme, usize::from(spec.index));
             if let Some(block) = salt.verify(0, &reply.data, &reply.crcs) {
                 return Err(format!("segment {id} on disk {index}: block {block} is damaged"));

@@ -12,6 +12,7 @@ mod nemesis;
 pub mod oracle;
 mod rivals;
 pub mod run;
+mod slow;
 #[cfg(test)]
 mod width_tests;
 pub mod world;

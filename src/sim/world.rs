@@ -247,6 +247,7 @@ impl World {
             }
         }
         (0..self.ids.len()).for_each(|index| self.connect(&node, index));
+        tokio::task::spawn_local(node.registry.clone().exercise());
         node
     }
 

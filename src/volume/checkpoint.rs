@@ -331,14 +331,18 @@ impl Head {
         Ok(())
     }
 
-    /// Closes an open meta segment with fewer copies than could be had now.
+    /// Closes an open meta segment with fewer copies than could be had now, or with one on a slow
+    /// disk that could be avoided.
     fn leave_narrow_meta(self: &Rc<Self>) {
         let mut state = self.state.borrow_mut();
         let Some(meta) = state.meta.clone() else { return };
         let healthy = self.healthy();
         let sets = state.pairs().into_iter().chain(&state.planned);
         let domains = sets.map(|set| rules::domains_touched(set, &healthy)).max().unwrap_or(0);
-        if meta.shards.len() >= meta.scheme.width().min(domains) {
+        let slow = meta.shards.iter().any(|shard| self.disks.is_slow(shard.disk));
+        let fast = self.fast();
+        let avoidable = slow && state.pairs().iter().all(|set| rules::write_set_ok(set, &fast));
+        if meta.shards.len() >= meta.scheme.width().min(domains) && !avoidable {
             return;
         }
         state.meta = None;
@@ -460,12 +464,28 @@ impl Head {
             };
             freed.iter().copied().filter(|(id, _)| !kept(id)).collect()
         };
+        // Nobody waits for a slow disk: what it deletes meanwhile is listed until it has.
+        let (slow, freed): (Vec<_>, Vec<_>) =
+            freed.into_iter().partition(|(_, shard)| self.disks.is_slow(shard.disk));
+        if !slow.is_empty() && !self.deletes_slowly.replace(true) {
+            let this = self.this.clone();
+            tokio::task::spawn_local(async move {
+                let Some(head) = this.upgrade() else { return };
+                head.delete_confirmed(slow).await;
+                head.deletes_slowly.set(false);
+            });
+        }
+        self.delete_confirmed(freed).await;
+        self.disks.refresh().await;
+        self.wake.notify_one();
+    }
+
+    /// Deletes shards, and lists those no longer whose deletion is confirmed.
+    async fn delete_confirmed(&self, freed: Vec<(SegmentId, ShardRef)>) {
         let confirmed = |shard: (SegmentId, ShardRef)| {
             self.state.borrow_mut().table.freed.remove(&shard);
         };
         delete_shards(&self.disks, self.authority, freed, confirmed).await;
-        self.disks.refresh().await;
-        self.wake.notify_one();
     }
 }
 

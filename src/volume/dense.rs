@@ -199,6 +199,11 @@ impl Head {
         if let Some(data) = current().filter(fits) {
             return Ok(data);
         }
+        if class == SlotClass::Client && self.stripes_would_be_slow() {
+            // The log takes it as copies on the others.
+            let (have, need) = (self.disks.fast_domains(), self.pool.scheme.width());
+            return Err(OpenError::TooFewDomains { have, need }.into());
+        }
         let old = lane.open.borrow_mut().take();
         if let Some(old) = old {
             self.close_dense(old);
@@ -210,6 +215,14 @@ impl Head {
         };
         *lane.open.borrow_mut() = Some(data.clone());
         if fits(&data) { Ok(data) } else { Err(HeadError::TooLarge) }
+    }
+
+    /// Whether a stripe needs a slow disk, while a record of the log does not.
+    fn stripes_would_be_slow(&self) -> bool {
+        let fast = self.disks.fast_domains();
+        !self.disks.watch().slow().is_empty()
+            && fast < self.pool.scheme.width()
+            && fast >= self.pool.log_scheme().width()
     }
 
     /// Opens data segments for garbage collection ahead, on disks that are admitted: `count`, or as

@@ -296,6 +296,8 @@ pub struct Head {
     pub(super) relocate: RefCell<super::index::Relocate>,
     /// Segments to be moved, because a shard of them can be rebuilt nowhere.
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
+    /// What slow disks are to delete is being deleted.
+    pub(super) deletes_slowly: Cell<bool>,
     pub(super) dense: super::dense::Dense,
     pub(super) space: super::space::Space,
     /// Bounds how often it is logged that a block is bad.
@@ -489,7 +491,7 @@ impl Head {
             volume: authority.volume,
             authority,
             env: context.env,
-            _member: context.disks.join(),
+            _member: context.disks.join(context.pool.scheme.parity),
             disks: context.disks,
             store: context.store,
             config: context.config,
@@ -507,6 +509,7 @@ impl Head {
             capture: RefCell::default(),
             relocate: RefCell::default(),
             torn: RefCell::default(),
+            deletes_slowly: Cell::new(false),
             dense: super::dense::Dense::default(),
             space: super::space::Space::default(),
             findings_told: Throttle::default(),

@@ -454,17 +454,7 @@ impl Head {
     fn leave_copies(self: &Rc<Self>, disk: DiskId) {
         let on_disk = |segment: &OpenSegment| segment.shards.iter().any(|s| s.disk == disk);
         // Whoever makes a checkpoint now notices by itself.
-        if let Ok(_lock) = self.checkpoint_lock.try_lock() {
-            let mut state = self.state.borrow_mut();
-            if let Some(meta) = state.meta.take_if(|meta| on_disk(meta))
-                && let Some(entry) = state.table.segments.get_mut(&meta.id)
-            {
-                entry.sealed = true;
-                let blocks = entry.blocks;
-                drop(state);
-                self.seal_in_background(meta, blocks);
-            }
-        }
+        self.leave_meta(disk);
         let log = self.state.borrow().log.as_ref().is_some_and(|log| on_disk(log));
         if log && self.nothing_queued() {
             // A record without content: its append fails, and the log goes on elsewhere.
@@ -476,6 +466,21 @@ impl Head {
                 generation: 0,
                 done: None,
             });
+        }
+    }
+
+    /// Leaves the open meta segment if it has a shard on this disk and no checkpoint is being made.
+    pub(super) fn leave_meta(self: &Rc<Self>, disk: DiskId) {
+        let Ok(_lock) = self.checkpoint_lock.try_lock() else { return };
+        let mut state = self.state.borrow_mut();
+        let on_disk = |segment: &OpenSegment| segment.shards.iter().any(|s| s.disk == disk);
+        if let Some(meta) = state.meta.take_if(|meta| on_disk(meta))
+            && let Some(entry) = state.table.segments.get_mut(&meta.id)
+        {
+            entry.sealed = true;
+            let blocks = entry.blocks;
+            drop(state);
+            self.seal_in_background(meta, blocks);
         }
     }
 

@@ -1,13 +1,16 @@
 //! The log set and its width while a head serves: shrunk when too few domains are left, renewed and
 //! widened again when there are others.
 //!
-//! Two tasks. One shrinks, without a checkpoint and in milliseconds, once something failed for lack
+//! Two tasks change it. One shrinks, without a checkpoint and in milliseconds, once something failed for lack
 //! of domains and they stay away; it takes only what [`super::rules::shrunk`] allows. The other
 //! replaces disks that are lost and takes new ones in, by a checkpoint: from the plan on new
 //! segments suit the old and the new set, the log moves to one that does, the checkpoint lists
 //! what came before as sealed, and the swap is refused if anything is left that the new set would
 //! miss ([`super::swap`]). Either gives way to the other: a plan binds only as long as nothing
 //! waits for it, and a swap whose outcome is unknown binds both.
+//!
+//! A third task leaves the open segments of a disk that has become slow; new ones avoid it by
+//! themselves, and the set takes other disks in where it has too few without it.
 //!
 //! Knows nothing of pools or nodes: the disks of the pool are all that the registry has.
 
@@ -22,7 +25,7 @@ use super::rules::{self, LogSet, Member};
 use super::segtab::ShardRef;
 use crate::id::DiskId;
 use crate::planted::{Bug, bug};
-use crate::segment::open::OpenError;
+use crate::segment::open::{OpenError, OpenSegment};
 use crate::shard::SlotClass;
 
 /// Pause between two looks while something is not as it should be.
@@ -85,7 +88,54 @@ pub(super) async fn run_renew(head: Rc<Head>) {
     }
 }
 
+/// Leaves the open segments of disks that have become slow, until the head stops.
+pub(super) async fn run_avoid(head: Rc<Head>) {
+    let mut known: Vec<DiskId> = Vec::new();
+    while head.is_serving() {
+        let changed = std::pin::pin!(head.disks.watch().changed.notified());
+        let wanted = std::pin::pin!(head.width_wanted.notified());
+        let slow = head.disks.watch().slow();
+        for disk in slow.iter().filter(|disk| !known.contains(disk)) {
+            head.avoid(*disk);
+        }
+        if slow != known {
+            known = slow;
+            head.width_wanted.notify_waiters();
+            continue;
+        }
+        // The head's stop is told to all who wait for the width.
+        futures_util::future::select(changed, wanted).await;
+    }
+}
+
 impl Head {
+    /// Has what is written from now on go to other disks than one that is slow, if there are enough.
+    fn avoid(self: &Rc<Self>, disk: DiskId) {
+        let fast = self.disks.fast_domains();
+        if fast >= self.pool.log_scheme().width() {
+            self.leave_dense(disk);
+            self.leave_meta(disk);
+        }
+        if self.log_can_avoid(disk) {
+            self.state.borrow_mut().roll_log = true;
+            self.wake.notify_one();
+        }
+    }
+
+    /// Whether the open log segment lies on a disk without which another could be opened.
+    fn log_can_avoid(&self, disk: DiskId) -> bool {
+        let state = self.state.borrow();
+        let there = |log: &Rc<OpenSegment>| log.shards.iter().any(|shard| shard.disk == disk);
+        let fast = self.fast();
+        let enough = |set: &&LogSet| rules::write_set_ok(set, &fast);
+        state.log.as_ref().is_some_and(there) && state.pairs().iter().all(enough)
+    }
+
+    /// The disks that fail nothing and are not slow.
+    pub(super) fn fast(&self) -> BTreeSet<DiskId> {
+        self.disks.ids().into_iter().filter(|disk| self.disks.rank(*disk) == 0).collect()
+    }
+
     /// Notes that something failed because too few domains were there.
     pub(super) fn note_starved(&self) {
         self.state.borrow_mut().starved_at = Some(Instant::now());
@@ -161,7 +211,10 @@ impl Head {
             .collect();
         lost.extend(&state.lost);
         let parity = self.pool.scheme.parity;
-        let most = rules::log_domains(parity).min(self.config.log_domains_max);
+        // Where the set has too few domains without the slow disks, others come besides them.
+        let slow = old.members().iter().filter(|m| self.disks.is_slow(m.disk)).count();
+        let enough = usize::from(parity + 1) + slow;
+        let most = rules::log_domains(parity).min(self.config.log_domains_max.max(enough));
         let kept: Vec<u32> =
             old.members().iter().filter(|m| !lost.contains(&m.disk)).map(|m| m.domain).collect();
         let domains: BTreeSet<u32> = kept.iter().copied().collect();
@@ -210,6 +263,7 @@ impl Head {
         }
         tracing::info!(volume = %self.volume, width = set.width(), disks = set.members().len(),
             "the log set was renewed");
+        self.disks.watch().slow().into_iter().for_each(|disk| self.avoid(disk));
         Ok(())
     }
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 use sds::admin::backend::{ApiResult, Command, channel};
 use sds::admin::error::ApiError;
 use sds::admin::types::{
-    AddDisk, Capacity, CreatePool, CreateVolume, Disk, DiskErrors, DiskLatency, DiskState, Pool,
-    Redundancy, Removed, ResizeVolume, Scrub, ScrubState, Volume, VolumeName, VolumeState,
+    AddDisk, Capacity, CreatePool, CreateVolume, Disk, DiskErrors, DiskLatency, DiskState,
+    DiskTiming, Pool, Redundancy, Removed, ResizeVolume, Scrub, ScrubState, Volume, VolumeName,
+    VolumeState,
 };
 use sds::admin::{health, server};
 use sds::id::{DiskId, PoolId, VolumeId};
@@ -106,6 +107,8 @@ fn disk(n: u8, path: String) -> Disk {
         errors: DiskErrors::default(),
         recent_errors: DiskErrors::default(),
         latency: DiskLatency { append_us: 85, read_us: 60 },
+        timing: DiskTiming::default(),
+        smart: None,
     }
 }
 
