@@ -8,6 +8,8 @@ mod damage_tests;
 mod demands;
 pub mod device;
 mod ends;
+#[cfg(test)]
+mod narrow_tests;
 mod nemesis;
 pub mod oracle;
 mod rivals;

@@ -173,6 +173,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     WorldConfig {
         scheme,
         disks,
+        spares: 0,
         disk_bytes,
         slot_bytes,
         volume_bytes: if overcommitted { disks as u64 * disk_bytes } else { small },

@@ -629,7 +629,7 @@ impl Head {
         // segments would lie there again, and there would be no end of it.
         let up = self.disks.client(disk).is_some();
         let elsewhere = || self.disks.domains_with_room(|other| other != disk);
-        if !up || elsewhere() >= self.pool.scheme.width() {
+        if !up || elsewhere() >= self.dense_scheme().width() {
             self.leave_dense(disk);
         }
         let leaves = !up || self.can_log_without(disk);
