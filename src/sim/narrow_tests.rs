@@ -70,12 +70,19 @@ fn scheme(running: &Running) -> (u8, u8) {
 }
 
 async fn until_whole(running: &Running, wanted: (u8, u8)) {
-    until(&format!("{wanted:?} and whole"), || {
+    let whole = || {
         let bending = running.head.bending();
         let settled = bending.to_narrow.0 == 0 && (wanted != (4, 2) || bending.is_straight(POOL));
         scheme(running) == wanted && settled && running.head.reduced().0 == 0
-    })
-    .await;
+    };
+    for _ in 0..600 {
+        if whole() {
+            break;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    let (bending, reduced) = (running.head.bending(), running.head.reduced());
+    assert!(whole(), "{wanted:?}: {bending:?}, {reduced:?}, {:?}", running.head.log_width());
     running.head.check().await.expect("the invariants hold");
 }
 

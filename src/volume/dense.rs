@@ -353,6 +353,16 @@ impl Head {
         }
     }
 
+    /// Seals the open data segments that have fewer copies than so many domains could hold.
+    pub(super) fn leave_reduced(self: &Rc<Self>, domains: usize) {
+        let reduced = |data: &DataSegment| {
+            data.segment.shards.len() < data.segment.scheme.width().min(domains)
+        };
+        for open in self.dense.take_if(reduced) {
+            self.close_dense(open);
+        }
+    }
+
     /// Seals the open data segments that have a shard on this disk.
     pub(super) fn leave_dense(self: &Rc<Self>, disk: DiskId) {
         let on_disk = |data: &DataSegment| data.segment.shards.iter().any(|s| s.disk == disk);

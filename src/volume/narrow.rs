@@ -146,9 +146,11 @@ pub(super) async fn run(head: Rc<Head>) {
         let changed = std::pin::pin!(head.disks.changed.notified());
         let wanted = std::pin::pin!(head.width_wanted.notified());
         if head.judge_domains() {
+            head.leave_bent(head.dense_scheme());
             (pause, retry) = (RETRY_MIN, None);
             continue;
         }
+        head.leave_reduced(head.disks.healthy_domains());
         if head.bending().is_pending(head.pool.scheme) {
             let at = *retry.get_or_insert_with(Instant::now);
             if at <= Instant::now() {
