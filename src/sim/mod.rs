@@ -1,6 +1,7 @@
 //! The simulation: the real code of a node on simulated devices, in virtual time, from one seed.
 
 mod ahead;
+mod bend;
 pub mod client;
 mod clock;
 #[cfg(test)]
