@@ -43,6 +43,9 @@ struct Load {
     stop: Cell<bool>,
     /// Slots were short on other disks than the slow one.
     short: Cell<bool>,
+    /// Another disk did not answer, of a write that is stuck since an earlier fault, and without both
+    /// too few are left.
+    alone: Cell<bool>,
     failure: RefCell<Option<String>>,
 }
 
@@ -61,6 +64,7 @@ pub(super) async fn spell(context: &Rc<Context>, running: &Rc<Running>) -> Resul
         slow: context.world.ids[index],
         stop: Cell::new(false),
         short: Cell::new(false),
+        alone: Cell::new(false),
         failure: RefCell::default(),
     });
     let clients: Vec<_> = (0..CLIENTS)
@@ -87,15 +91,24 @@ pub(super) async fn spell(context: &Rc<Context>, running: &Rc<Running>) -> Resul
         context.cover("slots were short while a disk was slow");
         return Ok(());
     }
+    if load.alone.get() {
+        context.cover("too few other disks while one was slow");
+        return Ok(());
+    }
     judge(context, &load.samples.borrow(), struck)
 }
 
-/// Notes whether slots run short for clients.
+/// Notes whether slots run short for clients, or disks.
 fn look_at_space(context: &Context, running: &Running, load: &Load) {
     let width = usize::from(context.world.config.scheme.parity) + 1;
     let headroom = running.node.registry.headroom(width, |disk| disk != load.slow);
     if headroom.is_none_or(|(free, slots)| free < slots / 4) {
         load.short.set(true);
+    }
+    let disks = &running.node.registry;
+    let others = disks.ids().into_iter().filter(|&disk| disk != load.slow && disks.rank(disk) == 0);
+    if others.count() < width {
+        load.alone.set(true);
     }
 }
 
