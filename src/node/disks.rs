@@ -178,6 +178,10 @@ impl Node {
             if slot.reason.borrow().is_none() {
                 slot.down(Shown::Missing, "it was not found at any path");
             }
+            let (domain, state) = (slot.record.borrow().domain, slot.record.borrow().state);
+            if state != DiskState::Draining {
+                self.registry.expect(slot.id, domain);
+            }
         }
         Ok(())
     }

@@ -319,6 +319,7 @@ impl Node {
             self.take_down(slot, Shown::Offline, "removed by an operator");
         }
         self.disks.borrow_mut().remove(&id);
+        self.registry.forget(id);
         self.tell_removed(id);
         self.mirror_catalog().await;
         Ok(())

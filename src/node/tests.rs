@@ -13,7 +13,8 @@ use super::exports::Exports;
 use super::opener::{DeviceOpener, OpenFailure};
 use super::{Node, NodeOptions};
 use crate::admin::types::{
-    CreatePool, CreateVolume, DiskState as Shown, FailureDomain, PoolScheme, VolumeName,
+    AddDisk, CreatePool, CreateVolume, DiskState as Shown, FailureDomain, PoolScheme, Redundancy,
+    VolumeName,
 };
 use crate::disk::device::BlockDevice;
 use crate::env::Env;
@@ -60,6 +61,11 @@ impl Machine {
     }
 
     async fn start(&self) -> Rc<Node> {
+        self.start_with(self.devices.0.len()).await
+    }
+
+    /// Starts the node with its first disks.
+    async fn start_with(&self, disks: usize) -> Rc<Node> {
         let options = NodeOptions {
             name: "node0".into(),
             env: self.env.clone(),
@@ -70,7 +76,7 @@ impl Machine {
             care: super::care::Care::default(),
             unix_seconds: || 0,
         };
-        let paths: Vec<String> = self.devices.0.keys().cloned().collect();
+        let paths: Vec<String> = self.devices.0.keys().take(disks).cloned().collect();
         Node::start(options, &paths).await.expect("nothing is wrong")
     }
 
@@ -94,9 +100,13 @@ async fn until(what: &str, patience: Duration, holds: impl Fn() -> bool) {
 }
 
 async fn create_volume(node: &Rc<Node>) -> VolumeName {
+    create_volume_in(node, PoolScheme::Replicas { copies: 2 }).await
+}
+
+async fn create_volume_in(node: &Rc<Node>, scheme: PoolScheme) -> VolumeName {
     let pool = CreatePool {
         name: "p".into(),
-        scheme: PoolScheme::Replicas { copies: 2 },
+        scheme,
         failure_domain: FailureDomain::Disk,
         min_size: None,
     };
@@ -178,5 +188,76 @@ fn a_disk_stays_draining_over_restarts_and_is_removed_once_it_is_empty() {
         node.remove_disk(id, true).await.expect("it may be asked for again");
         let read = node_target(&node).await.read(0, 1 << 20).await.expect("readable");
         assert!(read.concat() == data, "other content");
+    });
+}
+
+/// Content of a piece of a volume.
+fn piece(number: u64, version: u64) -> Bytes {
+    let words = (0..PIECE as u64 / 8).map(|i| (number << 40 | version << 32 | i).to_le_bytes());
+    words.flatten().collect::<Vec<u8>>().into()
+}
+
+const PIECE: usize = 1 << 20;
+
+async fn write_pieces(node: &Rc<Node>, pieces: impl Iterator<Item = u64>, version: u64) {
+    let target = node_target(node).await;
+    for number in pieces {
+        let written = target.write(number * PIECE as u64, piece(number, version)).await;
+        written.unwrap_or_else(|error| panic!("piece {number}: {error}"));
+    }
+}
+
+async fn assert_pieces(node: &Rc<Node>, version: impl Fn(u64) -> u64) {
+    let target = node_target(node).await;
+    for number in 0..12 {
+        let read = target.read(number * PIECE as u64, PIECE).await;
+        let data = read.unwrap_or_else(|error| panic!("piece {number}: {error}")).concat();
+        assert!(data == piece(number, version(number)), "piece {number} is other");
+    }
+}
+
+async fn until_healed(node: &Rc<Node>, data: u8) {
+    let heads = || node.heads();
+    let healed = || {
+        heads().iter().all(|head| {
+            let bending = head.bending();
+            let straight = data != 4 || bending.narrow.0 == 0;
+            (bending.scheme.data, bending.to_narrow.0) == (data, 0)
+                && straight
+                && head.reduced().0 == 0
+        })
+    };
+    until(&format!("{data}+2 and whole"), Duration::from_mins(20), healed).await;
+}
+
+#[test]
+fn a_coded_pool_of_six_disks_loses_two_and_two_more_and_is_as_before_with_others() {
+    run(async || {
+        let machine = Machine::new(10).await;
+        let node = machine.start_with(6).await;
+        create_volume_in(&node, PoolScheme::Ec { data: 4, parity: 2 }).await;
+        write_pieces(&node, 0..12, 1).await;
+        for index in [1, 4] {
+            let id = disk(&node, index).id;
+            node.remove_disk(id, true).await.expect("it is emptied first");
+        }
+        until_healed(&node, 2).await;
+        for index in [0, 5] {
+            machine.device(index).vanish();
+        }
+        write_pieces(&node, (0..12).step_by(3), 2).await;
+        let version = |number: u64| if number.is_multiple_of(3) { 2 } else { 1 };
+        assert_pieces(&node, version).await;
+        let status = node.list_volumes(None).expect("there is a pool");
+        assert_ne!(status[0].redundancy, Redundancy::Full);
+        for index in 6..10 {
+            let path = format!("/disk{index}");
+            let disk = AddDisk { path, size: None, force: false };
+            node.add_disk(disk).await.expect("it is blank");
+        }
+        until_healed(&node, 4).await;
+        assert_pieces(&node, version).await;
+        let status = node.list_volumes(None).expect("there is a pool");
+        assert_eq!(status[0].redundancy, Redundancy::Full);
     });
 }

@@ -249,6 +249,14 @@ impl Head {
         }
     }
 
+    /// Further losses of failure domains that everything survives now: what is stored, and what is
+    /// written.
+    pub fn tolerates(&self) -> usize {
+        let (_, width, full) = self.log_width();
+        let stored = self.reduced().1.unwrap_or(usize::from(full.saturating_sub(1)));
+        stored.min(usize::from(width.saturating_sub(1)))
+    }
+
     /// The segments to be moved next: those that are to be narrowed, fewest shards left first; if there
     /// are none, those that can be widened.
     fn bent(&self) -> Vec<Segment> {

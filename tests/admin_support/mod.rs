@@ -140,6 +140,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         state: VolumeState::Online,
         failures: vec![],
         unrepairable: 0,
+        narrowed: None,
     }
 }
 
