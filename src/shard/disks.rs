@@ -50,6 +50,8 @@ pub struct Disks {
     known: RefCell<BTreeMap<DiskId, Entry>>,
     /// Domains of the disks that are down and may come back.
     expected: RefCell<BTreeMap<DiskId, u32>>,
+    /// Disks that are replaced, and by which.
+    heirs: RefCell<BTreeMap<DiskId, DiskId>>,
     /// Counts the disks that came.
     arrivals: Cell<u64>,
     /// Counts the changes of what is known of their fill.
@@ -72,6 +74,7 @@ impl Default for Disks {
         Self {
             known: RefCell::default(),
             expected: RefCell::default(),
+            heirs: RefCell::default(),
             arrivals: Cell::new(0),
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
@@ -144,6 +147,23 @@ impl Disks {
     pub fn forget(&self, disk: DiskId) {
         self.expected.borrow_mut().remove(&disk);
         self.changed.notify_waiters();
+    }
+
+    /// Has what a disk holds rebuilt on another one in the first place, or no longer.
+    pub fn set_heir(&self, disk: DiskId, heir: Option<DiskId>) {
+        let mut heirs = self.heirs.borrow_mut();
+        match heir {
+            Some(heir) => drop(heirs.insert(disk, heir)),
+            None => drop(heirs.remove(&disk)),
+        }
+    }
+
+    /// The disk on which what another one holds is to be rebuilt, if there is one that has room.
+    pub fn heir(&self, disk: DiskId) -> Option<DiskId> {
+        let heir = self.heirs.borrow().get(&disk).copied()?;
+        let disks = self.known.borrow();
+        let room = |e: &&Entry| e.healthy() && e.free_for(SlotClass::Repair) > 0;
+        disks.get(&heir).filter(room).map(|_| heir)
     }
 
     /// Domains with a disk that is up and is to stay; and those together with the domains whose

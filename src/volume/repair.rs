@@ -200,6 +200,13 @@ impl Head {
                 && !state.lost.contains(&disk)
                 && (free || in_set())
         };
+        if let Some(heir) = self.disks.heir(segment.members[shard].disk) {
+            let allowed = |disk| disk == heir && allowed(disk);
+            let chosen = self.disks.choose(&self.env, SlotClass::Repair, 1, &taken, allowed).pop();
+            if chosen.is_some() {
+                return chosen;
+            }
+        }
         self.disks.choose(&self.env, SlotClass::Repair, 1, &taken, allowed).pop()
     }
 

@@ -188,6 +188,10 @@ impl State {
             Command::DiskDrain { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Draining)));
             }
+            Command::DiskReplace { disk, request, reply } => {
+                let old = self.set_disk(disk, DiskState::Draining);
+                drop(reply.send(old.and_then(|_| self.add_disk(request))));
+            }
             Command::DiskOnline { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Online)));
             }
