@@ -28,6 +28,8 @@ pub enum Bug {
     WidthIgnoresOpenSegments,
     ScrubSkips,
     NeverAvoidsSlow,
+    NarrowLosesParity,
+    NeverWidens,
 }
 
 impl Bug {
@@ -54,6 +56,8 @@ impl Bug {
         Self::WidthIgnoresOpenSegments,
         Self::ScrubSkips,
         Self::NeverAvoidsSlow,
+        Self::NarrowLosesParity,
+        Self::NeverWidens,
     ];
 }
 

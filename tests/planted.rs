@@ -77,4 +77,6 @@ planted! {
     width_ignores_open_segments: WidthIgnoresOpenSegments,
     scrub_skips: ScrubSkips,
     never_avoids_slow: NeverAvoidsSlow,
+    narrow_loses_parity: NarrowLosesParity,
+    never_widens: NeverWidens,
 }

@@ -28,6 +28,7 @@ fn config() -> WorldConfig {
     WorldConfig {
         scheme: Scheme { data: 4, parity: 2 },
         disks: 7,
+        spares: 0,
         disk_bytes: 28 << 20,
         slot_bytes: 512 << 10,
         volume_bytes: 256 << 20,

@@ -134,6 +134,10 @@ operations! {
     /// Has all data leave a disk, which stays in the node, until it is put online again; returns at
     /// once. `conflict` if the disk is not online.
     disk_drain = DiskDrain { disk: DiskId } -> Disk;
+    /// Has a disk at a path, which is added if the node does not have it, take the place of another: what
+    /// that one holds is rebuilt there, then it is removed. Returns the new disk at once. `conflict` if
+    /// data would be lost, or the new one is not online; as `disk_add` besides.
+    disk_replace = DiskReplace { disk: DiskId, request: AddDisk } -> Disk;
     /// Opens a disk again that is offline, failed or missing, and keeps one that drains; succeeds if
     /// it is online.
     disk_online = DiskOnline { disk: DiskId } -> Disk;

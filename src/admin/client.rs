@@ -133,6 +133,10 @@ impl Client {
     pub fn drain_disk(&self, disk: DiskId) -> Result<Disk, ClientError> {
         self.call(Method::PUT, &format!("/v1/disks/{disk}/drain"))
     }
+    /// Has another disk take the place of one; the new one.
+    pub fn replace_disk(&self, disk: DiskId, request: &AddDisk) -> Result<Disk, ClientError> {
+        self.send(Method::POST, &format!("/v1/disks/{disk}/replace"), request)
+    }
     /// Puts a disk into service again.
     pub fn online_disk(&self, disk: DiskId) -> Result<Disk, ClientError> {
         self.call(Method::PUT, &format!("/v1/disks/{disk}/online"))

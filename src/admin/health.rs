@@ -7,8 +7,8 @@
 //!   that cannot place a segment or is full) is `critical`.
 
 use super::types::{
-    Capacity, Disk, DiskCounts, DiskState, Health, HealthLevel, Pool, PoolCapacity, Reason,
-    Redundancy, RepairProgress, Smart, Status, Volume, VolumeCounts, VolumeState,
+    Capacity, Disk, DiskCounts, DiskState, Health, HealthLevel, Narrowed, Pool, PoolCapacity,
+    Reason, Redundancy, RepairProgress, Smart, Status, Volume, VolumeCounts, VolumeState,
 };
 
 /// A pool with less than this share of its raw space free is a warning, percent.
@@ -151,6 +151,9 @@ fn assess_volume(volume: &Volume, reasons: &mut Vec<Reason>) {
             ),
         );
     }
+    if let Some(narrowed) = volume.narrowed {
+        add(HealthLevel::Warning, describe_narrowed(narrowed));
+    }
     if volume.unrepairable > 0 {
         let count = volume.unrepairable;
         add(
@@ -168,6 +171,20 @@ fn assess_volume(volume: &Volume, reasons: &mut Vec<Reason>) {
         VolumeState::Stalled => add(HealthLevel::Critical, with_details("writes wait", &failures)),
         VolumeState::Failed => add(HealthLevel::Critical, with_details("is not served", &failures)),
     }
+}
+
+/// A pool that has domains enough again has its data widened.
+fn describe_narrowed(narrowed: Narrowed) -> String {
+    let Narrowed { scheme, domains, narrow_bytes, to_narrow_bytes, tolerates } = narrowed;
+    let left = if to_narrow_bytes > 0 {
+        format!("{to_narrow_bytes} bytes are still to be narrowed")
+    } else {
+        format!("{narrow_bytes} bytes are narrower than the pool asks for")
+    };
+    format!(
+        "is written as {scheme} over {domains} failure domains; {left}; it survives {tolerates} \
+         further losses"
+    )
 }
 
 fn with_details(what: &str, failures: &str) -> String {
@@ -230,6 +247,7 @@ mod tests {
             state,
             failures: vec![],
             unrepairable: 0,
+            narrowed: None,
         }
     }
 
@@ -298,6 +316,30 @@ mod tests {
         let health = assess(&[], &[], &[lost]);
         assert_eq!(health.health, HealthLevel::Critical);
         assert!(health.reasons[0].message.starts_with("2 places"));
+    }
+
+    #[test]
+    fn a_narrowed_volume_tells_what_is_left_to_do() {
+        let mut volume = volume(VolumeState::Online, Redundancy::Full);
+        let scheme = PoolScheme::Ec { data: 2, parity: 2 };
+        let mut narrowed = Narrowed {
+            scheme,
+            domains: 4,
+            narrow_bytes: 8192,
+            to_narrow_bytes: 4096,
+            tolerates: 1,
+        };
+        volume.narrowed = Some(narrowed);
+        let message = |volume: &Volume| {
+            let health = assess(&[], &[], std::slice::from_ref(volume));
+            assert_eq!(health.health, HealthLevel::Warning);
+            health.reasons[0].message.clone()
+        };
+        assert!(message(&volume).contains("ec 2+2 over 4 failure domains; 4096 bytes are still"));
+        narrowed.to_narrow_bytes = 0;
+        volume.narrowed = Some(narrowed);
+        assert!(message(&volume).contains("8192 bytes are narrower"));
+        assert!(message(&volume).contains("survives 1 further losses"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::{get, post, put};
 use tokio::net::TcpListener;
 use utoipa::OpenApi;
 
@@ -58,6 +58,7 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
         routes::disk::offline,
         routes::disk::drain,
         routes::disk::online,
+        routes::disk::replace,
         routes::pool::list,
         routes::pool::create,
         routes::pool::show,
@@ -94,6 +95,7 @@ pub fn router(backend: Arc<dyn AdminBackend>) -> Router {
         .route("/v1/disks/{disk}/offline", put(disk::offline))
         .route("/v1/disks/{disk}/drain", put(disk::drain))
         .route("/v1/disks/{disk}/online", put(disk::online))
+        .route("/v1/disks/{disk}/replace", post(disk::replace))
         .route("/v1/pools", get(pool::list).post(pool::create))
         .route("/v1/pools/{pool}", get(pool::show).delete(pool::remove))
         .route("/v1/scrubs", get(scrub::list).post(scrub::start))

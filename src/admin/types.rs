@@ -450,6 +450,23 @@ impl fmt::Display for Redundancy {
     }
 }
 
+/// How far a volume's data segments are from the pool's scheme, because failure domains are or were
+/// too few for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Narrowed {
+    /// Scheme in which data is written now.
+    pub scheme: PoolScheme,
+    /// Failure domains that count.
+    pub domains: u32,
+    /// Bytes of clients that are stored in a narrower scheme than the pool's.
+    pub narrow_bytes: u64,
+    /// Bytes of clients that are to be moved to a narrower scheme still, because a shard of them can
+    /// be rebuilt nowhere.
+    pub to_narrow_bytes: u64,
+    /// Further losses of failure domains that all of the volume survives now.
+    pub tolerates: u8,
+}
+
 /// State of a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -503,6 +520,10 @@ pub struct Volume {
     /// Places that scrubs found at which no combination of shards yields what was written.
     #[serde(default)]
     pub unrepairable: u64,
+    /// Whether its data is or was fitted to fewer failure domains than the pool asks for; none if all is as
+    /// the pool asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub narrowed: Option<Narrowed>,
 }
 
 /// Whether a scrub is under way.

@@ -58,6 +58,21 @@ pub(super) enum DiskVerb {
         /// Id, beginning of an id, or path
         disk: String,
     },
+    /// Has another disk take the place of one, dead or alive, which is removed once it is empty
+    #[command(after_help = "Examples:\n  sdsctl disk replace 3f2a /dev/sdq\n  \
+                            sdsctl disk replace /dev/sdb /dev/sdb     # another is plugged in there")]
+    Replace {
+        /// The disk that goes: id, beginning of an id, or path
+        old: String,
+        /// Path of the new one, which is added unless the node has it already
+        new: PathBuf,
+        /// Creates a file of this size if there is none at NEW
+        #[arg(long, value_parser = parse::size, allow_negative_numbers = true)]
+        size: Option<u64>,
+        /// Format it even if it carries something
+        #[arg(long)]
+        yes: bool,
+    },
     /// Opens a disk again that is offline, set aside, failed or missing, and keeps one that is being drained
     Online {
         /// Id, beginning of an id, or path
@@ -86,6 +101,15 @@ pub(super) fn run(verb: &DiskVerb, client: &Client, out: &mut Output) -> Result<
         }
         DiskVerb::Drain { disk } => {
             out.show(&client.drain_disk(find(client, disk)?)?, state)?;
+        }
+        DiskVerb::Replace { old, new, size, yes } => {
+            let request = AddDisk { path: absolute(new)?, size: *size, force: *yes };
+            out.show(&client.replace_disk(find(client, old)?, &request)?, |disk| {
+                format!(
+                    "disk {} ({}) takes the place of {old}, which is removed once it is empty\n",
+                    disk.id, disk.path
+                )
+            })?;
         }
         DiskVerb::Online { disk } => out.show(&client.online_disk(find(client, disk)?)?, state)?,
     }

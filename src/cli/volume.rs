@@ -7,7 +7,7 @@ use clap::Subcommand;
 use super::output::{Output, Table, fields, human_bytes, non_empty};
 use super::{Failure, parse};
 use crate::admin::client::Client;
-use crate::admin::types::{CreateVolume, ResizeVolume, Volume, VolumeName};
+use crate::admin::types::{CreateVolume, Narrowed, ResizeVolume, Volume, VolumeName};
 use crate::units::ByteSize;
 
 /// Verbs on volumes.
@@ -110,6 +110,16 @@ fn table(volumes: &[Volume]) -> String {
     table.render()
 }
 
+fn narrowed(narrowed: Narrowed) -> String {
+    format!(
+        "to {}: {} of {} are still to be moved; survives {} further losses",
+        narrowed.scheme,
+        human_bytes(narrowed.to_narrow_bytes),
+        human_bytes(narrowed.to_narrow_bytes.saturating_add(narrowed.narrow_bytes)),
+        narrowed.tolerates
+    )
+}
+
 fn details(volume: &Volume) -> String {
     fields(&[
         ("name", volume.name.clone()),
@@ -118,6 +128,7 @@ fn details(volume: &Volume) -> String {
         ("allocated", human_bytes(volume.allocated)),
         ("state", volume.state.to_string()),
         ("redundancy", volume.redundancy.to_string()),
+        ("narrowed", volume.narrowed.map_or_else(|| "no".into(), narrowed)),
         ("epoch", volume.epoch.clone()),
         ("exports", non_empty(volume.exports.join(" "), "-")),
         ("failures", non_empty(volume.failures.join("; "), "none")),

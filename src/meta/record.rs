@@ -178,6 +178,9 @@ pub struct DiskRecord {
     /// It is removed as soon as it is empty. Records of earlier versions lack it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub removing: bool,
+    /// The disk that takes its place, while it is to be removed. Records of earlier versions lack it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heir: Option<DiskId>,
 }
 
 impl Record for DiskRecord {
@@ -196,6 +199,9 @@ impl Record for DiskRecord {
         }
         if self.removing && !matches!(self.state, DiskState::Draining | DiskState::Offline) {
             return Err(format!("it is {} and to be removed", self.state));
+        }
+        if self.heir.is_some_and(|heir| !self.removing || heir == self.id) {
+            return Err("it has an heir that cannot be one".into());
         }
         Ok(())
     }
@@ -461,9 +467,13 @@ mod tests {
                 state: DiskState::Draining,
                 added_at_unix_s: 1,
                 removing: size_bytes % 2 == 0,
+                heir: (size_bytes % 4 == 0).then(|| DiskId::from_bytes([0xfe; 16])),
             };
-            let kept = encode(&DiskRecord { removing: false, ..record.clone() }).unwrap();
-            prop_assert!(!String::from_utf8_lossy(&kept).contains("removing"), "as it was before");
+            let kept = DiskRecord { removing: false, heir: None, ..record.clone() };
+            let text = String::from_utf8_lossy(&encode(&kept).unwrap()).into_owned();
+            prop_assert!(!text.contains("removing") && !text.contains("heir"), "as it was before");
+            let alone = DiskRecord { removing: false, heir: Some(kept.id), ..record.clone() };
+            prop_assert!(encode(&alone).is_err());
             prop_assert_eq!(decode::<DiskRecord>(&encode(&record).unwrap()).unwrap(), record);
         }
     }

@@ -35,6 +35,9 @@ impl Node {
             }
             Command::DiskOffline { disk, reply } => send(reply, self.disk_offline(disk).await),
             Command::DiskDrain { disk, reply } => send(reply, self.disk_drain(disk).await),
+            Command::DiskReplace { disk, request, reply } => {
+                send(reply, self.replace_disk(disk, request).await);
+            }
             Command::DiskOnline { disk, reply } => send(reply, self.disk_online(disk).await),
             Command::PoolList { reply } => send(reply, Ok(self.views().1)),
             Command::PoolShow { pool, reply } => send(reply, self.show_pool(&pool)),

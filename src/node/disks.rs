@@ -155,6 +155,7 @@ impl Node {
                 self.removed.borrow_mut().insert(record.id);
                 continue;
             }
+            self.registry.set_heir(record.id, record.heir);
             let slot = Rc::new(DiskSlot::new(record));
             self.disks.borrow_mut().insert(slot.id, slot);
         }
@@ -177,6 +178,10 @@ impl Node {
         for slot in self.slots().into_iter().filter(|slot| !slot.is_online()) {
             if slot.reason.borrow().is_none() {
                 slot.down(Shown::Missing, "it was not found at any path");
+            }
+            let record = slot.record.borrow();
+            if record.state != DiskState::Draining && !record.removing {
+                self.registry.expect(slot.id, record.domain);
             }
         }
         Ok(())
@@ -341,6 +346,7 @@ impl Node {
             state: DiskState::Online,
             added_at_unix_s: (self.options.unix_seconds)(),
             removing: false,
+            heir: None,
         };
         self.schema.add_disk(&record).await.map_err(|e| failed(e.to_string()))?;
         self.next_domain.set(domain + 1);
@@ -402,9 +408,13 @@ impl Node {
     /// Has a disk that is up avoided and emptied.
     pub(super) fn begin_draining(&self, slot: &DiskSlot) {
         let removing = slot.record.borrow().removing;
-        let why = if removing { "an operator removes it" } else { "an operator empties it" };
+        let why = match slot.record.borrow().heir {
+            Some(heir) => format!("an operator replaces it by disk {heir}"),
+            None if removing => "an operator removes it".to_owned(),
+            None => "an operator empties it".to_owned(),
+        };
         slot.state.set(Shown::Draining);
-        *slot.reason.borrow_mut() = Some(why.to_owned());
+        *slot.reason.borrow_mut() = Some(why);
         self.registry.set_draining(slot.id, true);
     }
 

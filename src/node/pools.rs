@@ -180,7 +180,7 @@ impl Node {
         self.find_disk(id).map(|slot| self.view_disk(&slot))
     }
 
-    fn find_disk(&self, id: DiskId) -> Result<Rc<DiskSlot>, ApiError> {
+    pub(super) fn find_disk(&self, id: DiskId) -> Result<Rc<DiskSlot>, ApiError> {
         self.disks.borrow().get(&id).cloned().ok_or_else(|| {
             ApiError::not_found(format!("no such disk: {id}"))
                 .with_hint("`sdsctl disk ls` lists them")
@@ -196,11 +196,16 @@ impl Node {
             record.state = state;
             // Who takes a disk out of service that is being removed does not want it back.
             record.removing &= state == DiskState::Offline;
+            record.heir = record.heir.filter(|_| record.removing);
         })
-        .await
+        .await?;
+        let slot = self.disks.borrow().get(&id).cloned();
+        let heir = slot.and_then(|slot| slot.record.borrow().heir);
+        self.registry.set_heir(id, heir);
+        Ok(())
     }
 
-    async fn update_disk(
+    pub(super) async fn update_disk(
         &self,
         id: DiskId,
         change: impl Fn(&mut DiskRecord),
@@ -319,6 +324,7 @@ impl Node {
             self.take_down(slot, Shown::Offline, "removed by an operator");
         }
         self.disks.borrow_mut().remove(&id);
+        self.registry.forget(id);
         self.tell_removed(id);
         self.mirror_catalog().await;
         Ok(())
@@ -366,6 +372,8 @@ impl Node {
             .await?;
             if slot.is_online() {
                 self.begin_draining(slot);
+            } else {
+                self.registry.forget(slot.id);
             }
         }
         let empty = async {
@@ -399,7 +407,7 @@ impl Node {
 
     /// Refuses to remove a disk while a volume is not served, or would lose data with it: its head
     /// alone knows what needs the disk.
-    fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
+    pub(super) fn check_removable(&self, id: DiskId) -> Result<(), ApiError> {
         let slots: Vec<_> = self.volumes.borrow().values().cloned().collect();
         for slot in slots {
             let name = slot.name();

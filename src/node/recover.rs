@@ -347,6 +347,7 @@ impl Evidence {
                 state: DiskState::Online,
                 added_at_unix_s: 0,
                 removing: false,
+                heir: None,
             };
             self.disks.insert(id, record);
         }

@@ -1,5 +1,6 @@
 //! A node on simulated devices, in virtual time: what becomes of its disks.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,7 +14,8 @@ use super::exports::Exports;
 use super::opener::{DeviceOpener, OpenFailure};
 use super::{Node, NodeOptions};
 use crate::admin::types::{
-    CreatePool, CreateVolume, DiskState as Shown, FailureDomain, PoolScheme, VolumeName,
+    AddDisk, CreatePool, CreateVolume, DiskState as Shown, FailureDomain, PoolScheme, Redundancy,
+    VolumeName,
 };
 use crate::disk::device::BlockDevice;
 use crate::env::Env;
@@ -26,17 +28,21 @@ use crate::sim::device::{SimConfig, SimDevice};
 use crate::volume::head::HeadConfig;
 
 /// Devices by path.
-struct Devices(BTreeMap<String, SimDevice>);
+struct Devices(RefCell<BTreeMap<String, SimDevice>>);
 
 impl DeviceOpener for Devices {
     fn open(&self, path: &str, _: Option<u64>) -> Result<Rc<dyn BlockDevice>, OpenFailure> {
-        let device = self.0.get(path).ok_or_else(|| OpenFailure::NotFound(path.to_owned()))?;
-        Ok(Rc::new(device.clone()))
+        let device = self.0.borrow().get(path).cloned();
+        Ok(Rc::new(device.ok_or_else(|| OpenFailure::NotFound(path.to_owned()))?))
     }
 
     fn check(&self, _: &str, _: u64) -> Result<(), String> {
         Ok(())
     }
+}
+
+fn device_config() -> SimConfig {
+    SimConfig { size_bytes: 512 << 20, ..SimConfig::default() }
 }
 
 /// What a node is started on.
@@ -53,13 +59,18 @@ impl Machine {
         let record = ClusterRecord { id: ClusterId::from_bytes([7; 16]), incarnation: 1 };
         let schema = Schema::new(Rc::new(store.client(Rc::default())));
         schema.initialise(&record).await.expect("the store is empty");
-        let config = || SimConfig { size_bytes: 512 << 20, ..SimConfig::default() };
-        let device = |index| (format!("/disk{index}"), SimDevice::new(env.clone(), config()));
-        let devices = Rc::new(Devices((0..disks).map(device).collect()));
+        let device =
+            |index| (format!("/disk{index}"), SimDevice::new(env.clone(), device_config()));
+        let devices = Rc::new(Devices(RefCell::new((0..disks).map(device).collect())));
         Self { env, store, devices }
     }
 
     async fn start(&self) -> Rc<Node> {
+        self.start_with(self.devices.0.borrow().len()).await
+    }
+
+    /// Starts the node with its first disks.
+    async fn start_with(&self, disks: usize) -> Rc<Node> {
         let options = NodeOptions {
             name: "node0".into(),
             env: self.env.clone(),
@@ -70,12 +81,18 @@ impl Machine {
             care: super::care::Care::default(),
             unix_seconds: || 0,
         };
-        let paths: Vec<String> = self.devices.0.keys().cloned().collect();
+        let paths: Vec<String> = self.devices.0.borrow().keys().take(disks).cloned().collect();
         Node::start(options, &paths).await.expect("nothing is wrong")
     }
 
-    fn device(&self, index: usize) -> &SimDevice {
-        &self.devices.0[&format!("/disk{index}")]
+    fn device(&self, index: usize) -> SimDevice {
+        self.devices.0.borrow()[&format!("/disk{index}")].clone()
+    }
+
+    /// Another device is plugged in where one was.
+    fn exchange(&self, index: usize) {
+        let device = SimDevice::new(self.env.clone(), device_config());
+        self.devices.0.borrow_mut().insert(format!("/disk{index}"), device);
     }
 }
 
@@ -94,9 +111,13 @@ async fn until(what: &str, patience: Duration, holds: impl Fn() -> bool) {
 }
 
 async fn create_volume(node: &Rc<Node>) -> VolumeName {
+    create_volume_in(node, PoolScheme::Replicas { copies: 2 }).await
+}
+
+async fn create_volume_in(node: &Rc<Node>, scheme: PoolScheme) -> VolumeName {
     let pool = CreatePool {
         name: "p".into(),
-        scheme: PoolScheme::Replicas { copies: 2 },
+        scheme,
         failure_domain: FailureDomain::Disk,
         min_size: None,
     };
@@ -178,5 +199,133 @@ fn a_disk_stays_draining_over_restarts_and_is_removed_once_it_is_empty() {
         node.remove_disk(id, true).await.expect("it may be asked for again");
         let read = node_target(&node).await.read(0, 1 << 20).await.expect("readable");
         assert!(read.concat() == data, "other content");
+    });
+}
+
+/// Content of a piece of a volume.
+fn piece(number: u64, version: u64) -> Bytes {
+    let words = (0..PIECE as u64 / 8).map(|i| (number << 40 | version << 32 | i).to_le_bytes());
+    words.flatten().collect::<Vec<u8>>().into()
+}
+
+const PIECE: usize = 1 << 20;
+
+async fn write_pieces(node: &Rc<Node>, pieces: impl Iterator<Item = u64>, version: u64) {
+    let target = node_target(node).await;
+    for number in pieces {
+        let written = target.write(number * PIECE as u64, piece(number, version)).await;
+        written.unwrap_or_else(|error| panic!("piece {number}: {error}"));
+    }
+}
+
+async fn assert_pieces(node: &Rc<Node>, version: impl Fn(u64) -> u64) {
+    let target = node_target(node).await;
+    for number in 0..12 {
+        let read = target.read(number * PIECE as u64, PIECE).await;
+        let data = read.unwrap_or_else(|error| panic!("piece {number}: {error}")).concat();
+        assert!(data == piece(number, version(number)), "piece {number} is other");
+    }
+}
+
+async fn until_healed(node: &Rc<Node>, data: u8) {
+    let heads = || node.heads();
+    let healed = || {
+        heads().iter().all(|head| {
+            let bending = head.bending();
+            let straight = data != 4 || bending.narrow.0 == 0;
+            (bending.scheme.data, bending.to_narrow.0) == (data, 0)
+                && straight
+                && head.reduced().0 == 0
+        })
+    };
+    until(&format!("{data}+2 and whole"), Duration::from_mins(20), healed).await;
+}
+
+#[test]
+fn a_coded_pool_of_six_disks_loses_two_and_two_more_and_is_as_before_with_others() {
+    run(async || {
+        let machine = Machine::new(10).await;
+        let node = machine.start_with(6).await;
+        create_volume_in(&node, PoolScheme::Ec { data: 4, parity: 2 }).await;
+        write_pieces(&node, 0..12, 1).await;
+        for index in [1, 4] {
+            let id = disk(&node, index).id;
+            node.remove_disk(id, true).await.expect("it is emptied first");
+        }
+        until_healed(&node, 2).await;
+        for index in [0, 5] {
+            machine.device(index).vanish();
+        }
+        write_pieces(&node, (0..12).step_by(3), 2).await;
+        let version = |number: u64| if number.is_multiple_of(3) { 2 } else { 1 };
+        assert_pieces(&node, version).await;
+        let status = node.list_volumes(None).expect("there is a pool");
+        assert_ne!(status[0].redundancy, Redundancy::Full);
+        for index in 6..10 {
+            let path = format!("/disk{index}");
+            let disk = AddDisk { path, size: None, force: false };
+            node.add_disk(disk).await.expect("it is blank");
+        }
+        until_healed(&node, 4).await;
+        assert_pieces(&node, version).await;
+        let status = node.list_volumes(None).expect("there is a pool");
+        assert_eq!(status[0].redundancy, Redundancy::Full);
+    });
+}
+
+#[test]
+fn a_disk_is_replaced_dead_or_alive_and_nothing_is_narrowed() {
+    run(async || {
+        let machine = Machine::new(8).await;
+        let node = machine.start_with(6).await;
+        create_volume_in(&node, PoolScheme::Ec { data: 4, parity: 2 }).await;
+        write_pieces(&node, 0..12, 1).await;
+        let request =
+            |index: usize| AddDisk { path: format!("/disk{index}"), size: None, force: false };
+        let alive = disk(&node, 2).id;
+        node.replace_disk(alive, request(2)).await.expect_err("it is the disk itself");
+        let held = disk(&node, 2).disk().expect("online").slot_counts();
+        node.replace_disk(alive, request(6)).await.expect("the new one is blank");
+        let gone = |id| node.disks.borrow().get(&id).is_none();
+        until("the one that is alive is removed", Duration::from_mins(5), || gone(alive)).await;
+        let holds = disk(&node, 6).disk().expect("online").slot_counts();
+        assert!(holds.sealed > 0, "{held:?} before, {holds:?} now");
+        let dead = disk(&node, 3).id;
+        machine.device(3).vanish();
+        until("it is down", Duration::from_mins(1), || !disk(&node, 3).is_online()).await;
+        write_pieces(&node, 3..5, 2).await;
+        node.replace_disk(dead, request(7)).await.expect("the new one is blank");
+        until("the dead one is removed", Duration::from_mins(5), || gone(dead)).await;
+        until_healed(&node, 4).await;
+        assert_pieces(&node, |number| if (3..5).contains(&number) { 2 } else { 1 }).await;
+        let moved: u64 = node.heads().iter().map(|head| head.stats.moved_blocks.get()).sum();
+        assert_eq!(moved, 0, "nothing was narrowed");
+    });
+}
+
+#[test]
+fn a_dead_disk_is_replaced_by_one_at_its_path_over_a_restart() {
+    run(async || {
+        let machine = Machine::new(3).await;
+        let node = machine.start().await;
+        create_volume(&node).await;
+        write_pieces(&node, 0..12, 1).await;
+        let dead = disk(&node, 1).id;
+        machine.device(1).vanish();
+        until("it is down", Duration::from_mins(1), || !disk(&node, 1).is_online()).await;
+        let request = AddDisk { path: "/disk1".into(), size: None, force: true };
+        node.replace_disk(dead, request.clone()).await.expect_err("nothing is there");
+        assert_eq!(disk(&node, 1).id, dead, "it keeps its path");
+        machine.exchange(1);
+        let new = node.replace_disk(dead, request).await.expect("it is blank");
+        assert_ne!(new.id, dead);
+        node.stop().await;
+        let node = machine.start().await;
+        let gone = || node.disks.borrow().get(&dead).is_none();
+        until("the dead one is removed", Duration::from_mins(5), gone).await;
+        assert_eq!(disk(&node, 1).id, new.id);
+        let served = || node.volumes.borrow().values().all(|slot| slot.serving().is_some());
+        until("served", Duration::from_mins(1), served).await;
+        assert_pieces(&node, |_| 1).await;
     });
 }

@@ -10,11 +10,13 @@ use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Capacity, Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, FailureDomain as Shown, Pool,
-    Redundancy, RepairProgress, Status, Volume, VolumeState,
+    Capacity, Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, FailureDomain as Shown,
+    Narrowed, Pool, Redundancy, RepairProgress, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
 use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
+use crate::shard::Scheme;
+use crate::volume::head::Head;
 
 impl Node {
     pub(super) fn status(&self) -> Status {
@@ -194,6 +196,7 @@ impl Node {
             state,
             failures,
             unrepairable: head.as_ref().map_or(0, |head| head.scrub_report().unrepairable),
+            narrowed: head.as_ref().and_then(|head| view_narrowed(head, slot.pool.scheme)),
         }
     }
 
@@ -248,6 +251,20 @@ fn unusable_disk(path: &str, reason: &str) -> Disk {
     }
 }
 
+fn view_narrowed(head: &Head, pool: Scheme) -> Option<Narrowed> {
+    let bending = head.bending();
+    if bending.is_straight(pool) {
+        return None;
+    }
+    Some(Narrowed {
+        scheme: shown_scheme(bending.scheme),
+        domains: u32::try_from(bending.domains).unwrap_or(u32::MAX),
+        narrow_bytes: bending.narrow.1,
+        to_narrow_bytes: bending.to_narrow.1,
+        tolerates: u8::try_from(head.tolerates()).unwrap_or(u8::MAX),
+    })
+}
+
 fn view_tombstone(record: &VolumeRecord) -> Volume {
     Volume {
         id: record.id,
@@ -260,5 +277,6 @@ fn view_tombstone(record: &VolumeRecord) -> Volume {
         state: VolumeState::Deleting,
         failures: Vec::new(),
         unrepairable: 0,
+        narrowed: None,
     }
 }

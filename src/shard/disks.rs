@@ -48,6 +48,10 @@ struct Entry {
 /// The disks of a node (later: of the cluster), shared by its heads.
 pub struct Disks {
     known: RefCell<BTreeMap<DiskId, Entry>>,
+    /// Domains of the disks that are down and may come back.
+    expected: RefCell<BTreeMap<DiskId, u32>>,
+    /// Disks that are replaced, and by which.
+    heirs: RefCell<BTreeMap<DiskId, DiskId>>,
     /// Counts the disks that came.
     arrivals: Cell<u64>,
     /// Counts the changes of what is known of their fill.
@@ -69,6 +73,8 @@ impl Default for Disks {
     fn default() -> Self {
         Self {
             known: RefCell::default(),
+            expected: RefCell::default(),
+            heirs: RefCell::default(),
             arrivals: Cell::new(0),
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
@@ -112,17 +118,63 @@ impl Disks {
         let gauge = self.watch.add(info.id, domain);
         let client = Rc::new(MeasuredClient::new(client, self.watch.clone(), gauge));
         let entry = Entry { client, domain, suspect_until: None, draining: false, arrival, info };
+        self.expected.borrow_mut().remove(&entry.info.id);
         self.known.borrow_mut().insert(entry.info.id, entry);
         self.fill_changed();
         self.changed.notify_waiters();
     }
 
-    /// Takes a disk out: it is down until added again.
+    /// Takes a disk out: it is down until added again, which is expected unless it was to go.
     pub fn remove(&self, disk: DiskId) {
-        self.known.borrow_mut().remove(&disk);
+        let gone = self.known.borrow_mut().remove(&disk);
+        if let Some(entry) = gone.filter(|entry| !entry.draining) {
+            self.expected.borrow_mut().insert(disk, entry.domain);
+        }
         self.watch.remove(disk);
         self.fill_changed();
         self.changed.notify_waiters();
+    }
+
+    /// Expects a disk that is not up: it belongs to the node.
+    pub fn expect(&self, disk: DiskId, domain: u32) {
+        if self.client(disk).is_none() {
+            self.expected.borrow_mut().insert(disk, domain);
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Expects a disk that is down no longer: it is gone for good.
+    pub fn forget(&self, disk: DiskId) {
+        self.expected.borrow_mut().remove(&disk);
+        self.changed.notify_waiters();
+    }
+
+    /// Has what a disk holds rebuilt on another one in the first place, or no longer.
+    pub fn set_heir(&self, disk: DiskId, heir: Option<DiskId>) {
+        let mut heirs = self.heirs.borrow_mut();
+        match heir {
+            Some(heir) => drop(heirs.insert(disk, heir)),
+            None => drop(heirs.remove(&disk)),
+        }
+    }
+
+    /// The disk on which what another one holds is to be rebuilt, if there is one that has room.
+    pub fn heir(&self, disk: DiskId) -> Option<DiskId> {
+        let heir = self.heirs.borrow().get(&disk).copied()?;
+        let disks = self.known.borrow();
+        let room = |e: &&Entry| e.healthy() && e.free_for(SlotClass::Repair) > 0;
+        disks.get(&heir).filter(room).map(|_| heir)
+    }
+
+    /// Domains with a disk that is up and is to stay; and those together with the domains whose
+    /// disks are down but expected back.
+    pub fn lasting_domains(&self) -> (usize, usize) {
+        let disks = self.known.borrow();
+        let staying = disks.values().filter(|entry| !entry.draining).map(|entry| entry.domain);
+        let mut domains: std::collections::BTreeSet<u32> = staying.collect();
+        let up = domains.len();
+        domains.extend(self.expected.borrow().values());
+        (up, domains.len())
     }
 
     /// Has a disk avoided for new segments because it is being emptied, or no longer.

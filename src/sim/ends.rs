@@ -70,12 +70,20 @@ pub(super) async fn reckon(context: &Rc<Context>) {
                 context.fail(format!("in the end: {why}"));
             }
         }
-        for running in &heads {
-            if context.failure.borrow().is_none()
-                && let Err(why) = settle(context, running).await
-            {
+        settle_all(context, &heads).await;
+        let bends = context.world.config.spares > 0 && damaged_tables(context).is_empty();
+        if bends && context.failure.borrow().is_none() {
+            if let Err(why) = super::bend::spell(context, &heads).await {
                 context.fail(format!("in the end: {why}"));
             }
+            for running in &heads {
+                if context.failure.borrow().is_none()
+                    && let Err(why) = read_all(context, running).await
+                {
+                    context.fail(format!("with other disks: {why}"));
+                }
+            }
+            settle_all(context, &heads).await;
         }
     };
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
@@ -108,7 +116,17 @@ fn overlapping(context: &Context) -> Option<usize> {
     devices.iter().position(|device| device.fault_counts().overlapping_writes > 0)
 }
 
-async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
+async fn settle_all(context: &Context, heads: &[Rc<Running>]) {
+    for running in heads {
+        if context.failure.borrow().is_none()
+            && let Err(why) = settle(context, running).await
+        {
+            context.fail(format!("in the end: {why}"));
+        }
+    }
+}
+
+pub(super) async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
     let target = HeadTarget(running.head.clone());
     let volume = &running.volume;
     for at in (0..volume.sectors()).step_by(usize::try_from(STEP).expect("small")) {
@@ -122,6 +140,16 @@ async fn read_all(context: &Context, running: &Running) -> Result<(), String> {
             .map_err(|error| format!("sector {at} cannot be read: {error}"))?;
         let data: Vec<u8> = pieces.iter().flat_map(|p| p.iter().copied()).collect();
         volume.oracle.borrow_mut().end_read(start, at, &data)?;
+    }
+    Ok(())
+}
+
+/// Writes to some places; there must be room.
+pub(super) async fn overwrite(context: &Context, running: &Running) -> Result<(), String> {
+    let target = HeadTarget(running.head.clone());
+    let pieces = context.world.volume.sectors() / STEP;
+    for _ in 0..4 {
+        write_at_last(context, &target, context.env.random_below(pieces) * STEP).await?;
     }
     Ok(())
 }
@@ -278,8 +306,11 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     };
     let reduced = || if few { 0 } else { head.reduced().0 };
     *context.world.waiting.borrow_mut() = "full redundancy".into();
+    let left = super::bend::present(context).len();
+    let bends = context.world.config.head.narrow_after != NEVER && broken.is_empty();
+    let bent = || bends && !super::bend::fits(running, context, left);
     for _ in 0..40 {
-        if reduced() == 0 && !narrow() {
+        if reduced() == 0 && !narrow() && !bent() {
             break;
         }
         sleep(Duration::from_millis(250)).await;
@@ -287,6 +318,12 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     if reduced() > 0 {
         return Err(format!("{} segments stay reduced", reduced()));
     }
+    if bent() {
+        return Err(format!("with {left} disks: {:?}", head.bending()));
+    }
+    // As a node does, again and again: segments that nothing needed may have had shards there.
+    let retired = context.world.retired.borrow().clone();
+    retired.iter().for_each(|index| head.disk_removed(context.world.ids[*index]));
     *context.world.waiting.borrow_mut() = "a checkpoint".into();
     for _ in 0..3 {
         head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;
@@ -295,7 +332,6 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     if narrow() {
         return Err(format!("healthy domains, width and its goal: {:?}", head.log_width()));
     }
-    let retired = context.world.retired.borrow().clone();
     for (index, disk) in context.world.disks.borrow().iter().enumerate() {
         if retired.contains(&index) || broken.contains(&context.world.ids[index]) {
             continue;

@@ -1,6 +1,7 @@
 //! The simulation: the real code of a node on simulated devices, in virtual time, from one seed.
 
 mod ahead;
+mod bend;
 pub mod client;
 mod clock;
 #[cfg(test)]
@@ -8,6 +9,8 @@ mod damage_tests;
 mod demands;
 pub mod device;
 mod ends;
+#[cfg(test)]
+mod narrow_tests;
 mod nemesis;
 pub mod oracle;
 mod rivals;

@@ -26,14 +26,15 @@ pub(super) async fn run(context: Rc<Context>) {
             turn_round(&context).await;
             continue;
         }
-        match env.random_below(37) {
+        match env.random_below(38) {
             0..=4 => store(&context),
             5..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
             13 => go_beyond(&context).await,
             14 => go_for_long(&context),
             15 => retire(&context).await,
-            34.. => scrub(&context),
+            34..=36 => scrub(&context),
+            37 => add_disk(&context).await,
             _ => strike(&context),
         }
     }
@@ -102,11 +103,32 @@ fn tell_lost(context: &Context, index: usize) {
     context.all_heads().iter().for_each(|running| running.head.disk_lost(id));
 }
 
-/// A disk goes for good where others can take its place: once nothing is left that needs it, it
-/// counts no more.
+/// Early in a life a disk goes for good, though the pool has no others.
+pub(super) async fn go_for_good(context: Rc<Context>) {
+    sleep(Duration::from_millis(context.env.random_below(500))).await;
+    retire(&context).await;
+}
+
+/// A disk is added that was not there before.
+async fn add_disk(context: &Context) {
+    let fewer = super::bend::present(context).len() < context.world.config.scheme.width();
+    if !fewer || context.env.chance(1, 2) {
+        return;
+    }
+    if let Some(index) = context.world.add_spare() {
+        context.cover_noted("a disk is added");
+        context.disturbed();
+        reopen(context, index).await;
+    }
+}
+
+/// A disk goes for good where others can take its place, or data segments can bend: once nothing is
+/// left that needs it, it counts no more.
 async fn retire(context: &Context) {
-    let retired = context.world.retired.borrow().len();
-    let enough = context.world.config.disks > context.world.config.scheme.width() + retired;
+    let config = &context.world.config;
+    let left = super::bend::present(context).len();
+    let bends = config.spares > 0 && left > usize::from(config.scheme.parity) + 1;
+    let enough = left > config.scheme.width() || bends;
     let well = context.faulty.borrow().is_empty() && context.hurt.borrow().is_empty();
     let heads = context.newest_heads();
     let serving = heads.len() == context.world.volumes().count()
@@ -116,7 +138,7 @@ async fn retire(context: &Context) {
     }
     let Some(index) = victims(context) else { return };
     context.cover_noted("disk is to go for good");
-    vanish(context, index);
+    super::bend::go(context, &heads, index);
     context.struck(index);
     context.long.borrow_mut().insert(index);
     let id = context.world.ids[index];
@@ -145,6 +167,9 @@ async fn retire(context: &Context) {
                 running.head.disk_removed(id);
             }
             context.cover_noted("disk is gone for good");
+            if left - 1 < config.scheme.width() {
+                context.cover("a pool bends for good");
+            }
             return;
         }
         sleep(Duration::from_millis(100)).await;
@@ -268,7 +293,7 @@ fn stall(context: &Context, index: usize) -> &'static str {
     what
 }
 
-fn vanish(context: &Context, index: usize) {
+pub(super) fn vanish(context: &Context, index: usize) {
     context.world.devices.borrow()[index].vanish();
     for node in context.nodes.borrow().iter() {
         node.registry.remove(context.world.ids[index]);

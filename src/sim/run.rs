@@ -135,6 +135,9 @@ impl Context {
 }
 
 /// The world of a seed. Where it is `narrow`, the log goes on with fewer copies than the pool has.
+///
+/// Where disks go for good though no others can take their place, data segments bend; the ones that
+/// are added later are spares.
 fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     let schemes = [
         Scheme::replicated(2),
@@ -145,6 +148,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     ];
     let pick = |n: usize| usize::try_from(env.random_below(n as u64)).expect("small");
     let scheme = schemes[pick(schemes.len())];
+    let bends = scheme.data > 1 && env.chance(1, 3);
     let slot_bytes = [64 << 10, 128 << 10, 256 << 10][pick(3)];
     let head = HeadConfig {
         overlay_extents_max: 32 + pick(400),
@@ -161,11 +165,23 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
             NEVER
         },
         replace_after: Duration::from_millis(100 + env.random_below(3000)),
+        narrow_after: if bends || env.chance(1, 2) {
+            Duration::from_millis(100 + env.random_below(2000))
+        } else {
+            NEVER
+        },
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
         ..HeadConfig::default()
     };
-    let disks =
-        scheme.width().max(usize::from(scheme.parity) + 1) + pick(if narrow { 2 } else { 5 });
+    let spares = if bends { usize::from(scheme.parity) + pick(2) } else { 0 };
+    let most = if bends {
+        1
+    } else if narrow {
+        2
+    } else {
+        5
+    };
+    let disks = scheme.width().max(usize::from(scheme.parity) + 1) + pick(most) + spares;
     let overcommitted = env.chance(1, 8);
     let slot_bytes = if overcommitted { 64 << 10 } else { slot_bytes };
     let disk_bytes = slot_bytes * (48 + env.random_below(40)) + (2 << 20);
@@ -173,6 +189,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     WorldConfig {
         scheme,
         disks,
+        spares,
         disk_bytes,
         slot_bytes,
         volume_bytes: if overcommitted { disks as u64 * disk_bytes } else { small },
@@ -251,7 +268,7 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
     context.whole_since.take();
     let (config, faulty) = (&context.world.config, context.faulty.borrow().len());
     let parity = usize::from(config.scheme.parity);
-    if faulty > parity || config.disks - faulty <= parity {
+    if faulty > parity || super::bend::present(context).len() - faulty <= parity {
         // Too many disks are away: the take-over waits until they are back.
         let context = context.clone();
         let pause = Duration::from_millis(context.env.random_below(3000));
@@ -333,6 +350,9 @@ async fn live(context: &Rc<Context>, life: u64) {
         context.note(&format!("life {life} serves"));
         spawn_clients(context, &running);
         context.spawn(super::nemesis::run(context.clone()));
+        if context.world.config.spares > 0 && env.chance(2, 3) {
+            context.spawn(super::nemesis::go_for_good(context.clone()));
+        }
         context.spawn(run_neighbour(context.clone(), running.node.clone()));
         if env.chance(1, 2) {
             context.spawn(super::rivals::run(context.clone()));

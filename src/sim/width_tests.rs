@@ -25,6 +25,7 @@ pub(super) fn config(copies: u8, disks: usize, log_disks: usize) -> WorldConfig 
     WorldConfig {
         scheme: Scheme::replicated(copies),
         disks,
+        spares: 0,
         disk_bytes: 8 << 20,
         slot_bytes: 64 << 10,
         volume_bytes: 1 << 20,
@@ -67,12 +68,12 @@ pub(super) async fn serve(world: &World) -> Rc<Running> {
     taken.expect("in time").expect("taken over")
 }
 
-fn vanish(world: &World, running: &Running, index: usize) {
+pub(super) fn vanish(world: &World, running: &Running, index: usize) {
     world.devices.borrow()[index].vanish();
     running.node.registry.remove(world.ids[index]);
 }
 
-async fn bring_back(world: &World, running: &Running, index: usize) {
+pub(super) async fn bring_back(world: &World, running: &Running, index: usize) {
     world.devices.borrow()[index].bring_back();
     if let Some(disk) = world.disk(index) {
         disk.close("to be opened again").await;
@@ -94,7 +95,7 @@ async fn read(running: &Running) -> u8 {
     pieces[0][100]
 }
 
-async fn until(what: &str, holds: impl Fn() -> bool) {
+pub(super) async fn until(what: &str, holds: impl Fn() -> bool) {
     let waits = async {
         while !holds() {
             sleep(Duration::from_millis(20)).await;

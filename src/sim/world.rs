@@ -37,6 +37,8 @@ pub struct WorldConfig {
     pub scheme: Scheme,
     /// Disks, each a failure domain.
     pub disks: usize,
+    /// Of these, the last ones: they are not there until they are added.
+    pub spares: usize,
     /// Size of each disk, bytes.
     pub disk_bytes: u64,
     /// Size of a slot, bytes.
@@ -94,8 +96,10 @@ pub struct World {
     pub volume: Rc<Volume>,
     /// Another one on the same disks.
     pub neighbour: Option<Rc<Volume>>,
-    /// Disks that are gone for good.
+    /// Disks that are gone for good, or not there yet.
     pub retired: RefCell<BTreeSet<usize>>,
+    /// Of these, the ones that were not there yet.
+    pub spares: RefCell<Vec<usize>>,
     /// Nothing is struck any more: the log may shrink although content was hurt.
     pub ending: Cell<bool>,
     /// What is being waited for, should it be for ever.
@@ -182,6 +186,7 @@ impl World {
         schema.initialise(&record).await.expect("the store is empty");
         let mut members: Vec<Member> =
             (0u32..).zip(&ids).map(|(domain, &disk)| Member { disk, domain }).collect();
+        members.truncate(config.disks - config.spares);
         let bytes = config.volume_bytes;
         let volume = create_volume(&config, &env, &store, members.clone(), bytes).await;
         // Its log begins on the other end of the disks.
@@ -191,6 +196,7 @@ impl World {
             neighbour = Some(create_volume(&config, &env, &store, members, bytes).await);
         }
         let disks = config.disks;
+        let spares: Vec<usize> = (disks - config.spares..disks).collect();
         Self {
             config,
             env,
@@ -201,7 +207,8 @@ impl World {
             disks: RefCell::new(vec![None; disks]),
             volume,
             neighbour,
-            retired: RefCell::default(),
+            retired: RefCell::new(spares.iter().copied().collect()),
+            spares: RefCell::new(spares),
             ending: Cell::new(false),
             waiting: RefCell::default(),
         }
@@ -247,6 +254,7 @@ impl World {
             }
         }
         (0..self.ids.len()).for_each(|index| self.connect(&node, index));
+        self.expect_others(&node);
         tokio::task::spawn_local(node.registry.clone().exercise());
         node
     }
@@ -259,6 +267,23 @@ impl World {
         let client = FaultyClient::new(disk, node.link.clone(), self.env.clone());
         node.registry.add(Rc::new(client), domain, info);
         node.connected.borrow_mut().insert(self.ids[index], Instant::now());
+    }
+
+    /// Disks that are down now, but not for good, are expected by a node.
+    pub fn expect_others(&self, node: &Node) {
+        let retired = self.retired.borrow();
+        for (domain, id) in
+            (0u32..).zip(&self.ids).filter(|(d, _)| !retired.contains(&(*d as usize)))
+        {
+            node.registry.expect(*id, domain);
+        }
+    }
+
+    /// Adds a disk that was not there; none if there is no other. It is to be connected then.
+    pub fn add_spare(&self) -> Option<usize> {
+        let index = self.spares.borrow_mut().pop()?;
+        self.retired.borrow_mut().remove(&index);
+        Some(index)
     }
 
     /// The volumes.

@@ -4,6 +4,9 @@
 //! `j / (n / k)`: each shard gets a contiguous run behind a record header of its own, and a read of
 //! a run touches few shards. References to the data are logged only after the append is durable on
 //! all `k + m` shards and every earlier append to the segment is.
+//!
+//! The scheme is that of the payload: the pool's, or a narrower one where too few domains are left
+//! ([`super::narrow`]).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +25,7 @@ use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::open::{OpenError, OpenRequest, OpenSegment, frame};
 use crate::segment::record::{Entry, Header, header_blocks};
 use crate::segment::stripe;
-use crate::shard::{SegmentKind, ShardError, SlotClass};
+use crate::shard::{Scheme, SegmentKind, ShardError, SlotClass};
 
 /// The open data segments of a head: one for clients, and one for garbage collection, whose slots
 /// are not for clients.
@@ -105,6 +108,8 @@ impl DataSegment {
 
 /// Data to be written to a data segment: logical runs and their content.
 pub(super) struct Payload {
+    /// Scheme of the segment that it is for.
+    pub(super) scheme: Scheme,
     /// (first logical block, blocks), in the order of the content.
     pub(super) runs: Vec<(u64, u32)>,
     /// The content: a multiple of `k` blocks.
@@ -130,11 +135,11 @@ impl Head {
     ) -> Result<(Placed, Vec<Entry>, Rc<Cell<bool>>), HeadError> {
         loop {
             let blocks = u32::try_from(payload.crcs.len()).expect("bounded by its callers");
-            let per_shard = blocks / u32::from(self.pool.scheme.data);
+            let runs = u32::from(payload.scheme.data);
+            let per_shard = blocks / runs;
             let need = header_blocks(payload.runs.len(), per_shard as usize) + per_shard;
-            let data = self.data_segment(need, class).await?;
+            let data = self.data_segment(need, class, payload.scheme).await?;
             let start = data.segment.reserve(need).expect("room was checked without a pause");
-            let runs = u32::from(self.pool.scheme.data);
             if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&data.segment.id) {
                 entry.pins += runs;
             }
@@ -183,13 +188,16 @@ impl Head {
         (runs, entries)
     }
 
-    /// The open data segment if it has `need` blocks left, or a new one.
+    /// The open data segment if it is of this scheme and has `need` blocks left, or a new one.
     async fn data_segment(
         self: &Rc<Self>,
         need: u32,
         class: SlotClass,
+        scheme: Scheme,
     ) -> Result<Rc<DataSegment>, HeadError> {
-        let fits = |data: &Rc<DataSegment>| !data.failed.get() && need <= data.room();
+        let fits = |data: &Rc<DataSegment>| {
+            !data.failed.get() && data.segment.scheme == scheme && need <= data.room()
+        };
         let lane = self.dense.lane(class);
         let current = || lane.open.borrow().clone();
         if let Some(data) = current().filter(fits) {
@@ -199,46 +207,53 @@ impl Head {
         if let Some(data) = current().filter(fits) {
             return Ok(data);
         }
-        if class == SlotClass::Client && self.stripes_would_be_slow() {
+        if class == SlotClass::Client && self.stripes_would_be_slow(scheme) {
             // The log takes it as copies on the others.
-            let (have, need) = (self.disks.fast_domains(), self.pool.scheme.width());
+            let (have, need) = (self.disks.fast_domains(), scheme.width());
             return Err(OpenError::TooFewDomains { have, need }.into());
         }
         let old = lane.open.borrow_mut().take();
         if let Some(old) = old {
             self.close_dense(old);
         }
-        let spare = lane.spare.borrow_mut().pop();
+        let next = || lane.spare.borrow_mut().pop();
+        let mut spare = next();
+        while let Some(bent) = spare.take_if(|spare| spare.segment.scheme != scheme) {
+            self.close_dense(bent);
+            spare = next();
+        }
         let data = match spare {
             Some(spare) => spare,
-            None => self.open_dense(class, |_| true).await?,
+            None => self.open_dense(class, scheme, |_| true).await?,
         };
         *lane.open.borrow_mut() = Some(data.clone());
         if fits(&data) { Ok(data) } else { Err(HeadError::TooLarge) }
     }
 
     /// Whether a stripe needs a slow disk, while a record of the log does not.
-    fn stripes_would_be_slow(&self) -> bool {
+    fn stripes_would_be_slow(&self, scheme: Scheme) -> bool {
         let fast = self.disks.fast_domains();
         !self.disks.watch().slow().is_empty()
-            && fast < self.pool.scheme.width()
+            && fast < scheme.width()
             && fast >= self.pool.log_scheme().width()
     }
 
-    /// Opens data segments for garbage collection ahead, on disks that are admitted: `count`, or as
-    /// many as there is room for. Tells the disks of each, in the order in which they are filled.
+    /// Opens data segments for garbage collection ahead, with slots of `class`, on disks that are
+    /// admitted: `count`, or as many as there is room for. Tells the disks of each, in the order in
+    /// which they are filled.
     ///
     /// # Errors
     /// They cannot be opened for other reasons.
     pub(super) async fn obtain_dense(
         self: &Rc<Self>,
         count: usize,
+        (class, scheme): (SlotClass, Scheme),
         admitted: impl Fn(DiskId) -> bool,
     ) -> Result<Vec<Vec<DiskId>>, HeadError> {
         let lane = self.dense.lane(SlotClass::Gc);
         let mut disks = Vec::new();
         for _ in 0..count {
-            match self.open_dense(SlotClass::Gc, &admitted).await {
+            match self.open_dense(class, scheme, &admitted).await {
                 Ok(data) => {
                     disks.push(data.segment.shards.iter().map(|shard| shard.disk).collect());
                     lane.spare.borrow_mut().insert(0, data);
@@ -259,15 +274,18 @@ impl Head {
         }
     }
 
-    /// Blocks of a shard that are left in the data segment that garbage collection fills.
-    pub(super) fn gc_room(&self) -> u32 {
+    /// Blocks of a shard that are left in the data segment that garbage collection fills, if it is
+    /// of this scheme.
+    pub(super) fn gc_room(&self, scheme: Scheme) -> u32 {
         let open = self.dense.lane(SlotClass::Gc).open.borrow();
-        open.as_ref().filter(|data| !data.failed.get()).map_or(0, |data| data.room())
+        let usable = |data: &&Rc<DataSegment>| !data.failed.get() && data.segment.scheme == scheme;
+        open.as_ref().filter(usable).map_or(0, |data| data.room())
     }
 
     async fn open_dense(
         self: &Rc<Self>,
         class: SlotClass,
+        scheme: Scheme,
         admitted: impl Fn(DiskId) -> bool,
     ) -> Result<Rc<DataSegment>, HeadError> {
         let allowed: BTreeSet<_> =
@@ -275,11 +293,11 @@ impl Head {
         let request = OpenRequest {
             authority: self.authority,
             kind: SegmentKind::Data,
-            scheme: self.pool.scheme,
+            scheme,
             class,
             allowed: &|disk| allowed.contains(&disk),
             first: &|_| true,
-            least: self.pool.scheme.width(),
+            least: self.dense_least(scheme),
         };
         let segment = match self.open_segment(request).await {
             Ok(segment) => segment,
@@ -314,9 +332,9 @@ impl Head {
                 entry.sealed = true;
                 entry.blocks = blocks;
                 entry.missing |= bad;
-            }
-            if bad != 0 {
-                head.repair_wanted.notify_one();
+                if entry.missing != 0 {
+                    head.repair_wanted.notify_one();
+                }
             }
         });
     }
@@ -324,6 +342,23 @@ impl Head {
     /// Seals the open data segments.
     pub(super) fn close_open_dense(self: &Rc<Self>) {
         for open in self.dense.take_if(|_| true) {
+            self.close_dense(open);
+        }
+    }
+
+    /// Seals the open data segments that are of another scheme.
+    pub(super) fn leave_bent(self: &Rc<Self>, scheme: Scheme) {
+        for open in self.dense.take_if(|data| data.segment.scheme != scheme) {
+            self.close_dense(open);
+        }
+    }
+
+    /// Seals the open data segments that have fewer copies than so many domains could hold.
+    pub(super) fn leave_reduced(self: &Rc<Self>, domains: usize) {
+        let reduced = |data: &DataSegment| {
+            data.segment.shards.len() < data.segment.scheme.width().min(domains)
+        };
+        for open in self.dense.take_if(reduced) {
             self.close_dense(open);
         }
     }
@@ -384,7 +419,7 @@ impl Head {
             ok = data.wait(start + need).await;
         }
         if ok {
-            add(&self.stats.appended_blocks, u64::from(need) * u64::from(self.pool.scheme.data));
+            add(&self.stats.appended_blocks, u64::from(need) * u64::from(payload.scheme.data));
             let mut state = self.state.borrow_mut();
             if let Some(entry) = state.table.segments.get_mut(&data.segment.id) {
                 entry.blocks = entry.blocks.max(start + need);
@@ -398,7 +433,7 @@ impl Head {
         ok
     }
 
-    /// What each shard gets: pieces and salted CRCs, header included.
+    /// What each shard that was created gets: pieces and salted CRCs, header included.
     fn stripes(
         &self,
         data: &DataSegment,
@@ -431,6 +466,7 @@ impl Head {
         shards
             .into_iter()
             .chain(parity)
+            .take(segment.shards.len())
             .enumerate()
             .map(|(index, piece)| {
                 let salt: Salt = segment.salt(index);

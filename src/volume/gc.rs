@@ -6,6 +6,8 @@
 //! block only if it still lies where it was found. A segment is deleted by the checkpoint after
 //! which nothing refers to it.
 //!
+//! The same moves narrow and widen data segments as failure domains go and come ([`super::narrow`]).
+//!
 //! Meta segments are emptied by having the next checkpoint rewrite the pages in them.
 
 use std::collections::BTreeSet;
@@ -15,6 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::dense::Payload;
 use super::head::{Head, HeadError, Op, add};
@@ -29,7 +32,7 @@ use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::FetchError;
 use crate::segment::open::OpenError;
 use crate::segment::record::{Entry, Header};
-use crate::shard::{SegmentKind, SlotClass};
+use crate::shard::{Scheme, SegmentKind, SlotClass};
 
 /// Segments that one pass may clean. Where they are nearly full, it takes many to free one.
 const VICTIMS_MAX: usize = 64;
@@ -78,6 +81,7 @@ pub(super) async fn run(head: Rc<Head>) {
             }
             Err(error) => {
                 tracing::debug!(volume = %head.volume, %error, "garbage collection paused");
+                head.note_lack_of_copies(&error);
                 head.trace_space();
                 // What was looked up in an index that is not the newest any more is looked up
                 // again after the checkpoint that made it so.
@@ -87,6 +91,17 @@ pub(super) async fn run(head: Rc<Head>) {
             }
         }
     }
+}
+
+/// How a pass moves what is live.
+#[derive(Clone, Copy)]
+pub(super) struct Pass {
+    /// Scheme of the segments that it fills.
+    pub(super) scheme: Scheme,
+    /// Class of the slots that it takes besides those that were obtained before.
+    pub(super) class: SlotClass,
+    /// It leaves the disks to clients most of the time.
+    pub(super) paced: bool,
 }
 
 /// A block that is live in a victim.
@@ -190,7 +205,8 @@ impl Head {
     fn victims(&self) -> Vec<Segment> {
         let state = self.state.borrow();
         let (log, _) = self.capture.borrow().log;
-        let coded = self.pool.scheme.data > 1;
+        let scheme = self.gc_scheme();
+        let coded = scheme.data > 1;
         let sealed: Vec<&Segment> = state
             .table
             .segments
@@ -215,7 +231,7 @@ impl Head {
             |s: &Segment| short.iter().filter(|(disk, _)| s.lies_on(*disk)).count() as u64;
         let mut scored: Vec<(u64, &Segment)> = sealed
             .into_iter()
-            .filter(|s| self.is_worth_moving(s) || torn(s))
+            .filter(|s| self.is_worth_moving(s, scheme) || torn(s))
             .map(|s| {
                 // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS. A slot is taken
                 // whole, however little of it was written.
@@ -233,22 +249,26 @@ impl Head {
         scored.into_iter().take(VICTIMS_MAX).map(|(_, s)| s.clone()).collect()
     }
 
+    /// Slots that a segment takes of disks that are up.
+    fn slots_held(&self, segment: &Segment) -> usize {
+        segment.members.iter().filter(|member| self.disks.domain(member.disk).is_some()).count()
+    }
+
     /// Whether what is live takes clearly less than it frees when it is moved, in blocks of all
     /// shards.
-    fn is_worth_moving(&self, segment: &Segment) -> bool {
+    fn is_worth_moving(&self, segment: &Segment, scheme: Scheme) -> bool {
         let width = |shards: usize| u64::try_from(shards).expect("at most 20");
-        let frees = u64::from(segment.shard_blocks) * width(segment.scheme.width());
-        let stripes = segment.live.div_ceil(self.pool.scheme.data.into());
-        let takes = u64::from(stripes) * width(self.pool.scheme.width());
+        let frees = u64::from(segment.shard_blocks) * width(self.slots_held(segment));
+        let stripes = segment.live.div_ceil(scheme.data.into());
+        let takes = u64::from(stripes) * width(scheme.width());
         takes * 100 <= frees * TAKES_PERCENT_MAX
     }
 
-    /// Blocks of each shard of new segments that hold what is live in these: stripes, a header
-    /// for each append, and filling.
-    fn moved_blocks(&self, victims: &[Segment]) -> u32 {
-        let live: u32 = victims.iter().map(|victim| victim.live).sum();
-        let appends = live / u32::try_from(MOVE_RUNS).expect("a small constant") + 1;
-        live / u32::from(self.pool.scheme.data) + appends
+    /// Segments that what is live in these fills beyond the one that is being filled.
+    pub(super) fn segments_for(&self, victims: &[Segment], scheme: Scheme) -> usize {
+        let each = usable(self.disks.slot_blocks_min()).max(1);
+        let lacking = moved_blocks(victims, scheme).saturating_sub(usable(self.gc_room(scheme)));
+        lacking.div_ceil(each) as usize
     }
 
     /// How many of the victims, from the first on, free the most slots beyond those that what is
@@ -257,22 +277,20 @@ impl Head {
     fn best_pass(
         &self,
         victims: &[Segment],
-        open: u32,
+        scheme: Scheme,
         fits: impl Fn(&[Segment], usize) -> bool,
     ) -> (usize, usize) {
-        let each = usable(self.disks.slot_blocks_min()).max(1);
         let mut best = (0, 0);
         let (mut gain, mut frees) = (0, 0);
         for (index, victim) in victims.iter().enumerate() {
-            frees += victim.scheme.width();
+            frees += self.slots_held(victim);
             let chosen = &victims[..=index];
-            let lacking = self.moved_blocks(chosen).saturating_sub(usable(open));
-            let segments = lacking.div_ceil(each) as usize;
-            let here = frees.saturating_sub(segments * self.pool.scheme.width());
+            let segments = self.segments_for(chosen, scheme);
+            let here = frees.saturating_sub(segments * scheme.width());
             if here > gain && (segments == 0 || fits(chosen, segments)) {
                 gain = here;
                 best = (index + 1, segments);
-                let enough = GAIN_ENOUGH * self.pool.scheme.width();
+                let enough = GAIN_ENOUGH * scheme.width();
                 if gain >= enough && index + 1 >= VICTIMS_ENOUGH {
                     break;
                 }
@@ -287,8 +305,11 @@ impl Head {
     /// On a disk that is full for clients a pass frees all but so many of the slots that it takes
     /// there, so that the reserve of garbage collection is not used up on one disk for the good of
     /// others. Where it cannot, it takes slots of the other disks only.
-    async fn obtain(self: &Rc<Self>, mut victims: Vec<Segment>) -> Result<Vec<Segment>, HeadError> {
-        let open = self.gc_room();
+    async fn obtain(
+        self: &Rc<Self>,
+        mut victims: Vec<Segment>,
+        scheme: Scheme,
+    ) -> Result<Vec<Segment>, HeadError> {
         let mut short = self.disks.full_for(SlotClass::Client);
         // One slot of the reserve stays for a pass that gives back all it takes.
         for (_, slack) in &mut short {
@@ -304,21 +325,21 @@ impl Head {
         let fits = |victims: &[Segment], segments: usize| {
             let disks = self.disks.ids().into_iter().filter(|&d| may_take(victims, d, segments));
             let domains: BTreeSet<_> = disks.filter_map(|disk| self.disks.domain(disk)).collect();
-            domains.len() >= self.pool.scheme.width()
+            domains.len() >= self.dense_least(scheme)
         };
-        let (count, segments) = self.best_pass(&victims, open, fits);
+        let (count, segments) = self.best_pass(&victims, scheme, fits);
         if count == 0 {
             return Ok(Vec::new());
         }
         let admitted = |disk| may_take(&victims[..count], disk, segments);
-        let obtained = self.obtain_dense(segments, admitted).await?;
+        let obtained = self.obtain_dense(segments, (SlotClass::Gc, scheme), admitted).await?;
         let fits = |victims: &[Segment], segments: usize| {
             let slots = |disk| obtained.iter().take(segments).filter(|s| s.contains(&disk)).count();
             let disks: BTreeSet<DiskId> = obtained.iter().flatten().copied().collect();
             segments <= obtained.len()
                 && disks.iter().all(|&disk| may_take(victims, disk, slots(disk)))
         };
-        let (count, _) = self.best_pass(&victims, open, fits);
+        let (count, _) = self.best_pass(&victims, scheme, fits);
         if count == 0 {
             return Err(HeadError::Open(OpenError::NoSpace));
         }
@@ -328,24 +349,64 @@ impl Head {
 
     /// Moves what is live out of the victims. Tells how many segments were emptied.
     async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
+        let pass = Pass { scheme: self.gc_scheme(), class: SlotClass::Gc, paced: false };
         let mut victims = self.victims();
         // What must be moved is moved whether it frees anything or not.
         if victims.iter().any(|victim| self.is_torn(victim)) {
             victims.retain(|victim| self.is_torn(victim));
-        } else {
-            victims = self.obtain(victims).await?;
+            return self.clean(&victims, pass).await;
         }
+        let tight = self.wants_space(&self.state.borrow());
+        let bent = if tight { 0 } else { self.try_to_bend().await? };
+        if bent > 0 {
+            return Ok(bent);
+        }
+        victims = self.obtain(victims, pass.scheme).await?;
+        match self.clean(&victims, pass).await? {
+            0 if tight => self.try_to_bend().await,
+            emptied => Ok(emptied),
+        }
+    }
+
+    /// Narrows or widens some segments. That it cannot be done now holds up nothing else.
+    async fn try_to_bend(self: &Rc<Self>) -> Result<usize, HeadError> {
+        match self.bend().await {
+            Err(
+                error @ (HeadError::Open(OpenError::NoSpace | OpenError::TooFewDomains { .. })
+                | HeadError::Fetch(_)),
+            ) => {
+                tracing::debug!(volume = %self.volume, %error, "segments keep their scheme for now");
+                self.note_lack_of_copies(&error);
+                Ok(0)
+            }
+            result => result,
+        }
+    }
+
+    /// Copies are as many as the log's: has that shrink if there are too few domains for them.
+    fn note_lack_of_copies(&self, error: &HeadError) {
+        if self.dense_scheme().data == 1 {
+            self.note_failure(error);
+        }
+    }
+
+    /// Moves what is live out of segments. Tells how many of them were emptied.
+    pub(super) async fn clean(
+        self: &Rc<Self>,
+        victims: &[Segment],
+        pass: Pass,
+    ) -> Result<usize, HeadError> {
         let (mut emptied, mut failed) = (0, None);
         let mut found = Found::default();
-        for segment in &victims {
-            match self.empty(segment, &mut found).await {
+        for segment in victims {
+            match self.empty(segment, &mut found, pass).await {
                 Ok(()) => emptied += 1,
                 // The next one may be readable.
                 Err(error @ HeadError::Fetch(_)) => failed = Some(error),
                 Err(error) => return Err(error),
             }
         }
-        match self.move_live(found).await {
+        match self.move_live(found, pass).await {
             Err(error @ HeadError::Fetch(_)) => failed = Some(error),
             result => result?,
         }
@@ -356,7 +417,12 @@ impl Head {
     }
 
     /// Finds what is live in one segment, and moves it whenever enough is found.
-    async fn empty(self: &Rc<Self>, segment: &Segment, found: &mut Found) -> Result<(), HeadError> {
+    async fn empty(
+        self: &Rc<Self>,
+        segment: &Segment,
+        found: &mut Found,
+        pass: Pass,
+    ) -> Result<(), HeadError> {
         let mut at = 0;
         while at < segment.blocks {
             if found.live.is_empty() {
@@ -366,7 +432,7 @@ impl Head {
             self.live_of(segment, &header, &mut found.live).await?;
             at += header.blocks();
             if found.live.len() >= GATHER_BLOCKS {
-                self.move_live(std::mem::take(found)).await?;
+                self.move_live(std::mem::take(found), pass).await?;
             }
         }
         Ok(())
@@ -412,17 +478,21 @@ impl Head {
     ///
     /// # Errors
     /// [`HeadError::Fetch`] if some cannot be read: the others are moved nevertheless.
-    async fn move_live(self: &Rc<Self>, found: Found) -> Result<(), HeadError> {
+    async fn move_live(self: &Rc<Self>, found: Found, pass: Pass) -> Result<(), HeadError> {
         let Found { mut live, generation } = found;
         live.sort_by_key(|l| l.lba);
         let mut unreadable = None;
         let mut rest = &live[..];
         while !rest.is_empty() {
-            let count = batch(rest, self.batch_blocks());
+            let count = batch(rest, self.batch_blocks(pass.scheme));
+            let (since, begun) = (Instant::now(), self.disks.activity.begun());
             let (readable, data, error) = self.fetch_live(&rest[..count]).await;
             unreadable = unreadable.or(error);
             if !readable.is_empty() {
-                self.move_batch(&readable, data, generation).await?;
+                self.move_batch(&readable, data, generation, pass).await?;
+            }
+            if pass.paced {
+                self.yield_to_clients(since, begun).await;
             }
             rest = &rest[count..];
         }
@@ -458,10 +528,10 @@ impl Head {
 
     /// Blocks of one append: as many as fit what is left of the segment that is being filled, or
     /// another.
-    fn batch_blocks(&self) -> usize {
-        let left = self.gc_room();
+    fn batch_blocks(&self, scheme: Scheme) -> usize {
+        let left = self.gc_room(scheme);
         let room = if left > ROOM_LEFT { left } else { self.disks.slot_blocks_min() };
-        let blocks = room.saturating_sub(2).max(1) * u32::from(self.pool.scheme.data);
+        let blocks = room.saturating_sub(2).max(1) * u32::from(scheme.data);
         MOVE_BLOCKS.min(blocks as usize)
     }
 
@@ -470,8 +540,9 @@ impl Head {
         live: &[Live],
         mut data: Vec<Bytes>,
         generation: u64,
+        pass: Pass,
     ) -> Result<(), HeadError> {
-        let k = usize::from(self.pool.scheme.data);
+        let k = usize::from(pass.scheme.data);
         let mut runs: Vec<(u64, u32)> = Vec::new();
         for l in live {
             match runs.last_mut() {
@@ -484,8 +555,8 @@ impl Head {
             data.push(AlignedBuf::zeroed(filler * BLOCK_SIZE).freeze());
         }
         let crcs = data.iter().flat_map(|piece| raw_crcs(piece)).collect();
-        let (placed, opened, announced) =
-            self.write_dense(Rc::new(Payload { runs, data, crcs }), SlotClass::Gc).await?;
+        let payload = Rc::new(Payload { scheme: pass.scheme, runs, data, crcs });
+        let (placed, opened, announced) = self.write_dense(payload, pass.class).await?;
         let Some(&(_, _, BlockAddr { segment, .. })) = placed.first() else { return Ok(()) };
         let mut moves: Vec<Entry> = Vec::new();
         for (from, blocks, place) in placed {
@@ -582,6 +653,14 @@ impl Head {
             s.pins = s.pins.saturating_sub(u32::try_from(runs).expect("at most 16"));
         }
     }
+}
+
+/// Blocks of each shard of new segments that hold what is live in these: stripes, a header for each
+/// append, and filling.
+fn moved_blocks(victims: &[Segment], scheme: Scheme) -> u32 {
+    let live: u32 = victims.iter().map(|victim| victim.live).sum();
+    let appends = live / u32::try_from(MOVE_RUNS).expect("a small constant") + 1;
+    live / u32::from(scheme.data) + appends
 }
 
 /// Whether a block follows another both in the volume and in the segment.

@@ -66,6 +66,9 @@ pub struct HeadConfig {
     pub shrink_after: Duration,
     /// How long a disk of the log set may be away before another takes its place.
     pub replace_after: Duration,
+    /// How long too few domains may be up, while more are expected back, before data segments are
+    /// narrowed.
+    pub narrow_after: Duration,
     /// Domains of the log set at most, where that is fewer than [`rules::log_domains`].
     pub log_domains_max: usize,
     /// Within how long every sealed shard is read and checked, again and again; none: only when it
@@ -88,6 +91,7 @@ impl Default for HeadConfig {
             pending_bytes_max: 16 << 20,
             shrink_after: Duration::from_millis(500),
             replace_after: Duration::from_secs(10),
+            narrow_after: Duration::from_mins(10),
             log_domains_max: rules::log_domains(PARITY_MAX),
             scrub_period: Some(super::scrub::DEFAULT_PERIOD),
             unix_seconds: || 0,
@@ -299,6 +303,7 @@ pub struct Head {
     /// What slow disks are to delete is being deleted.
     pub(super) deletes_slowly: Cell<bool>,
     pub(super) dense: super::dense::Dense,
+    pub(super) narrow: super::narrow::Narrow,
     pub(super) space: super::space::Space,
     /// Bounds how often it is logged that a block is bad.
     findings_told: Throttle,
@@ -486,6 +491,7 @@ impl Head {
     pub(super) fn new(context: HeadContext, authority: Authority, state: State) -> Rc<Self> {
         let pages = NonZeroUsize::new((context.config.cache_bytes / BLOCK_SIZE).max(16))
             .expect("at least 16");
+        let narrow = super::narrow::Narrow::new(&context.disks, context.pool.scheme);
         Rc::new_cyclic(|this| Self {
             this: this.clone(),
             volume: authority.volume,
@@ -511,6 +517,7 @@ impl Head {
             torn: RefCell::default(),
             deletes_slowly: Cell::new(false),
             dense: super::dense::Dense::default(),
+            narrow,
             space: super::space::Space::default(),
             findings_told: Throttle::default(),
             scrub: super::scrub::Scrub::default(),

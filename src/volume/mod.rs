@@ -12,6 +12,7 @@ mod gc;
 pub mod head;
 pub mod index;
 mod log;
+pub mod narrow;
 pub mod overlay;
 mod repair;
 mod report;

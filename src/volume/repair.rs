@@ -200,6 +200,13 @@ impl Head {
                 && !state.lost.contains(&disk)
                 && (free || in_set())
         };
+        if let Some(heir) = self.disks.heir(segment.members[shard].disk) {
+            let allowed = |disk| disk == heir && allowed(disk);
+            let chosen = self.disks.choose(&self.env, SlotClass::Repair, 1, &taken, allowed).pop();
+            if chosen.is_some() {
+                return chosen;
+            }
+        }
         self.disks.choose(&self.env, SlotClass::Repair, 1, &taken, allowed).pop()
     }
 
@@ -629,7 +636,7 @@ impl Head {
         // segments would lie there again, and there would be no end of it.
         let up = self.disks.client(disk).is_some();
         let elsewhere = || self.disks.domains_with_room(|other| other != disk);
-        if !up || elsewhere() >= self.pool.scheme.width() {
+        if !up || elsewhere() >= self.dense_scheme().width() {
             self.leave_dense(disk);
         }
         let leaves = !up || self.can_log_without(disk);

@@ -682,6 +682,7 @@ impl Head {
         tokio::task::spawn_local(super::scrub::run_rounds(self.clone()));
         tokio::task::spawn_local(super::scrub::run_mends(self.clone()));
         tokio::task::spawn_local(super::width::run_avoid(self.clone()));
+        tokio::task::spawn_local(super::narrow::run(self.clone()));
         self.repair_wanted.notify_one();
     }
 

@@ -22,7 +22,7 @@ use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::FetchError;
 use crate::segment::open::OpenError;
 use crate::segment::record::Entry;
-use crate::shard::SlotClass;
+use crate::shard::{Scheme, SlotClass};
 
 /// Blocks of one operation of the log, at most: several fit into a record.
 const OP_BLOCKS_MAX: usize = 128;
@@ -284,7 +284,8 @@ impl Head {
     /// Writes whole blocks.
     async fn write_blocks(self: &Rc<Self>, lba: u64, data: Bytes) -> Result<(), TargetError> {
         let data = if is_aligned(&data) { data } else { AlignedBuf::copy_of(&data).freeze() };
-        let k = usize::from(self.pool.scheme.data);
+        let scheme = self.dense_scheme();
+        let k = usize::from(scheme.data);
         let total = data.len() / BLOCK_SIZE;
         add(&self.stats.client_blocks, total as u64);
         if k == 1 || total < self.config.large_write_blocks.max(2 * k) {
@@ -296,7 +297,7 @@ impl Head {
         for at in (0..dense).step_by(step) {
             let blocks = step.min(dense - at);
             let piece = data.slice(at * BLOCK_SIZE..(at + blocks) * BLOCK_SIZE);
-            writes.push(self.write_large(lba + at as u64, piece));
+            writes.push(self.write_large(lba + at as u64, piece, scheme));
         }
         let rest = data.slice(dense * BLOCK_SIZE..);
         let tail = async {
@@ -314,13 +315,18 @@ impl Head {
         (self.disks.slot_blocks_min() as usize / 4).max(1)
     }
 
-    async fn write_large(self: &Rc<Self>, lba: u64, data: Bytes) -> Result<(), TargetError> {
+    async fn write_large(
+        self: &Rc<Self>,
+        lba: u64,
+        data: Bytes,
+        scheme: Scheme,
+    ) -> Result<(), TargetError> {
         self.admit().await?;
         self.admit_write().await?;
         let blocks = u32::try_from(data.len() / BLOCK_SIZE).expect("bounded by its caller");
         let crcs = raw_crcs(&data).collect();
         let payload =
-            Rc::new(Payload { runs: vec![(lba, blocks)], data: vec![data.clone()], crcs });
+            Rc::new(Payload { scheme, runs: vec![(lba, blocks)], data: vec![data.clone()], crcs });
         let written = self.write_dense(payload, SlotClass::Client).await;
         let (placed, mut entries, announced) = match written {
             Ok(written) => written,
@@ -336,7 +342,7 @@ impl Head {
         for (from, blocks, addr) in placed {
             entries.push(Entry::Place { lba: lba + u64::from(from), blocks, addr });
         }
-        self.pin_entries(&entries, usize::from(self.pool.scheme.data));
+        self.pin_entries(&entries, usize::from(scheme.data));
         // The chains see the content here, where the order of the write is decided.
         self.update_chains(&[Entry::Write { lba, blocks }], std::slice::from_ref(&data));
         match wait(self.submit(entries, vec![], vec![], SlotClass::Client)).await {

@@ -32,6 +32,7 @@ fn config() -> WorldConfig {
     WorldConfig {
         scheme: Scheme::replicated(2),
         disks: 4,
+        spares: 0,
         disk_bytes: 24 << 20,
         slot_bytes: 128 << 10,
         volume_bytes: 1 << 20,
@@ -409,7 +410,8 @@ fn a_data_segment_whose_last_record_is_referred_to_in_part_stays_whole() {
     with_head(async |world, running| {
         let data = AlignedBuf::copy_of(&[5; 3 * BLOCK_SIZE]).freeze();
         let crcs = raw_crcs(&data).collect();
-        let payload = Payload { runs: vec![(0, 3)], data: vec![data], crcs };
+        let scheme = config().scheme;
+        let payload = Payload { scheme, runs: vec![(0, 3)], data: vec![data], crcs };
         let written = running.head.write_dense(Rc::new(payload), SlotClass::Gc).await;
         let (placed, mut entries, _) = written.unwrap_or_else(|error| panic!("{error}"));
         // The other two were overwritten meanwhile.

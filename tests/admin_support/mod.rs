@@ -140,6 +140,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         state: VolumeState::Online,
         failures: vec![],
         unrepairable: 0,
+        narrowed: None,
     }
 }
 
@@ -186,6 +187,10 @@ impl State {
             }
             Command::DiskDrain { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Draining)));
+            }
+            Command::DiskReplace { disk, request, reply } => {
+                let old = self.set_disk(disk, DiskState::Draining);
+                drop(reply.send(old.and_then(|_| self.add_disk(request))));
             }
             Command::DiskOnline { disk, reply } => {
                 drop(reply.send(self.set_disk(disk, DiskState::Online)));

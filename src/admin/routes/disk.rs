@@ -131,3 +131,24 @@ pub(in crate::admin) async fn online(
 ) -> Result<Json<Disk>, ApiError> {
     backend.disk_online(parse(&disk)?).await.map(Json)
 }
+
+/// Has another disk take the place of one, which is removed once it is empty
+#[utoipa::path(post, path = "/v1/disks/{disk}/replace", tag = "disks", request_body = AddDisk,
+    params(("disk" = String, Path, description = "id of the disk that goes")),
+    responses(
+        (status = 200, description = "the disk that takes its place", body = Disk),
+        (status = 400, description = "malformed", body = ErrorBody),
+        (status = 404, description = "no such disk, or no such path on the node", body = ErrorBody),
+        (status = 409, description = "data would be lost, or what is at the path is in use, is not online, or \
+         carries data and `force` is not set", body = ErrorBody),
+        (status = 503, description = "the node does not answer", body = ErrorBody),
+        (status = 507, description = "it is too small", body = ErrorBody)
+    ))]
+pub(in crate::admin) async fn replace(
+    State(backend): State<Backend>,
+    Path(disk): Path<String>,
+    Body(request): Body<AddDisk>,
+) -> Result<Json<Disk>, ApiError> {
+    request.check()?;
+    backend.disk_replace(parse(&disk)?, request).await.map(Json)
+}
