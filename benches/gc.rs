@@ -3,7 +3,8 @@
 //!
 //! Printed for each: throughput, the spread of it over time, latency, and write amplification
 //! against what greedy cleaning reaches at uniform load. `cargo bench --bench gc` does one case
-//! briefly; `-- --full` does all, and `--plot FILE` draws throughput over time (SVG).
+//! briefly; `-- --full` does all, `--case WHAT` those whose name contains WHAT ("copies, zipf", "85 %"),
+//! `--rounds N` overwrites so often, and `--plot FILE` draws throughput over time (SVG).
 //! `SDS_BENCH_DIR` says where the files go (default: `target`); a directory in memory shows the
 //! engine rather than the disk.
 
@@ -56,6 +57,12 @@ impl Case {
             Scheme { data: 1, parity } => format!("{} copies, {load}", parity + 1),
             Scheme { data, parity } => format!("{data}+{parity}, {load}"),
         }
+    }
+}
+
+impl Case {
+    fn name(self) -> String {
+        format!("{}, {} %", self.load(), self.utilisation)
     }
 }
 
@@ -240,7 +247,7 @@ fn print(outcome: &Outcome) {
     let (p50, p999) = (outcome.quantile(500), outcome.quantile(999));
     println!(
         "| {:<24} | {mean:>6} | {slowest:>6} | {p50:>6} | {p999:>6} | {:>5.1} | {:>6} | {:>5.2} | {:>5.2} |",
-        format!("{}, {} %", outcome.case.load(), outcome.case.utilisation),
+        outcome.case.name(),
         f64::from(p999) / f64::from(p50),
         outcome.stall.as_millis(),
         outcome.amplification(),
@@ -249,12 +256,17 @@ fn print(outcome: &Outcome) {
 }
 
 fn main() {
-    let mut full = false;
-    let mut plot = None;
+    let (mut full, mut plot) = (false, None);
+    let (mut only, mut rounds) = (String::new(), None);
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--full" => full = true,
+            "--case" => (full, only) = (true, arguments.next().expect("--case WHAT")),
+            "--rounds" => {
+                let count = arguments.next().and_then(|count| count.parse().ok());
+                rounds = Some(count.expect("--rounds N"));
+            }
             "--plot" => plot = Some(PathBuf::from(arguments.next().expect("--plot FILE"))),
             // Given by cargo.
             _ => {}
@@ -277,7 +289,8 @@ fn main() {
     );
     println!("| --- | --: | --: | --: | --: | --: | --: | --: | --: |");
     let mut outcomes = Vec::new();
-    for case in cases {
+    for mut case in cases.into_iter().filter(|case| case.name().contains(&only)) {
+        case.rounds = rounds.unwrap_or(case.rounds);
         let outcome = run(case);
         print(&outcome);
         outcomes.push(outcome);

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::Notify;
 
+use super::gc::Pass;
 use super::head::{Head, HeadError, add, table_entry};
 use crate::buffer::AlignedBuf;
 use crate::id::{BLOCK_SIZE, DiskId, Lsn};
@@ -27,11 +28,22 @@ use crate::segment::record::{Entry, Header, header_blocks};
 use crate::segment::stripe;
 use crate::shard::{Scheme, SegmentKind, ShardError, SlotClass};
 
-/// The open data segments of a head: one for clients, and one for garbage collection, whose slots
-/// are not for clients.
+/// What a data segment is filled with: what dies together lies together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stream {
+    /// Large writes of clients.
+    Fresh = 0,
+    /// What garbage collection moves out of the log.
+    Moved = 1,
+    /// What it moves out of data segments: that has lived for long, and will.
+    Settled = 2,
+}
+
+/// The open data segments of a head, one for each stream. The slots of those that garbage collection
+/// fills are not for clients.
 #[derive(Default)]
 pub(super) struct Dense {
-    lanes: [Lane; 2],
+    lanes: [Lane; 3],
 }
 
 #[derive(Default)]
@@ -43,8 +55,8 @@ struct Lane {
 }
 
 impl Dense {
-    fn lane(&self, class: SlotClass) -> &Lane {
-        &self.lanes[usize::from(class > SlotClass::Client)]
+    fn lane(&self, stream: Stream) -> &Lane {
+        &self.lanes[stream as usize]
     }
 
     /// Takes out the open segments that `which` says.
@@ -132,13 +144,14 @@ impl Head {
         self: &Rc<Self>,
         payload: Rc<Payload>,
         class: SlotClass,
+        stream: Stream,
     ) -> Result<(Placed, Vec<Entry>, Rc<Cell<bool>>), HeadError> {
         loop {
             let blocks = u32::try_from(payload.crcs.len()).expect("bounded by its callers");
             let runs = u32::from(payload.scheme.data);
             let per_shard = blocks / runs;
             let need = header_blocks(payload.runs.len(), per_shard as usize) + per_shard;
-            let data = self.data_segment(need, class, payload.scheme).await?;
+            let data = self.data_segment(need, (class, stream), payload.scheme).await?;
             let start = data.segment.reserve(need).expect("room was checked without a pause");
             if let Some(entry) = self.state.borrow_mut().table.segments.get_mut(&data.segment.id) {
                 entry.pins += runs;
@@ -192,13 +205,13 @@ impl Head {
     async fn data_segment(
         self: &Rc<Self>,
         need: u32,
-        class: SlotClass,
+        (class, stream): (SlotClass, Stream),
         scheme: Scheme,
     ) -> Result<Rc<DataSegment>, HeadError> {
         let fits = |data: &Rc<DataSegment>| {
             !data.failed.get() && data.segment.scheme == scheme && need <= data.room()
         };
-        let lane = self.dense.lane(class);
+        let lane = self.dense.lane(stream);
         let current = || lane.open.borrow().clone();
         if let Some(data) = current().filter(fits) {
             return Ok(data);
@@ -238,7 +251,7 @@ impl Head {
             && fast >= self.pool.log_scheme().width()
     }
 
-    /// Opens data segments for garbage collection ahead, with slots of `class`, on disks that are
+    /// Opens data segments for a pass of garbage collection ahead, on disks that are
     /// admitted: `count`, or as many as there is room for. Tells the disks of each, in the order in
     /// which they are filled.
     ///
@@ -247,13 +260,13 @@ impl Head {
     pub(super) async fn obtain_dense(
         self: &Rc<Self>,
         count: usize,
-        (class, scheme): (SlotClass, Scheme),
+        pass: Pass,
         admitted: impl Fn(DiskId) -> bool,
     ) -> Result<Vec<Vec<DiskId>>, HeadError> {
-        let lane = self.dense.lane(SlotClass::Gc);
+        let lane = self.dense.lane(pass.stream);
         let mut disks = Vec::new();
         for _ in 0..count {
-            match self.open_dense(class, scheme, &admitted).await {
+            match self.open_dense(pass.class, pass.scheme, &admitted).await {
                 Ok(data) => {
                     disks.push(data.segment.shards.iter().map(|shard| shard.disk).collect());
                     lane.spare.borrow_mut().insert(0, data);
@@ -274,11 +287,11 @@ impl Head {
         }
     }
 
-    /// Blocks of a shard that are left in the data segment that garbage collection fills, if it is
-    /// of this scheme.
-    pub(super) fn gc_room(&self, scheme: Scheme) -> u32 {
-        let open = self.dense.lane(SlotClass::Gc).open.borrow();
-        let usable = |data: &&Rc<DataSegment>| !data.failed.get() && data.segment.scheme == scheme;
+    /// Blocks of a shard that are left in the data segment that a pass fills, if it is of its scheme.
+    pub(super) fn gc_room(&self, pass: Pass) -> u32 {
+        let open = self.dense.lane(pass.stream).open.borrow();
+        let usable =
+            |data: &&Rc<DataSegment>| !data.failed.get() && data.segment.scheme == pass.scheme;
         open.as_ref().filter(usable).map_or(0, |data| data.room())
     }
 
@@ -342,6 +355,13 @@ impl Head {
     /// Seals the open data segments.
     pub(super) fn close_open_dense(self: &Rc<Self>) {
         for open in self.dense.take_if(|_| true) {
+            self.close_dense(open);
+        }
+    }
+
+    /// Seals the open data segment of a stream.
+    pub(super) fn leave_stream(self: &Rc<Self>, stream: Stream) {
+        if let Some(open) = self.dense.lane(stream).open.take() {
             self.close_dense(open);
         }
     }

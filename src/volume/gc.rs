@@ -1,8 +1,9 @@
 //! Garbage collection: what is still live in a segment is moved, then the segment is freed.
 //!
-//! Victims are chosen after checkpoints, when the counters are exact: the share that is dead
-//! against the cost of moving the rest, the log of erasure-coded pools first (its copies cost
-//! more than stripes). Live blocks go to data segments; a *move* entry in the log redirects each
+//! Victims are chosen after checkpoints, when the counters are exact: what is gained against the
+//! cost of moving the rest, and by age ([`Head::score`]); the log of erasure-coded pools before its
+//! stripes. Live blocks go to data segments: those of the log to other ones than those that were moved
+//! before, because what has lived for long will ([`Stream`]); a *move* entry in the log redirects each
 //! block only if it still lies where it was found. A segment is deleted by the checkpoint after
 //! which nothing refers to it.
 //!
@@ -19,7 +20,7 @@ use futures_util::stream::{self, StreamExt};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::dense::Payload;
+use super::dense::{Payload, Stream};
 use super::head::{Head, HeadError, Op, add};
 use super::overlay::Target;
 use super::segtab::Segment;
@@ -100,6 +101,8 @@ pub(super) struct Pass {
     pub(super) scheme: Scheme,
     /// Class of the slots that it takes besides those that were obtained before.
     pub(super) class: SlotClass,
+    /// Which data segments it fills.
+    pub(super) stream: Stream,
     /// It leaves the disks to clients most of the time.
     pub(super) paced: bool,
 }
@@ -225,24 +228,19 @@ impl Head {
         if !(tight || wasteful || uncompacted || sealed.iter().any(|s| torn(s))) {
             return Vec::new();
         }
+        // Where only the log is too long, nothing else need be moved.
+        let compacts_all = tight || wasteful;
         let newest = state.next_segment;
         let short = self.disks.full_for(SlotClass::Client);
         let on_short =
             |s: &Segment| short.iter().filter(|(disk, _)| s.lies_on(*disk)).count() as u64;
-        let mut scored: Vec<(u64, &Segment)> = sealed
+        let mut scored: Vec<((bool, u64), &Segment)> = sealed
             .into_iter()
+            .filter(|s| compacts_all || s.kind == SegmentKind::Log || torn(s))
             .filter(|s| self.is_worth_moving(s, scheme) || torn(s))
             .map(|s| {
-                // Cost and benefit: (1 - u) * age / (1 + u), as in Rosenblum's LFS. A slot is taken
-                // whole, however little of it was written.
-                let capacity = u64::from(s.shard_blocks) * u64::from(s.scheme.data);
-                let live = u64::from(s.live).min(capacity);
-                let age = newest - s.id.0 + 1;
-                let score =
-                    (capacity - live) * 1000 / (capacity + live) * u64::from(age.ilog2().max(1));
-                let first = coded && s.kind == SegmentKind::Log;
-                let score = score + if first { 2000u64 } else { 0 } + 1000 * on_short(s);
-                (score + if torn(s) { 100_000 } else { 0 }, s)
+                let score = self.score(s, scheme, newest) * (1 + on_short(s));
+                ((torn(s), score), s)
             })
             .collect();
         scored.sort_by_key(|(score, s)| (std::cmp::Reverse(*score), s.id));
@@ -254,20 +252,37 @@ impl Head {
         segment.members.iter().filter(|member| self.disks.domain(member.disk).is_some()).count()
     }
 
-    /// Whether what is live takes clearly less than it frees when it is moved, in blocks of all
-    /// shards.
-    fn is_worth_moving(&self, segment: &Segment, scheme: Scheme) -> bool {
+    /// Blocks of all shards that are freed when what is live in a segment is moved, and that this
+    /// takes. A slot is freed whole, however little of it was written.
+    fn exchange(&self, segment: &Segment, scheme: Scheme) -> (u64, u64) {
         let width = |shards: usize| u64::try_from(shards).expect("at most 20");
         let frees = u64::from(segment.shard_blocks) * width(self.slots_held(segment));
         let stripes = segment.live.div_ceil(scheme.data.into());
-        let takes = u64::from(stripes) * width(scheme.width());
+        (frees, u64::from(stripes) * width(scheme.width()))
+    }
+
+    /// Benefit against cost: what is gained for each block that is written, `(1 - u) / u`, and more
+    /// of it the older the segment, as what has lived for long will. The square root of the age
+    /// beats the age itself (Rosenblum's LFS) and its logarithm at skewed loads, and at uniform ones
+    /// it makes no difference (`docs/performance.md`). It also has the log of erasure-coded pools
+    /// cleaned first: its copies free more than the stripes take.
+    fn score(&self, segment: &Segment, scheme: Scheme, newest: u64) -> u64 {
+        let (frees, takes) = self.exchange(segment, scheme);
+        let age = newest.saturating_sub(segment.id.0) + 1;
+        frees.saturating_sub(takes) * 1000 / takes.max(1) * age.isqrt()
+    }
+
+    /// Whether what is live takes clearly less than it frees when it is moved.
+    fn is_worth_moving(&self, segment: &Segment, scheme: Scheme) -> bool {
+        let (frees, takes) = self.exchange(segment, scheme);
         takes * 100 <= frees * TAKES_PERCENT_MAX
     }
 
     /// Segments that what is live in these fills beyond the one that is being filled.
-    pub(super) fn segments_for(&self, victims: &[Segment], scheme: Scheme) -> usize {
+    pub(super) fn segments_for(&self, victims: &[Segment], pass: Pass) -> usize {
         let each = usable(self.disks.slot_blocks_min()).max(1);
-        let lacking = moved_blocks(victims, scheme).saturating_sub(usable(self.gc_room(scheme)));
+        let lacking =
+            moved_blocks(victims, pass.scheme).saturating_sub(usable(self.gc_room(pass)));
         lacking.div_ceil(each) as usize
     }
 
@@ -277,7 +292,7 @@ impl Head {
     fn best_pass(
         &self,
         victims: &[Segment],
-        scheme: Scheme,
+        pass: Pass,
         fits: impl Fn(&[Segment], usize) -> bool,
     ) -> (usize, usize) {
         let mut best = (0, 0);
@@ -285,12 +300,12 @@ impl Head {
         for (index, victim) in victims.iter().enumerate() {
             frees += self.slots_held(victim);
             let chosen = &victims[..=index];
-            let segments = self.segments_for(chosen, scheme);
-            let here = frees.saturating_sub(segments * scheme.width());
+            let segments = self.segments_for(chosen, pass);
+            let here = frees.saturating_sub(segments * pass.scheme.width());
             if here > gain && (segments == 0 || fits(chosen, segments)) {
                 gain = here;
                 best = (index + 1, segments);
-                let enough = GAIN_ENOUGH * scheme.width();
+                let enough = GAIN_ENOUGH * pass.scheme.width();
                 if gain >= enough && index + 1 >= VICTIMS_ENOUGH {
                     break;
                 }
@@ -308,7 +323,7 @@ impl Head {
     async fn obtain(
         self: &Rc<Self>,
         mut victims: Vec<Segment>,
-        scheme: Scheme,
+        pass: Pass,
     ) -> Result<Vec<Segment>, HeadError> {
         let mut short = self.disks.full_for(SlotClass::Client);
         // One slot of the reserve stays for a pass that gives back all it takes.
@@ -325,21 +340,21 @@ impl Head {
         let fits = |victims: &[Segment], segments: usize| {
             let disks = self.disks.ids().into_iter().filter(|&d| may_take(victims, d, segments));
             let domains: BTreeSet<_> = disks.filter_map(|disk| self.disks.domain(disk)).collect();
-            domains.len() >= self.dense_least(scheme)
+            domains.len() >= self.dense_least(pass.scheme)
         };
-        let (count, segments) = self.best_pass(&victims, scheme, fits);
+        let (count, segments) = self.best_pass(&victims, pass, fits);
         if count == 0 {
             return Ok(Vec::new());
         }
         let admitted = |disk| may_take(&victims[..count], disk, segments);
-        let obtained = self.obtain_dense(segments, (SlotClass::Gc, scheme), admitted).await?;
+        let obtained = self.obtain_dense(segments, pass, admitted).await?;
         let fits = |victims: &[Segment], segments: usize| {
             let slots = |disk| obtained.iter().take(segments).filter(|s| s.contains(&disk)).count();
             let disks: BTreeSet<DiskId> = obtained.iter().flatten().copied().collect();
             segments <= obtained.len()
                 && disks.iter().all(|&disk| may_take(victims, disk, slots(disk)))
         };
-        let (count, _) = self.best_pass(&victims, scheme, fits);
+        let (count, _) = self.best_pass(&victims, pass, fits);
         if count == 0 {
             return Err(HeadError::Open(OpenError::NoSpace));
         }
@@ -347,9 +362,36 @@ impl Head {
         Ok(victims)
     }
 
+    /// Obtains what a pass takes that moves either what lies in the log or what was moved before, so
+    /// that each gets segments of its own; or both together where slots are too few for that.
+    async fn obtain_by_age(
+        self: &Rc<Self>,
+        victims: Vec<Segment>,
+        pass: Pass,
+    ) -> Result<(Vec<Segment>, Pass), HeadError> {
+        if !self.may_separate() {
+            self.leave_stream(Stream::Settled);
+            return Ok((self.obtain(victims, pass).await?, pass));
+        }
+        let settled = |victim: &Segment| victim.kind == SegmentKind::Data;
+        let first = victims.first().is_some_and(settled);
+        for old in [first, !first] {
+            let stream = if old { Stream::Settled } else { Stream::Moved };
+            let some = victims.iter().filter(|victim| settled(victim) == old).cloned().collect();
+            let pass = Pass { stream, ..pass };
+            match self.obtain(some, pass).await {
+                Ok(some) if some.is_empty() => {}
+                Err(HeadError::Open(OpenError::NoSpace)) => self.close_spares(),
+                obtained => return Ok((obtained?, pass)),
+            }
+        }
+        Ok((self.obtain(victims, pass).await?, pass))
+    }
+
     /// Moves what is live out of the victims. Tells how many segments were emptied.
     async fn collect_garbage(self: &Rc<Self>) -> Result<usize, HeadError> {
-        let pass = Pass { scheme: self.gc_scheme(), class: SlotClass::Gc, paced: false };
+        let scheme = self.gc_scheme();
+        let pass = Pass { scheme, class: SlotClass::Gc, stream: Stream::Moved, paced: false };
         let mut victims = self.victims();
         // What must be moved is moved whether it frees anything or not.
         if victims.iter().any(|victim| self.is_torn(victim)) {
@@ -361,7 +403,7 @@ impl Head {
         if bent > 0 {
             return Ok(bent);
         }
-        victims = self.obtain(victims, pass.scheme).await?;
+        let (victims, pass) = self.obtain_by_age(victims, pass).await?;
         match self.clean(&victims, pass).await? {
             0 if tight => self.try_to_bend().await,
             emptied => Ok(emptied),
@@ -484,7 +526,7 @@ impl Head {
         let mut unreadable = None;
         let mut rest = &live[..];
         while !rest.is_empty() {
-            let count = batch(rest, self.batch_blocks(pass.scheme));
+            let count = batch(rest, self.batch_blocks(pass));
             let (since, begun) = (Instant::now(), self.disks.activity.begun());
             let (readable, data, error) = self.fetch_live(&rest[..count]).await;
             unreadable = unreadable.or(error);
@@ -528,10 +570,10 @@ impl Head {
 
     /// Blocks of one append: as many as fit what is left of the segment that is being filled, or
     /// another.
-    fn batch_blocks(&self, scheme: Scheme) -> usize {
-        let left = self.gc_room(scheme);
+    fn batch_blocks(&self, pass: Pass) -> usize {
+        let left = self.gc_room(pass);
         let room = if left > ROOM_LEFT { left } else { self.disks.slot_blocks_min() };
-        let blocks = room.saturating_sub(2).max(1) * u32::from(scheme.data);
+        let blocks = room.saturating_sub(2).max(1) * u32::from(pass.scheme.data);
         MOVE_BLOCKS.min(blocks as usize)
     }
 
@@ -556,7 +598,7 @@ impl Head {
         }
         let crcs = data.iter().flat_map(|piece| raw_crcs(piece)).collect();
         let payload = Rc::new(Payload { scheme: pass.scheme, runs, data, crcs });
-        let (placed, opened, announced) = self.write_dense(payload, pass.class).await?;
+        let (placed, opened, announced) = self.write_dense(payload, pass.class, pass.stream).await?;
         let Some(&(_, _, BlockAddr { segment, .. })) = placed.first() else { return Ok(()) };
         let mut moves: Vec<Entry> = Vec::new();
         for (from, blocks, place) in placed {

@@ -33,6 +33,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::dense::Stream;
 use super::gc::Pass;
 use super::head::{Head, HeadError};
 use super::rules::LogSet;
@@ -292,9 +293,10 @@ impl Head {
         // Widening gains space later but takes some now, of which there must be enough for clients.
         let class = if self.is_stranded(first) { SlotClass::Repair } else { SlotClass::Client };
         let scheme = self.dense_scheme();
-        let lacking = self.segments_for(&bent, scheme);
-        let obtained = self.obtain_dense(lacking, (class, scheme), |_| true).await?.len();
-        let fits = |count: &usize| self.segments_for(&bent[..*count], scheme) <= obtained;
+        let pass = Pass { scheme, class, stream: Stream::Moved, paced: false };
+        let lacking = self.segments_for(&bent, pass);
+        let obtained = self.obtain_dense(lacking, pass, |_| true).await?.len();
+        let fits = |count: &usize| self.segments_for(&bent[..*count], pass) <= obtained;
         bent.truncate((1..=bent.len()).rev().find(fits).unwrap_or(0));
         if bent.is_empty() {
             self.close_spares();
@@ -302,7 +304,7 @@ impl Head {
         }
         let bare = |s: &Segment| s.present() <= usize::from(s.scheme.data);
         let paced = !bent.iter().any(bare);
-        let pass = Pass { scheme, class: SlotClass::Repair, paced };
+        let pass = Pass { class: SlotClass::Repair, paced, ..pass };
         let emptied = self.clean(&bent, pass).await?;
         tracing::info!(volume = %self.volume, segments = emptied, data = scheme.data,
             parity = scheme.parity, "data segments were moved to another scheme");

@@ -327,7 +327,7 @@ impl Head {
         let crcs = raw_crcs(&data).collect();
         let payload =
             Rc::new(Payload { scheme, runs: vec![(lba, blocks)], data: vec![data.clone()], crcs });
-        let written = self.write_dense(payload, SlotClass::Client).await;
+        let written = self.write_dense(payload, SlotClass::Client, Stream::Fresh).await;
         let (placed, mut entries, announced) = match written {
             Ok(written) => written,
             // Without enough domains or room for a stripe, the log still takes the write.
