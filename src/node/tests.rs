@@ -25,6 +25,8 @@ use crate::meta::schema::Schema;
 use crate::sim::device::{SimConfig, SimDevice};
 use crate::volume::head::HeadConfig;
 
+mod space;
+
 /// Devices by path.
 struct Devices(BTreeMap<String, SimDevice>);
 
@@ -48,12 +50,16 @@ struct Machine {
 
 impl Machine {
     async fn new(disks: usize) -> Self {
+        Self::with_disks_of(disks, 512 << 20).await
+    }
+
+    async fn with_disks_of(disks: usize, size_bytes: u64) -> Self {
         let env = Env::from_seed(3);
         let store = MemoryStore::new(env.clone());
         let record = ClusterRecord { id: ClusterId::from_bytes([7; 16]), incarnation: 1 };
         let schema = Schema::new(Rc::new(store.client(Rc::default())));
         schema.initialise(&record).await.expect("the store is empty");
-        let config = || SimConfig { size_bytes: 512 << 20, ..SimConfig::default() };
+        let config = || SimConfig { size_bytes, ..SimConfig::default() };
         let device = |index| (format!("/disk{index}"), SimDevice::new(env.clone(), config()));
         let devices = Rc::new(Devices((0..disks).map(device).collect()));
         Self { env, store, devices }

@@ -417,7 +417,11 @@ impl Node {
                 }
                 let Some(client) = self.registry.client(slot.id) else { continue };
                 match timeout(DROP_PATIENCE, client.drop_volume(id)).await {
-                    Ok(Ok(())) => confirmed.push(slot.id),
+                    Ok(Ok(())) => {
+                        confirmed.push(slot.id);
+                        // What came back is known to those who want space.
+                        self.registry.refresh().await;
+                    }
                     Ok(Err(error)) => {
                         tracing::debug!(disk = %slot.id, volume = %id, %error, "not dropped");
                     }

@@ -187,7 +187,7 @@ impl Head {
     }
 
     /// Segments worth cleaning now, best first.
-    fn victims(&self) -> Vec<Segment> {
+    pub(super) fn victims(&self) -> Vec<Segment> {
         let state = self.state.borrow();
         let (log, _) = self.capture.borrow().log;
         let coded = self.pool.scheme.data > 1;

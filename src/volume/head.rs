@@ -304,7 +304,7 @@ pub struct Head {
     findings_told: Throttle,
     pub(super) scrub: super::scrub::Scrub,
     /// Counts this head among those that share the disks.
-    _member: Member,
+    pub(super) member: Member,
     /// Counters.
     pub stats: HeadStats,
     /// For tasks that must not keep the head alive.
@@ -491,7 +491,7 @@ impl Head {
             volume: authority.volume,
             authority,
             env: context.env,
-            _member: context.disks.join(context.pool.scheme.parity),
+            member: context.disks.join(context.pool.scheme.parity),
             disks: context.disks,
             store: context.store,
             config: context.config,
@@ -548,6 +548,7 @@ impl Head {
         self.repair_wanted.notify_one();
         self.gc_wanted.notify_one();
         self.width_wanted.notify_waiters();
+        self.disks.space_wanted.notify_waiters();
         self.scrub.stop();
     }
 

@@ -216,6 +216,7 @@ impl Writer {
             for op in finished {
                 op.finish(Ok(()));
             }
+            head.disks.note_acknowledged();
             head.applied.notify_waiters();
         }
     }

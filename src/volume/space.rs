@@ -8,17 +8,18 @@
 //!   and garbage collection are asked for with each segment that is opened; an overlay counts as
 //!   full at this volume's share of what the checkpoints' reserve can hold; sparse meta segments
 //!   are rewritten by every checkpoint. Garbage collection begins at twice that: the later it
-//!   comes, the more is dead by itself;
+//!   comes, the more is dead by itself. The other heads that share the disks are *called* too: what
+//!   an idle volume trimmed or overwrote is freed by its own checkpoint, and nobody else's;
 //! - at zero, a write waits until a *round* has ended in vain that began after it came: a
-//!   checkpoint, and a pass of garbage collection that found nothing to gain. Then it fails with
-//!   "no space". Trims, zeroes and moves wait for nothing here: the log takes them from the
+//!   checkpoint, and a pass of garbage collection that found nothing to gain, and all other heads
+//!   have answered a call. Then it fails with "no space". Trims, zeroes and moves wait for nothing here: the log takes them from the
 //!   reserve of their class.
 //!
 //! Nothing waits here that has a place in the queue of the log, so that no write holds up what
 //! would make room for it.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Weak;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit};
@@ -38,6 +39,10 @@ const SLOW_FROM_MIN: u32 = 8;
 const SLOW_FROM_PERCENT: u32 = 1;
 /// Extents that an overlay may always have.
 const EXTENTS_MIN: usize = 8;
+/// How long a write waits for other heads to answer its call.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a head works on a call before it counts as answered.
+const CALL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a checkpoint that used the reserve may wait for its root while others wait for it.
 const RESERVE_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a write that was refused space is tried again while there seems to be some.
@@ -49,8 +54,11 @@ pub(super) struct Space {
     /// Rounds that ended.
     rounds: Cell<u64>,
     ended: Notify,
-    /// Where the log stood, and the version of the disks' fill, when a round last ended in vain.
-    vain: Cell<Option<(Lsn, u64)>>,
+    /// What the heads had acknowledged, and the version of the disks' fill, when a round last ended in
+    /// vain.
+    vain: Cell<Option<(u64, u64)>>,
+    /// Where the log stood, and the same version, when a round last ended.
+    barren: Cell<Option<(Lsn, u64)>>,
     /// Headroom and where delays begin, as of a version of the disks' fill.
     known: Cell<Option<(u64, u32, u32)>>,
     /// The version of the disks' fill at which a checkpoint was last asked for.
@@ -162,6 +170,7 @@ impl Head {
         }
         if self.space.asked.replace(self.disks.version()) != self.disks.version() {
             self.checkpoint_wanted.notify_one();
+            self.member.call_for_space();
         }
         tokio::time::sleep(delay(headroom, slow)).await;
         Ok(())
@@ -172,10 +181,11 @@ impl Head {
     /// # Errors
     /// [`TargetError::NoSpace`] when a round ended in vain, or none ended in time.
     pub(super) async fn reclaim(&self) -> Result<(), TargetError> {
-        if self.space.vain.get() == Some(self.progress()) {
+        if self.space.vain.get() == Some(self.disks.progress()) {
             return Err(TargetError::NoSpace);
         }
         let since = Instant::now();
+        let call = self.member.call_for_space();
         let from = self.space.rounds.get();
         let mut asked = None;
         loop {
@@ -187,7 +197,10 @@ impl Head {
                 return Ok(());
             }
             // The first round that ends may have begun before this write came.
-            if self.space.rounds.get() >= from + 2 || since.elapsed() >= self.config.io_timeout {
+            let waited = since.elapsed();
+            let others = self.disks.is_answered(call) || waited >= OTHERS_PATIENCE;
+            let vain = self.space.rounds.get() >= from + 2 && others;
+            if vain || waited >= self.config.io_timeout {
                 return Err(TargetError::NoSpace);
             }
             if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
@@ -198,14 +211,48 @@ impl Head {
         }
     }
 
-    fn progress(&self) -> (Lsn, u64) {
-        (self.state.borrow().acked, self.disks.version())
+    /// Whether a checkpoint of this volume may free something; whether a pass of garbage collection
+    /// may.
+    fn has_to_give(&self) -> (bool, bool) {
+        let state = self.state.borrow();
+        if self.space.barren.get() == Some((state.acked, self.disks.version())) {
+            return (false, false);
+        }
+        let dirty = !state.overlay.is_empty()
+            || state.frozen.is_some()
+            || state.checkpoint != state.root.checkpoint;
+        drop(state);
+        (dirty, !dirty && !self.victims().is_empty())
+    }
+
+    /// Gives back what this volume does not need, because somebody calls for space.
+    async fn give(&self) {
+        let since = Instant::now();
+        let from = self.space.rounds.get();
+        let mut asked = None;
+        // The first round that ends may have begun before the call.
+        while self.is_serving()
+            && self.space.rounds.get() < from + 2
+            && since.elapsed() < CALL_PATIENCE
+        {
+            let ended = self.space.ended.notified();
+            let (dirty, garbage) = self.has_to_give();
+            if !dirty && !garbage {
+                return;
+            }
+            if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
+                (if dirty { &self.checkpoint_wanted } else { &self.gc_wanted }).notify_one();
+            }
+            // Whichever comes first; either is a reason to look again.
+            drop(tokio::time::timeout(POLL, ended).await);
+        }
     }
 
     /// A pass of garbage collection found nothing to gain.
     pub(super) fn round_ended(&self) {
         let full = self.is_full(&self.state.borrow());
-        self.space.vain.set(full.then(|| self.progress()));
+        self.space.vain.set(full.then(|| self.disks.progress()));
+        self.space.barren.set(Some((self.state.borrow().acked, self.disks.version())));
         self.space.rounds.set(self.space.rounds.get() + 1);
         self.space.ended.notify_waiters();
     }
@@ -276,6 +323,24 @@ impl Head {
         if newest && self.checkpoint_lock.try_lock().is_ok() {
             self.reserve_is_back();
         }
+    }
+}
+
+/// Answers calls for space until the head stops.
+pub(super) async fn run_calls(head: Rc<Head>) {
+    head.member.take_part();
+    loop {
+        let wanted = head.disks.space_wanted.notified();
+        if !head.is_serving() {
+            head.member.answer(u64::MAX);
+            return;
+        }
+        let Some(call) = head.member.called() else {
+            wanted.await;
+            continue;
+        };
+        head.give().await;
+        head.member.answer(call);
     }
 }
 

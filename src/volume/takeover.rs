@@ -677,6 +677,7 @@ impl Head {
         tokio::task::spawn_local(super::swap::run(self.clone()));
         tokio::task::spawn_local(super::repair::run(self.clone()));
         tokio::task::spawn_local(super::gc::run(self.clone()));
+        tokio::task::spawn_local(super::space::run_calls(self.clone()));
         tokio::task::spawn_local(super::width::run_shrink(self.clone()));
         tokio::task::spawn_local(super::width::run_renew(self.clone()));
         tokio::task::spawn_local(super::scrub::run_rounds(self.clone()));
