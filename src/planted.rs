@@ -28,6 +28,8 @@ pub enum Bug {
     WidthIgnoresOpenSegments,
     ScrubSkips,
     NeverAvoidsSlow,
+    /// What a shrink cuts off is not deleted.
+    ForgetCut,
 }
 
 impl Bug {
@@ -54,6 +56,7 @@ impl Bug {
         Self::WidthIgnoresOpenSegments,
         Self::ScrubSkips,
         Self::NeverAvoidsSlow,
+        Self::ForgetCut,
     ];
 }
 

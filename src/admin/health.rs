@@ -223,6 +223,7 @@ mod tests {
             id: VolumeId::default(),
             name: "p/v".into(),
             size: 1 << 30,
+            cutting: 0,
             allocated: 0,
             epoch: "0.1".into(),
             redundancy,

@@ -488,6 +488,10 @@ pub struct Volume {
     pub name: String,
     /// Size that clients see, bytes.
     pub size: u64,
+    /// Bytes beyond that size that a shrink cut off and that are still being deleted; the volume does
+    /// not grow before.
+    #[serde(default)]
+    pub cutting: u64,
     /// Bytes that have storage, before redundancy.
     pub allocated: u64,
     /// `incarnation.count` of its head's epoch.
@@ -681,7 +685,8 @@ impl CreateVolume {
 pub struct ResizeVolume {
     /// The new size, bytes, with the bounds of [`CreateVolume::size`].
     pub size: u64,
-    /// Must be set to make the volume smaller, which discards what lies beyond the new end.
+    /// Must be set to make the volume smaller, which destroys what lies beyond the new end; refused
+    /// all the same while a client is attached.
     #[serde(default)]
     pub force: bool,
 }

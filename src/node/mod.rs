@@ -31,6 +31,7 @@ mod exports;
 pub mod opener;
 mod pools;
 pub mod recover;
+mod resize;
 mod samples;
 mod scrubs;
 mod smart;

@@ -25,6 +25,7 @@ use crate::meta::schema::Schema;
 use crate::sim::device::{SimConfig, SimDevice};
 use crate::volume::head::HeadConfig;
 
+mod resize;
 mod space;
 
 /// Devices by path.

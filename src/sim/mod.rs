@@ -10,6 +10,7 @@ pub mod device;
 mod ends;
 mod nemesis;
 pub mod oracle;
+mod resize;
 mod rivals;
 pub mod run;
 mod slow;

@@ -26,14 +26,15 @@ pub(super) async fn run(context: Rc<Context>) {
             turn_round(&context).await;
             continue;
         }
-        match env.random_below(37) {
+        match env.random_below(39) {
             0..=4 => store(&context),
             5..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
             13 => go_beyond(&context).await,
             14 => go_for_long(&context),
             15 => retire(&context).await,
-            34.. => scrub(&context),
+            34..=36 => scrub(&context),
+            37.. => super::resize::resize(&context),
             _ => strike(&context),
         }
     }

@@ -58,6 +58,8 @@ pub struct HeadConfig {
     pub straggler: Duration,
     /// How long requests wait for enough disks before they fail.
     pub io_timeout: Duration,
+    /// Blocks of the index that are cut off at a time when a volume shrinks.
+    pub cut_blocks: u64,
     /// Writes of at least so many blocks go to data segments directly.
     pub large_write_blocks: usize,
     /// Bytes of writes that wait for the log at most.
@@ -84,6 +86,7 @@ impl Default for HeadConfig {
             lease: Duration::from_secs(1),
             straggler: Duration::from_millis(500),
             io_timeout: Duration::from_secs(30),
+            cut_blocks: 1 << 21,
             large_write_blocks: 32,
             pending_bytes_max: 16 << 20,
             shrink_after: Duration::from_millis(500),
@@ -200,6 +203,9 @@ pub(super) struct Chain {
 #[allow(clippy::struct_excessive_bools, reason = "each says something else")]
 pub(super) struct State {
     pub(super) size: u64,
+    /// Nothing is mapped beyond this many bytes: larger than the size while what a shrink left is
+    /// being cut off.
+    pub(super) reach: u64,
     pub(super) tree: Tree,
     /// Counts the trees there have been.
     pub(super) generation: u64,
@@ -750,17 +756,12 @@ impl Head {
         self.state.borrow().size
     }
 
-    /// Changes the size; growing is online. Shrinking is not offered here.
-    ///
-    /// # Errors
-    /// The new size is smaller.
-    pub fn grow(&self, size: u64) -> Result<(), TargetError> {
+    /// Changes the size that clients see, at once. What lies beyond a smaller one stays there until
+    /// [`Head::cut_off`]; nothing may grow over it before.
+    pub fn resize(&self, size: u64) {
         let mut state = self.state.borrow_mut();
-        if size < state.size {
-            return Err(TargetError::OutOfRange);
-        }
         state.size = size;
-        Ok(())
+        state.reach = state.reach.max(size);
     }
 }
 

@@ -19,6 +19,7 @@ pub mod root;
 pub mod rules;
 mod scrub;
 pub mod segtab;
+mod shrink;
 mod space;
 mod swap;
 pub mod takeover;

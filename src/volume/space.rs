@@ -146,7 +146,7 @@ impl Head {
             return most;
         }
         let height = u64::from(state.tree.height);
-        let leaves = state.size.div_ceil(512 * BLOCK_BYTES);
+        let leaves = state.reach.div_ceil(512 * BLOCK_BYTES);
         let share = self.disks.checkpoint_pages() / u64::from(self.disks.heads());
         if leaves + leaves / 511 + height <= share {
             return most;

@@ -333,6 +333,7 @@ fn state_of(
     let next_segment = root.range.0;
     State {
         size,
+        reach: size,
         tree: Tree { root: snapshot.root, height: snapshot.height.max(1) },
         generation: 1,
         overlay: Overlay::default(),

@@ -133,6 +133,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         id: VolumeId::from_bytes([9; 16]),
         name: name.to_owned(),
         size,
+        cutting: 0,
         allocated,
         epoch: "0.1".to_owned(),
         redundancy: Redundancy::Full,
