@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use clap::Subcommand;
 
-use super::output::{Output, Table, fields, human_bytes, non_empty};
+use super::output::{Output, Table, fields, human_bytes, non_empty, space};
 use super::{Failure, parse};
 use crate::admin::client::Client;
 use crate::admin::types::{CreateVolume, ResizeVolume, Volume, VolumeName};
@@ -110,12 +110,23 @@ fn resized(volume: &Volume, before: u64) -> String {
 }
 
 fn table(volumes: &[Volume]) -> String {
-    let mut table = Table::new(&["NAME", ">SIZE", ">ALLOCATED", "STATE", "REDUNDANCY", "EXPORTS"]);
+    let mut table = Table::new(&[
+        "NAME",
+        ">SIZE",
+        ">ALLOCATED",
+        ">USED",
+        ">RECLAIMABLE",
+        "STATE",
+        "REDUNDANCY",
+        "EXPORTS",
+    ]);
     for volume in volumes {
         table.row(vec![
             volume.name.clone(),
             human_bytes(volume.size),
             human_bytes(volume.allocated),
+            human_bytes(volume.space.used),
+            human_bytes(volume.space.reclaimable),
             volume.state.to_string(),
             volume.redundancy.to_string(),
             non_empty(volume.exports.join(" "), "-"),
@@ -131,6 +142,7 @@ fn details(volume: &Volume) -> String {
         ("size", format!("{} ({} bytes)", human_bytes(volume.size), volume.size)),
         ("cutting", if volume.cutting > 0 { human_bytes(volume.cutting) } else { "no".into() }),
         ("allocated", human_bytes(volume.allocated)),
+        ("space", space(&volume.space)),
         ("state", volume.state.to_string()),
         ("redundancy", volume.redundancy.to_string()),
         ("epoch", volume.epoch.clone()),

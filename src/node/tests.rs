@@ -75,6 +75,7 @@ impl Machine {
             head: HeadConfig::default(),
             index_cache_bytes: 16 << 20,
             care: super::care::Care::default(),
+            space: super::space::SpaceLevels::default(),
             unix_seconds: || 0,
         };
         let paths: Vec<String> = self.devices.0.keys().cloned().collect();

@@ -313,6 +313,7 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     }
     head.check_shards(&broken).await?;
     head.check_leaks(&broken).await?;
+    head.check_usage(&broken).await?;
     if !broken.is_empty() {
         context.cover("a disk with damaged tables");
     }

@@ -38,7 +38,7 @@ pub(super) fn resize(context: &Rc<Context>) {
     if !running.head.is_serving() {
         return;
     }
-    if context.env.chance(1, 2) && now > BLOCK_BYTES {
+    if context.env.chance(if now < most { 1 } else { 3 }, 3) && now > BLOCK_BYTES {
         let size = BLOCK_BYTES * (1 + context.env.random_below(now / BLOCK_BYTES - 1));
         context.cover_noted("a volume shrinks");
         set_size(running, size);

@@ -26,6 +26,7 @@ pub mod takeover;
 pub mod target;
 #[cfg(test)]
 mod tests;
+pub mod usage;
 mod walk;
 mod width;
 

@@ -248,6 +248,11 @@ impl Head {
         }
     }
 
+    /// Whether a write of a client would get no space now.
+    pub fn is_out_of_space(&self) -> bool {
+        self.space.vain.get().is_some() && self.is_full(&self.state.borrow())
+    }
+
     /// A pass of garbage collection found nothing to gain.
     pub(super) fn round_ended(&self) {
         let full = self.is_full(&self.state.borrow());

@@ -1,13 +1,15 @@
 //! Volumes filled to the brim, deleted, and what comes back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::{Machine, run, until};
-use crate::admin::types::{CreatePool, CreateVolume, FailureDomain, PoolScheme, VolumeName};
+use crate::admin::types::{
+    CreatePool, CreateVolume, FailureDomain, HealthLevel, PoolScheme, VolumeName, VolumeState,
+};
 use crate::export::{BlockTarget, ExportDirectory, TargetError};
 use crate::node::Node;
 use crate::node::exports::Exports;
@@ -68,6 +70,28 @@ async fn check(targets: &BTreeMap<usize, Rc<dyn BlockTarget>>, written: &BTreeMa
     }
 }
 
+/// The figures of disks, pools and volumes agree with each other and with the disks' tables.
+async fn check_figures(node: &Node) {
+    for slot in node.volumes.borrow().values() {
+        let head = slot.serving().expect("it serves");
+        head.check_usage(&BTreeSet::new()).await.expect("right");
+    }
+    let (disks, pools, volumes) = node.views();
+    let mut sums = (0, 0, 0);
+    for disk in &disks {
+        sums.0 += disk.space.used;
+        sums.1 += disk.space.live;
+        sums.2 += disk.space.reclaimable;
+        assert_eq!(disk.space.used, u64::from(disk.slots_used) * disk.slot_bytes);
+    }
+    let used: u64 = volumes.iter().map(|volume| volume.space.used).sum();
+    assert_eq!((sums.0, sums.0), (used, pools[0].capacity.used));
+    let space = pools[0].space;
+    let served = volumes.iter().filter(|volume| volume.state != VolumeState::Deleting);
+    assert_eq!(space.used, served.map(|volume| volume.space.used).sum::<u64>());
+    assert_eq!((space.live, space.reclaimable), (sums.1, sums.2));
+}
+
 fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
     run(async || {
         let machine = Machine::with_disks_of(4, DISK_BYTES).await;
@@ -86,11 +110,20 @@ fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
             node.create_volume(request).await.expect("thin volumes take no room");
             targets.insert(volume, target(&node, volume).await);
         }
+        let empty = node.show_pool("p").expect("it is there");
+        assert_eq!((empty.fill.level, empty.fill.full), (HealthLevel::Ok, false), "{empty:?}");
+        assert!(empty.fill.thin_percent > 500 && empty.fill.overcommitted, "{empty:?}");
         let mut written = BTreeMap::new();
         fill(&targets, &mut written).await;
         let all: u64 = written.values().sum();
         assert!(all * PIECE as u64 > DISK_BYTES, "{written:?}");
         check(&targets, &written).await;
+        // What was said to be writable was, within the overhead and what the reserves give.
+        let fits = empty.fill.writable * 4 / 5..empty.fill.writable * 11 / 10;
+        assert!(fits.contains(&(all * PIECE as u64)), "{all} pieces, {fits:?}");
+        let full = node.show_pool("p").expect("it is there");
+        assert!(full.fill.level == HealthLevel::Critical && full.fill.percent > 95, "{full:?}");
+        check_figures(&node).await;
 
         // What is deleted makes room for the others.
         let before: u32 = used(&node).iter().sum();
@@ -100,6 +133,7 @@ fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
         }
         let listed = || node.list_volumes(Some("p")).expect("the pool is there").len();
         until("two are gone", Duration::from_secs(10), || listed() == 2).await;
+        check_figures(&node).await;
         assert!(used(&node).iter().sum::<u32>() < before * 3 / 4, "{:?}", used(&node));
         let had = written.clone();
         fill(&targets, &mut written).await;
@@ -122,6 +156,8 @@ fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
         }
         until("all are gone", Duration::from_secs(10), || listed() == 0).await;
         assert_eq!(used(&node), [0; 4], "slots leak");
+        let empty = node.show_pool("p").expect("it is there");
+        assert_eq!((empty.fill.level, empty.space.used), (HealthLevel::Ok, 0), "{empty:?}");
         for slot in node.slots() {
             let disk = slot.disk().expect("online");
             disk.check().expect("its tables are consistent");
