@@ -144,6 +144,8 @@ pub struct Node {
     repair_base: Cell<Option<u64>>,
     /// How full pools were, by name.
     pool_watches: RefCell<BTreeMap<String, space::PoolWatch>>,
+    /// When they were last looked at.
+    space_watched: Cell<Option<Instant>>,
 }
 
 impl Node {
@@ -174,6 +176,7 @@ impl Node {
             stopping: Cell::new(false),
             repair_base: Cell::new(None),
             pool_watches: RefCell::default(),
+            space_watched: Cell::default(),
         });
         node.open_disks(paths).await?;
         node.check_store_is_newest()?;

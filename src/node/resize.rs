@@ -155,7 +155,7 @@ async fn check_shrink(
     request: ResizeVolume,
 ) -> Result<(), ApiError> {
     let clients = slot.attached.get();
-    if clients > 0 {
+    if request.force && clients > 0 {
         return Err(ApiError::conflict(format!("volume {name} is attached by {clients} clients"))
             .with_hint("detach them first: they would go on with the old size"));
     }

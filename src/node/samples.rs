@@ -1,6 +1,7 @@
 //! The numbers of a node for a scrape.
 
 use super::Node;
+use super::space::Usages;
 use crate::admin::health;
 use crate::admin::types::Space;
 use crate::export::nbd::wire::{Command, Errno};
@@ -23,7 +24,7 @@ impl Node {
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
             },
-            disks: self.slots().iter().map(|slot| sample_disk(self, slot)).collect(),
+            disks: self.slots().iter().map(|slot| sample_disk(self, slot, &usages)).collect(),
             pools: pools
                 .into_iter()
                 .map(|pool| PoolSample {
@@ -60,8 +61,12 @@ impl Node {
     }
 }
 
-fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
-    let view = node.view_disk(slot);
+fn sample_disk(
+    node: &Node,
+    slot: &std::rc::Rc<super::disks::DiskSlot>,
+    usages: &Usages,
+) -> DiskSample {
+    let view = node.view_disk_with(slot, usages);
     let counted = slot.counted();
     DiskSample {
         disk: view.id.to_string(),

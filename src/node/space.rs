@@ -5,6 +5,7 @@
 //! forecast.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -17,6 +18,8 @@ use crate::meta::record::PoolRecord;
 use crate::shard::{SlotClass, reserve};
 use crate::volume::usage::Usage;
 
+/// Pause between two looks at the pools.
+const WATCH_EVERY: Duration = Duration::from_secs(10);
 /// How far below a level a pool must be to leave it, percent.
 const HYSTERESIS_PERCENT: u64 = 2;
 /// Of what is taken by what is live, so much cannot be given back, percent: garbage collection does not
@@ -223,6 +226,11 @@ impl Node {
 
     /// Takes the samples of the pools, whoever asks for them or not.
     pub(super) fn watch_space(&self) {
+        // The figures of a large node take a while.
+        if self.space_watched.get().is_some_and(|at| at.elapsed() < WATCH_EVERY) {
+            return;
+        }
+        self.space_watched.set(Some(Instant::now()));
         let usages = self.usages();
         let pools: Vec<PoolRecord> = self.pools.borrow().values().cloned().collect();
         for pool in &pools {

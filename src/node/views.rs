@@ -43,7 +43,7 @@ impl Node {
         self.view_disk_with(slot, &self.usages())
     }
 
-    fn view_disk_with(&self, slot: &Rc<DiskSlot>, usages: &Usages) -> Disk {
+    pub(super) fn view_disk_with(&self, slot: &Rc<DiskSlot>, usages: &Usages) -> Disk {
         let record = slot.record.borrow();
         let geometry = slot.geometry.get();
         let slots = geometry.map_or(0, |geometry| geometry.slots);

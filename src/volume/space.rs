@@ -41,6 +41,8 @@ const SLOW_FROM_PERCENT: u32 = 1;
 const EXTENTS_MIN: usize = 8;
 /// How long a write waits for other heads to answer its call.
 const OTHERS_PATIENCE: Duration = Duration::from_secs(5);
+/// How often a head calls for space while there is some.
+const CALL_EVERY: Duration = Duration::from_secs(1);
 /// How long a head works on a call before it counts as answered.
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a checkpoint that used the reserve may wait for its root while others wait for it.
@@ -54,6 +56,8 @@ pub(super) struct Space {
     /// Rounds that ended.
     rounds: Cell<u64>,
     ended: Notify,
+    /// When it last called for space though there was some.
+    called: Cell<Option<Instant>>,
     /// What the heads had acknowledged, and the version of the disks' fill, when a round last ended in
     /// vain.
     vain: Cell<Option<(u64, u64)>>,
@@ -170,7 +174,11 @@ impl Head {
         }
         if self.space.asked.replace(self.disks.version()) != self.disks.version() {
             self.checkpoint_wanted.notify_one();
-            self.member.call_for_space();
+            // Most of what there is to be had comes with the first call.
+            if self.space.called.get().is_none_or(|at| at.elapsed() >= CALL_EVERY) {
+                self.space.called.set(Some(Instant::now()));
+                self.member.call_for_space();
+            }
         }
         tokio::time::sleep(delay(headroom, slow)).await;
         Ok(())
@@ -250,7 +258,8 @@ impl Head {
 
     /// Whether a write of a client would get no space now.
     pub fn is_out_of_space(&self) -> bool {
-        self.space.vain.get().is_some() && self.is_full(&self.state.borrow())
+        let vain = self.space.vain.get() == Some(self.disks.progress());
+        vain && self.is_full(&self.state.borrow())
     }
 
     /// A pass of garbage collection found nothing to gain.

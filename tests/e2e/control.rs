@@ -29,7 +29,7 @@ fn an_operators_day() {
     refused(&["volume", "create", "mirror/a/b", "--size", "64M"], "not a name");
     refused(&["volume", "create", "mirror/x", "--size", "0"], "more than 0");
     refused(&["volume", "create", "mirror/x", "--size", "2000T"], "too large");
-    refused(&["volume", "resize", "mirror/db", "--size", "1M"], "4MiB of it hold data");
+    refused(&["volume", "resize", "mirror/db", "--size", "1M"], "3MiB of it hold data");
     refused(&["pool", "create", "wide", "--ec", "16+4"], "needs 20 disks");
     refused(&["pool", "create", "n", "--replicas", "2", "--failure-domain", "node"], "one node");
     refused(&["pool", "rm", "mirror"], "holds volumes");
@@ -81,15 +81,14 @@ fn a_volume_shrinks_and_shows_zeroes_when_it_grows_again() {
     let resize = |size: &str, yes: &[&str]| {
         node.ctl_code(&[&["volume", "resize", "default/vol0", "--size", size], yes].concat())
     };
-    // The server may take a moment to notice that its last client is gone.
-    node.wait_json("nobody is attached", &["status"], |_| resize("8M", &[]).0 == 2);
     let (_, _, why) = resize("8M", &[]);
     assert!(why.contains("cuts off its last 248MiB") && why.contains("152MiB of it hold"), "{why}");
-    let (code, said, why) = resize("8M", &["--yes"]);
-    assert!(
-        code == 0 && said.contains("has 8MiB now; its last 248MiB were cut off"),
-        "{said}{why}"
-    );
+    // The server may take a moment to notice that its last client is gone.
+    node.wait_json("nobody is attached", &["status"], |_| {
+        let (code, said, why) = resize("8M", &["--yes"]);
+        assert!(code == 0 || why.contains("attached"), "{why}");
+        code == 0 && said.contains("has 8MiB now; its last 248MiB were cut off")
+    });
     node.wait_json("its space comes back", &["volume", "ls"], |v| {
         v[0]["cutting"] == 0 && slots() < full / 4
     });
