@@ -91,8 +91,9 @@ impl Node {
                 }
                 Err(error @ SchemaError::Store(MetaError::Unknown(_))) => {
                     // If it was stored after all, nothing may be written beyond the new end.
-                    let head = slot.serving().filter(|head| head.size_bytes() > size);
-                    head.iter().for_each(|head| head.resize(size));
+                    if let Some(head) = slot.serving().filter(|head| head.size_bytes() > size) {
+                        head.resize(size);
+                    }
                     return Err(api_error(error).with_hint("repeat it until it succeeds"));
                 }
                 result => return result.map_err(api_error),

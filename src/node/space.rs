@@ -121,13 +121,7 @@ impl Node {
     }
 
     /// What the slots of a disk are for; `used` and `free` of them.
-    pub(super) fn disk_space(
-        &self,
-        slot: &DiskSlot,
-        usages: &Usages,
-        used: u32,
-        free: u32,
-    ) -> Space {
+    pub(super) fn disk_space(slot: &DiskSlot, usages: &Usages, used: u32, free: u32) -> Space {
         let slot_bytes = slot.record.borrow().slot_bytes;
         let mut sum = Usage::default();
         for usage in usages.values().filter_map(|disks| disks.get(&slot.id)) {

@@ -78,7 +78,7 @@ impl Node {
             slots,
             slots_used: used,
             used: u64::from(used) * record.slot_bytes,
-            space: self.disk_space(slot, usages, used, slots - used),
+            space: Self::disk_space(slot, usages, used, slots - used),
             errors: errors(&counted),
             recent_errors: errors(&since_open),
             latency,

@@ -44,8 +44,7 @@ async fn check(node: &Rc<Node>, size: u64) {
         let byte = if at * MIB < size { 9 } else { 0 };
         assert!(read.iter().all(|found| *found == byte), "MiB {at}");
     }
-    for slot in node.volumes.borrow().values() {
-        let head = slot.serving().expect("it serves");
+    for head in node.heads() {
         head.checkpoint().await.expect("all is well");
         head.check().await.expect("consistent");
         let report = head.report();
@@ -88,8 +87,9 @@ fn a_shrink_that_is_cut_short_at_any_time_is_finished_by_the_next_head() {
             let shrink =
                 tokio::task::spawn_local(async move { resize(&shrunk, 5 * MIB, true).await });
             sleep(Duration::from_micros(micros)).await;
-            let heads = node.heads();
-            heads.iter().for_each(|head| head.abandon("a test"));
+            for head in node.heads() {
+                head.abandon("a test");
+            }
             shrink.await.expect("no panic").ok();
             sleep(Duration::from_secs(2)).await;
             served(&node).await;

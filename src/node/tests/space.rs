@@ -29,7 +29,7 @@ fn content(volume: usize, piece: u64) -> Bytes {
         x ^= x << 17;
         x
     };
-    Bytes::from_iter((0..PIECE / 8).flat_map(|_| next().to_le_bytes()))
+    (0..PIECE / 8).flat_map(|_| next().to_le_bytes()).collect()
 }
 
 async fn target(node: &Rc<Node>, volume: usize) -> Rc<dyn BlockTarget> {
@@ -72,8 +72,7 @@ async fn check(targets: &BTreeMap<usize, Rc<dyn BlockTarget>>, written: &BTreeMa
 
 /// The figures of disks, pools and volumes agree with each other and with the disks' tables.
 async fn check_figures(node: &Node) {
-    for slot in node.volumes.borrow().values() {
-        let head = slot.serving().expect("it serves");
+    for head in node.heads() {
         head.check_usage(&BTreeSet::new()).await.expect("right");
     }
     let (disks, pools, volumes) = node.views();
