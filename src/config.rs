@@ -20,6 +20,11 @@
 //! [scrub]
 //! period = "7d"
 //!
+//! [space]
+//! warning_percent = 80
+//! critical_percent = 90
+//! overcommit_percent = 200
+//!
 //! [care]
 //! set_aside_seconds = 600
 //! smart_seconds = 3600
@@ -108,6 +113,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// How often everything that is stored is read and checked.
     pub scrub: ScrubConfig,
+    /// From when on pools are reported to fill up.
+    pub space: SpaceConfig,
     /// What is done for sick disks.
     pub care: CareConfig,
     /// What is logged.
@@ -168,6 +175,19 @@ pub struct ScrubConfig {
     pub period: TimeSpan,
 }
 
+/// From when on pools are reported to fill up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SpaceConfig {
+    /// Percent of what clients may take, garbage not counted, at which it is a warning.
+    pub warning_percent: u64,
+    /// The same at which it is critical.
+    pub critical_percent: u64,
+    /// Sizes of a pool's volumes together, percent of what it holds, above which it is a warning; 0
+    /// never.
+    pub overcommit_percent: u64,
+}
+
 /// What is done for disks that are slow or failing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -197,6 +217,7 @@ impl Default for Config {
             admin: AdminConfig::default(),
             cache: CacheConfig::default(),
             scrub: ScrubConfig::default(),
+            space: SpaceConfig::default(),
             care: CareConfig::default(),
             log: LogConfig::default(),
         }
@@ -224,6 +245,12 @@ impl Default for CacheConfig {
 impl Default for ScrubConfig {
     fn default() -> Self {
         Self { period: TimeSpan(SCRUB_PERIOD) }
+    }
+}
+
+impl Default for SpaceConfig {
+    fn default() -> Self {
+        Self { warning_percent: 80, critical_percent: 90, overcommit_percent: 200 }
     }
 }
 
@@ -352,6 +379,13 @@ impl Config {
         if !period.is_zero() && !(SCRUB_PERIOD_MIN..=SCRUB_PERIOD_MAX).contains(&period) {
             let (least, most) = (TimeSpan(SCRUB_PERIOD_MIN), TimeSpan(SCRUB_PERIOD_MAX));
             return refuse("scrub.period", format!("neither 0s nor within {least} and {most}"));
+        }
+        let SpaceConfig { warning_percent, critical_percent, .. } = self.space;
+        if !(1..=100).contains(&critical_percent) {
+            return refuse("space.critical_percent", "not within 1 and 100");
+        }
+        if !(1..=critical_percent).contains(&warning_percent) {
+            return refuse("space.warning_percent", "not within 1 and space.critical_percent");
         }
         tracing_subscriber::EnvFilter::builder()
             .parse(&self.log.level)
@@ -489,6 +523,8 @@ mod tests {
             .assert_eq(&error("[nbd]\ntls = { certificate = \"c\", key = \"\" }"));
         expect!["sdsd.toml:2: scrub.period: neither 0s nor within 1m and 3650d"]
             .assert_eq(&error("[scrub]\nperiod = \"5s\""));
+        expect!["sdsd.toml:2: space.warning_percent: not within 1 and space.critical_percent"]
+            .assert_eq(&error("[space]\nwarning_percent = 95"));
         assert!(error("node = ").starts_with("sdsd.toml:1: "));
         assert!(error("\n\n[log]\nlevel = 3").starts_with("sdsd.toml:4: "));
         assert!(error("[log]\nlevel = \"sds=loud\"").starts_with("sdsd.toml:2: log.level: "));

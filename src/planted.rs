@@ -30,6 +30,8 @@ pub enum Bug {
     NeverAvoidsSlow,
     NarrowLosesParity,
     NeverWidens,
+    /// What a shrink cuts off is not deleted.
+    ForgetCut,
 }
 
 impl Bug {
@@ -58,6 +60,7 @@ impl Bug {
         Self::NeverAvoidsSlow,
         Self::NarrowLosesParity,
         Self::NeverWidens,
+        Self::ForgetCut,
     ];
 }
 

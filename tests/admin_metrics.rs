@@ -5,7 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use sds::admin::types::{DiskState, DiskTiming, HealthLevel, LatencyFigures};
+use sds::admin::types::{
+    DiskState, DiskTiming, Fill, Forecast, HealthLevel, LatencyFigures, Space,
+};
 use sds::obs::Metrics;
 use sds::obs::histogram::{BUCKETS, LatencyHistogram};
 use sds::obs::sample::{
@@ -76,6 +78,7 @@ fn sample() -> Sample {
             slots: 10,
             slots_used: 4,
             slot_bytes: 1 << 20,
+            space: Space { used: 4 << 20, live: 2 << 20, reserved: 1 << 20, reclaimable: 1 << 20 },
             io_errors: 1,
             checksum_errors: 2,
             timeout_errors: 3,
@@ -88,7 +91,18 @@ fn sample() -> Sample {
             flushes: 7,
             timing: DiskTiming { append: Some(figures), ..DiskTiming::default() },
         }],
-        pools: vec![PoolSample { pool: "p".into(), raw_bytes: 1 << 40, ..PoolSample::default() }],
+        pools: vec![PoolSample {
+            pool: "p".into(),
+            raw_bytes: 1 << 40,
+            fill: Fill {
+                percent: 85,
+                level: HealthLevel::Warning,
+                thin_percent: 310,
+                forecast: Forecast::Growing { bytes_per_day: 86_400, full_in_s: 7 },
+                ..Fill::default()
+            },
+            ..PoolSample::default()
+        }],
         volumes: vec![VolumeSample {
             volume: "p/v".into(),
             reduced_segments: 9,
@@ -162,6 +176,12 @@ fn numbers_arrive_and_scrapes_do_not_add_up() {
         ("sds_disk_flushes_total", &disk, 7.0),
         ("sds_disk_state", &[("state", "slow")], 1.0),
         ("sds_pool_raw_bytes", &[("pool", "p")], 1_099_511_627_776.0),
+        ("sds_disk_space_bytes", &[("path", "/dev/sdb"), ("kind", "live")], 2_097_152.0),
+        ("sds_pool_fill_ratio", &[("pool", "p")], 0.85),
+        ("sds_pool_fill_level", &[("pool", "p")], 1.0),
+        ("sds_pool_thin_ratio", &[("pool", "p")], 3.1),
+        ("sds_pool_growth_rate_bytes", &[("pool", "p")], 1.0),
+        ("sds_pool_full_in_seconds", &[("pool", "p")], 7.0),
         ("sds_volume_reduced_segments", &volume, 9.0),
         ("sds_volume_writes_total", &volume, 2.0),
         ("sds_volume_write_latency_seconds_count", &volume, 2.0),

@@ -19,6 +19,8 @@ mod faults;
 mod identity;
 #[path = "e2e/slow.rs"]
 mod slow;
+#[path = "e2e/space.rs"]
+mod space;
 #[path = "e2e/strangers.rs"]
 mod strangers;
 #[path = "e2e/support.rs"]

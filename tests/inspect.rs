@@ -102,6 +102,7 @@ async fn write_disks(dir: &Path) -> (VolumeId, Vec<DiskId>) {
         name: "vol0".into(),
         pool: "default".into(),
         size_bytes: 16 << 20,
+        cut_from_bytes: None,
         block_bytes: 512,
         state: VolumeState::Active,
         created_at_unix_s: 0,

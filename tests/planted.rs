@@ -79,4 +79,5 @@ planted! {
     never_avoids_slow: NeverAvoidsSlow,
     narrow_loses_parity: NarrowLosesParity,
     never_widens: NeverWidens,
+    forget_cut: ForgetCut,
 }

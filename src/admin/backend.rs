@@ -159,7 +159,9 @@ operations! {
     /// Creates and exports a volume. `not_found` if there is no such pool; `conflict` if the name
     /// is taken.
     volume_create = VolumeCreate { request: CreateVolume } -> Volume;
-    /// Changes a volume's size online. `confirmation_required` to make it smaller without `force`.
+    /// Changes a volume's size; it grows online. `confirmation_required` to make it smaller without
+    /// `force`, `conflict` to make it smaller while a client is attached, `unavailable` to make it larger
+    /// while what was cut off is still being deleted.
     volume_resize = VolumeResize { volume: VolumeName, request: ResizeVolume } -> Volume;
     /// Removes a volume. `confirmation_required` if it holds data and `force` is not set;
     /// `conflict` while a client is attached.

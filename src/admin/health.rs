@@ -7,14 +7,14 @@
 //!   that cannot place a segment or is full) is `critical`.
 
 use super::types::{
-    Capacity, Disk, DiskCounts, DiskState, Health, HealthLevel, Narrowed, Pool, PoolCapacity,
-    Reason, Redundancy, RepairProgress, Smart, Status, Volume, VolumeCounts, VolumeState,
+    Capacity, Disk, DiskCounts, DiskState, Fill, Forecast, Health, HealthLevel, Narrowed, Pool,
+    PoolCapacity, Reason, Redundancy, RepairProgress, Smart, Space, Status, Volume, VolumeCounts,
+    VolumeState,
 };
+use crate::units::ByteSize;
 
-/// A pool with less than this share of its raw space free is a warning, percent.
-const FREE_WARNING_PERCENT: u64 = 15;
-/// … and with less than this, critical.
-const FREE_CRITICAL_PERCENT: u64 = 3;
+/// Room is told in whole units of this.
+const MIB: u64 = 1 << 20;
 
 /// Judges disks, pools and volumes.
 pub fn assess(disks: &[Disk], pools: &[Pool], volumes: &[Volume]) -> Health {
@@ -40,13 +40,24 @@ pub fn status(
     uptime_s: u64,
 ) -> Status {
     let Health { health, reasons } = assess(disks, pools, volumes);
-    let mut by_pool: Vec<_> =
-        pools.iter().map(|p| PoolCapacity { name: p.name.clone(), capacity: p.capacity }).collect();
+    let mut by_pool: Vec<_> = pools
+        .iter()
+        .map(|p| PoolCapacity {
+            name: p.name.clone(),
+            capacity: p.capacity,
+            space: p.space,
+            fill: p.fill,
+        })
+        .collect();
     by_pool.sort_by(|a, b| a.name.cmp(&b.name));
     Status {
         health,
         reasons,
         capacity: total_capacity(disks),
+        space: disks.iter().fold(Space::default(), |mut sum, disk| {
+            sum.add(disk.space);
+            sum
+        }),
         pools: by_pool,
         disks: DiskCounts {
             online: count(disks, |d| d.state.is_online()),
@@ -128,12 +139,27 @@ fn assess_pool(pool: &Pool, reasons: &mut Vec<Reason>) {
             ),
         );
     }
-    let Capacity { raw, free, .. } = pool.capacity;
-    let below = |percent| u128::from(free) * 100 < u128::from(raw) * u128::from(percent);
-    if raw > 0 && below(FREE_CRITICAL_PERCENT) {
-        add(HealthLevel::Critical, format!("is almost full: {free} of {raw} bytes free"));
-    } else if raw > 0 && below(FREE_WARNING_PERCENT) {
-        add(HealthLevel::Warning, format!("is filling up: {free} of {raw} bytes free"));
+    let Fill { percent, level, full, writable, thin_percent, overcommitted, forecast, .. } =
+        pool.fill;
+    let advice = "add disks, or trim, shrink or delete volumes";
+    if full {
+        add(HealthLevel::Critical, format!("is full: writes get no space; {advice}"));
+    } else if level > HealthLevel::Ok {
+        let soon = match forecast {
+            Forecast::Growing { .. } => format!(", {forecast} at this rate"),
+            _ => String::new(),
+        };
+        let room = ByteSize(writable / MIB * MIB);
+        add(level, format!("is {percent} % full, room for {room} at once{soon}; {advice}"));
+    }
+    if overcommitted {
+        let ratio = format!("{}.{:02}", thin_percent / 100, thin_percent % 100);
+        add(
+            HealthLevel::Warning,
+            format!(
+                "can be filled up: its volumes promise {ratio} times what it holds; add disks, or watch it"
+            ),
+        );
     }
 }
 
@@ -212,6 +238,7 @@ mod tests {
             slots: 1_000,
             slots_used: 10,
             used: 10 << 20,
+            space: Space::default(),
             errors: DiskErrors::default(),
             recent_errors: DiskErrors::default(),
             latency: DiskLatency::default(),
@@ -220,7 +247,7 @@ mod tests {
         }
     }
 
-    fn pool(domains_online: u32, free: u64) -> Pool {
+    fn pool(domains_online: u32, level: HealthLevel) -> Pool {
         Pool {
             id: PoolId::default(),
             name: "p".into(),
@@ -228,7 +255,9 @@ mod tests {
             failure_domain: FailureDomain::Disk,
             min_size: 2,
             domains_online,
-            capacity: Capacity { raw: 100, used: 100 - free, free },
+            capacity: Capacity { raw: 100, used: 50, free: 50 },
+            space: Space::default(),
+            fill: Fill { level, ..Fill::default() },
             usable: 66,
             stored: 0,
             volumes: 1,
@@ -240,7 +269,9 @@ mod tests {
             id: VolumeId::default(),
             name: "p/v".into(),
             size: 1 << 30,
+            cutting: 0,
             allocated: 0,
+            space: Space::default(),
             epoch: "0.1".into(),
             redundancy,
             exports: vec![],
@@ -251,6 +282,7 @@ mod tests {
         }
     }
 
+    const LEVELS: [HealthLevel; 3] = [HealthLevel::Ok, HealthLevel::Warning, HealthLevel::Critical];
     const STATES: [DiskState; 7] = [
         DiskState::Online,
         DiskState::Slow,
@@ -272,7 +304,8 @@ mod tests {
         #[test]
         fn ok_means_full_redundancy_and_the_worst_comes_first(
             disks in proptest::collection::vec(proptest::sample::select(&STATES[..]), 0..7),
-            (domains, free) in (0..8_u32, 0..=100_u64),
+            domains in 0..8_u32,
+            fill in proptest::sample::select(&LEVELS[..]),
             state in proptest::sample::select(&VOLUME_STATES[..]),
             reduced in proptest::option::of((1..9_u64, 0..3_u8)),
         ) {
@@ -281,7 +314,7 @@ mod tests {
                 Redundancy::Reduced { segments, tolerates }
             });
             let status =
-                status(&disks, &[pool(domains, free)], &[volume(state, redundancy)], None, 0);
+                status(&disks, &[pool(domains, fill)], &[volume(state, redundancy)], None, 0);
             prop_assert_eq!(status.health == HealthLevel::Ok, status.reasons.is_empty());
             prop_assert!(status.reasons.is_sorted_by(|a, b| a.level >= b.level));
             prop_assert!(status.reasons.iter().all(|r| r.level != HealthLevel::Ok));
@@ -289,9 +322,9 @@ mod tests {
                 prop_assert_eq!(redundancy, Redundancy::Full);
                 prop_assert_eq!(status.volumes.reduced + status.volumes.unavailable, 0);
                 prop_assert_eq!(status.disks.online, status.disks.total);
-                prop_assert!(domains >= 6 && free >= FREE_WARNING_PERCENT);
+                prop_assert!(domains >= 6 && fill == HealthLevel::Ok);
             }
-            let critical = free < FREE_CRITICAL_PERCENT
+            let critical = fill == HealthLevel::Critical
                 || domains < 2
                 || matches!(state, VolumeState::Stalled | VolumeState::Failed)
                 || matches!(redundancy, Redundancy::Reduced { tolerates: 0, .. });
@@ -307,6 +340,24 @@ mod tests {
         assert_eq!(health.health, HealthLevel::Warning);
         assert_eq!(health.reasons[0].subject, "disk /d");
         assert!(health.reasons[0].message.contains("1 checksum"));
+    }
+
+    #[test]
+    fn a_pool_that_fills_up_says_what_to_do() {
+        let mut filling = pool(6, HealthLevel::Warning);
+        filling.fill.percent = 83;
+        filling.fill.writable = 5 << 30;
+        filling.fill.forecast = Forecast::Growing { bytes_per_day: 1, full_in_s: 3 * 86_400 };
+        let message = assess(&[], &[filling.clone()], &[]).reasons[0].message.clone();
+        assert!(message.contains("83 % full, room for 5GiB at once, full in 3 days"), "{message}");
+        assert!(message.contains("add disks"), "{message}");
+        filling.fill.full = true;
+        filling.fill.overcommitted = true;
+        filling.fill.thin_percent = 310;
+        let health = assess(&[], &[filling], &[]);
+        assert_eq!(health.health, HealthLevel::Critical);
+        assert!(health.reasons[0].message.starts_with("is full"));
+        assert!(health.reasons[1].message.contains("3.10 times"));
     }
 
     #[test]

@@ -18,4 +18,5 @@ mod guard;
 pub mod health;
 mod routes;
 pub mod server;
+pub mod space;
 pub mod types;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::error::ApiError;
+pub use super::space::{Fill, Forecast, Space};
 use crate::id::{BLOCK_BYTES, DiskId, PoolId, VolumeId};
 use crate::limits::{DATA_SHARDS_MAX, PARITY_SHARDS_MAX, VOLUME_BYTES_MAX};
 
@@ -20,10 +21,13 @@ pub const NAME_BYTES_MAX: usize = 63;
 pub const PATH_BYTES_MAX: usize = 4096;
 
 /// How well the node is, the worst of everything it knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum HealthLevel {
     /// Full redundancy, every disk online, space left.
+    #[default]
     Ok,
     /// Everything is served, but something needs attention; redundancy may be reduced.
     Warning,
@@ -111,6 +115,12 @@ pub struct PoolCapacity {
     pub name: String,
     /// Raw space of the disks it may use.
     pub capacity: Capacity,
+    /// What that is for, of its volumes.
+    #[serde(default)]
+    pub space: Space,
+    /// How full it is.
+    #[serde(default)]
+    pub fill: Fill,
 }
 
 /// The node at a glance.
@@ -122,6 +132,9 @@ pub struct Status {
     pub reasons: Vec<Reason>,
     /// Raw space of all disks.
     pub capacity: Capacity,
+    /// What that is for.
+    #[serde(default)]
+    pub space: Space,
     /// Raw space by pool, sorted by name.
     pub pools: Vec<PoolCapacity>,
     /// Counts of disks.
@@ -289,6 +302,9 @@ pub struct Disk {
     pub slots_used: u32,
     /// Bytes of the slots in use.
     pub used: u64,
+    /// What the slots are for.
+    #[serde(default)]
+    pub space: Space,
     /// Errors since the node started.
     pub errors: DiskErrors,
     /// Those of them since the disk was last opened, which count for its health.
@@ -418,7 +434,13 @@ pub struct Pool {
     pub domains_online: u32,
     /// Raw space of the disks it may use.
     pub capacity: Capacity,
-    /// Bytes that clients could store in all, at the pool's scheme.
+    /// What that is for, of its volumes; what is kept back of all disks is in `reserved`.
+    #[serde(default)]
+    pub space: Space,
+    /// How full it is.
+    #[serde(default)]
+    pub fill: Fill,
+    /// Bytes that clients could store in all, at the pool's scheme, on disks without anything on them.
     pub usable: u64,
     /// Bytes that clients have stored, before redundancy.
     pub stored: u64,
@@ -505,8 +527,15 @@ pub struct Volume {
     pub name: String,
     /// Size that clients see, bytes.
     pub size: u64,
+    /// Bytes beyond that size that a shrink cut off and that are still being deleted; the volume does
+    /// not grow before.
+    #[serde(default)]
+    pub cutting: u64,
     /// Bytes that have storage, before redundancy.
     pub allocated: u64,
+    /// What its slots are for.
+    #[serde(default)]
+    pub space: Space,
     /// `incarnation.count` of its head's epoch.
     pub epoch: String,
     /// Whether every segment has all its shards.
@@ -702,7 +731,8 @@ impl CreateVolume {
 pub struct ResizeVolume {
     /// The new size, bytes, with the bounds of [`CreateVolume::size`].
     pub size: u64,
-    /// Must be set to make the volume smaller, which discards what lies beyond the new end.
+    /// Must be set to make the volume smaller, which destroys what lies beyond the new end; refused
+    /// all the same while a client is attached.
     #[serde(default)]
     pub force: bool,
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 
-use super::output::{Output, Table, fields, human_bytes, non_empty, percent};
+use super::output::{Output, Table, fields, human_bytes, non_empty, percent, space};
 use super::{Failure, parse};
 use crate::admin::client::{Client, ClientError};
 use crate::admin::error::ApiError;
@@ -164,6 +164,8 @@ fn table(disks: &[Disk]) -> String {
         ">SIZE",
         ">USED",
         ">USE",
+        ">LIVE",
+        ">RECLAIMABLE",
         ">ERRORS",
         ">APPEND",
         ">READ",
@@ -177,6 +179,8 @@ fn table(disks: &[Disk]) -> String {
             human_bytes(disk.size),
             human_bytes(disk.used),
             percent(disk.slots_used.into(), disk.slots.into()),
+            human_bytes(disk.space.live),
+            human_bytes(disk.space.reclaimable),
             disk.errors.total().to_string(),
             format!("{} µs", disk.latency.append_us),
             format!("{} µs", disk.latency.read_us),
@@ -246,7 +250,7 @@ fn details(disk: &Disk) -> String {
         ("state", disk.state.to_string()),
         ("reason", non_empty(disk.state_reason.clone().unwrap_or_default(), "-")),
         ("size", human_bytes(disk.size)),
-        ("used", human_bytes(disk.used)),
+        ("space", space(&disk.space)),
         ("slots", slots),
         ("errors", errors),
         ("latency", latency),

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::admin::types::Space;
 use crate::units::ByteSize;
 
 /// How answers are printed.
@@ -144,6 +145,22 @@ pub(super) fn percent(part: u64, whole: u64) -> String {
         Some(percent) => format!("{percent}%"),
         None => "-".to_owned(),
     }
+}
+
+/// What slots are for, in a line.
+pub(super) fn space(space: &Space) -> String {
+    format!(
+        "{} used: {} live, {} reclaimable; {} reserved",
+        human_bytes(space.used),
+        human_bytes(space.live),
+        human_bytes(space.reclaimable),
+        human_bytes(space.reserved)
+    )
+}
+
+/// The thin-provisioning ratio: `1.35`.
+pub(super) fn ratio(percent: u64) -> String {
+    format!("{}.{:02}", percent / 100, percent % 100)
 }
 
 #[cfg(test)]

@@ -2,10 +2,10 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::output::{Output, Table, fields, human_bytes, percent};
+use super::output::{Output, Table, fields, human_bytes, percent, ratio, space};
 use super::{Failure, parse};
 use crate::admin::client::Client;
-use crate::admin::types::{CreatePool, FailureDomain, Pool, PoolScheme};
+use crate::admin::types::{CreatePool, FailureDomain, Forecast, Pool, PoolScheme};
 
 /// Verbs on pools.
 #[derive(Debug, Subcommand)]
@@ -109,8 +109,19 @@ pub(super) fn run(verb: &PoolVerb, client: &Client, out: &mut Output) -> Result<
 }
 
 fn table(pools: &[Pool]) -> String {
-    let mut table =
-        Table::new(&["NAME", "SCHEME", "DOMAIN", ">MIN", ">VOLUMES", ">STORED", ">USABLE", ">USE"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "SCHEME",
+        "DOMAIN",
+        ">MIN",
+        ">VOLUMES",
+        ">STORED",
+        ">USABLE",
+        ">THIN",
+        ">FULL",
+        ">WRITABLE",
+        "FORECAST",
+    ]);
     for pool in pools {
         table.row(vec![
             pool.name.clone(),
@@ -120,7 +131,10 @@ fn table(pools: &[Pool]) -> String {
             pool.volumes.to_string(),
             human_bytes(pool.stored),
             human_bytes(pool.usable),
-            percent(pool.capacity.used, pool.capacity.raw),
+            ratio(pool.fill.thin_percent),
+            format!("{}%", pool.fill.percent),
+            human_bytes(pool.fill.writable),
+            pool.fill.forecast.to_string(),
         ]);
     }
     table.render()
@@ -140,6 +154,17 @@ fn details(pool: &Pool) -> String {
         percent(pool.capacity.used, pool.capacity.raw),
         human_bytes(pool.capacity.free)
     );
+    let provisioned = format!(
+        "{}, {} times what is usable",
+        human_bytes(pool.fill.provisioned),
+        ratio(pool.fill.thin_percent)
+    );
+    let forecast = match pool.fill.forecast {
+        Forecast::Growing { bytes_per_day, .. } => {
+            format!("{}, growing by {} a day", pool.fill.forecast, human_bytes(bytes_per_day))
+        }
+        other => other.to_string(),
+    };
     fields(&[
         ("name", pool.name.clone()),
         ("id", pool.id.to_string()),
@@ -150,5 +175,10 @@ fn details(pool: &Pool) -> String {
         ("stored", human_bytes(pool.stored)),
         ("usable", human_bytes(pool.usable)),
         ("raw", raw),
+        ("space", space(&pool.space)),
+        ("full", format!("{}% of what clients may take", pool.fill.percent)),
+        ("writable", human_bytes(pool.fill.writable)),
+        ("provisioned", provisioned),
+        ("forecast", forecast),
     ])
 }

@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::Failure;
 use super::output::{
-    Format, Output, Table, fields, human_bytes, human_seconds, percent, printable,
+    Format, Output, Table, fields, human_bytes, human_seconds, percent, printable, ratio, space,
 };
 use crate::admin::client::{Client, ClientError};
 use crate::admin::types::{Capacity, HealthLevel, RepairProgress, Status};
@@ -75,6 +75,7 @@ fn table(status: &Status) -> String {
         ("disks", disks),
         ("volumes", volumes),
         ("capacity", capacity(&status.capacity)),
+        ("space", space(&status.space)),
     ];
     if let Some(repair) = &status.repair {
         pairs.push(("repair", progress(repair)));
@@ -91,7 +92,18 @@ fn table(status: &Status) -> String {
         }
     }
     if !status.pools.is_empty() {
-        let mut table = Table::new(&["POOL", ">RAW", ">USED", ">FREE", ">USE"]);
+        let mut table = Table::new(&[
+            "POOL",
+            ">RAW",
+            ">USED",
+            ">FREE",
+            ">LIVE",
+            ">RECLAIMABLE",
+            ">FULL",
+            ">WRITABLE",
+            ">THIN",
+            "FORECAST",
+        ]);
         for pool in &status.pools {
             let Capacity { raw, used, free } = pool.capacity;
             table.row(vec![
@@ -99,7 +111,12 @@ fn table(status: &Status) -> String {
                 human_bytes(raw),
                 human_bytes(used),
                 human_bytes(free),
-                percent(used, raw),
+                human_bytes(pool.space.live),
+                human_bytes(pool.space.reclaimable),
+                format!("{}%", pool.fill.percent),
+                human_bytes(pool.fill.writable),
+                ratio(pool.fill.thin_percent),
+                pool.fill.forecast.to_string(),
             ]);
         }
         text += "\n";

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use clap::Subcommand;
 
-use super::output::{Output, Table, fields, human_bytes, non_empty};
+use super::output::{Output, Table, fields, human_bytes, non_empty, space};
 use super::{Failure, parse};
 use crate::admin::client::Client;
 use crate::admin::types::{CreateVolume, Narrowed, ResizeVolume, Volume, VolumeName};
@@ -36,8 +36,12 @@ pub(super) enum VolumeVerb {
         #[arg(value_name = "POOL/NAME", value_parser = parse::volume_name)]
         volume: VolumeName,
     },
-    /// Changes the size of a volume while it is in use
-    #[command(after_help = "Example:\n  sdsctl volume resize default/vm1 --size 20G")]
+    /// Changes the size of a volume
+    ///
+    /// It grows while clients are attached (they see it when they attach again); to make it smaller, detach
+    /// them first.
+    #[command(after_help = "Examples:\n  sdsctl volume resize default/vm1 --size 20G\n  \
+                            sdsctl volume resize default/vm1 --size 5G --yes")]
     Resize {
         /// Pool and name of the volume
         #[arg(value_name = "POOL/NAME", value_parser = parse::volume_name)]
@@ -74,9 +78,8 @@ pub(super) fn run(verb: &VolumeVerb, client: &Client, out: &mut Output) -> Resul
         VolumeVerb::Show { volume } => out.show(&client.volume(volume)?, details)?,
         VolumeVerb::Resize { volume, size, yes } => {
             let request = ResizeVolume { size: *size, force: *yes };
-            out.show(&client.resize_volume(volume, &request)?, |v| {
-                format!("volume {} has {} now\n", v.name, ByteSize(v.size))
-            })?;
+            let before = client.volume(volume)?.size;
+            out.show(&client.resize_volume(volume, &request)?, |v| resized(v, before))?;
         }
         VolumeVerb::Rm { volume, yes } => {
             out.show(&client.remove_volume(volume, *yes)?, |r| {
@@ -95,13 +98,35 @@ fn created(volume: &Volume) -> String {
     text
 }
 
+fn resized(volume: &Volume, before: u64) -> String {
+    let mut text = format!("volume {} has {} now", volume.name, ByteSize(volume.size));
+    if let Some(cut) = before.checked_sub(volume.size).filter(|cut| *cut > 0) {
+        write!(text, "; its last {} were cut off", ByteSize(cut)).expect("a string takes all");
+    }
+    if volume.cutting > 0 {
+        text += ", and their space comes back in the background";
+    }
+    text + "\n"
+}
+
 fn table(volumes: &[Volume]) -> String {
-    let mut table = Table::new(&["NAME", ">SIZE", ">ALLOCATED", "STATE", "REDUNDANCY", "EXPORTS"]);
+    let mut table = Table::new(&[
+        "NAME",
+        ">SIZE",
+        ">ALLOCATED",
+        ">USED",
+        ">RECLAIMABLE",
+        "STATE",
+        "REDUNDANCY",
+        "EXPORTS",
+    ]);
     for volume in volumes {
         table.row(vec![
             volume.name.clone(),
             human_bytes(volume.size),
             human_bytes(volume.allocated),
+            human_bytes(volume.space.used),
+            human_bytes(volume.space.reclaimable),
             volume.state.to_string(),
             volume.redundancy.to_string(),
             non_empty(volume.exports.join(" "), "-"),
@@ -125,7 +150,9 @@ fn details(volume: &Volume) -> String {
         ("name", volume.name.clone()),
         ("id", volume.id.to_string()),
         ("size", format!("{} ({} bytes)", human_bytes(volume.size), volume.size)),
+        ("cutting", if volume.cutting > 0 { human_bytes(volume.cutting) } else { "no".into() }),
         ("allocated", human_bytes(volume.allocated)),
+        ("space", space(&volume.space)),
         ("state", volume.state.to_string()),
         ("redundancy", volume.redundancy.to_string()),
         ("narrowed", volume.narrowed.map_or_else(|| "no".into(), narrowed)),

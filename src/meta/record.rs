@@ -321,6 +321,9 @@ pub struct VolumeRecord {
     pub pool: String,
     /// Size that clients see, bytes; a multiple of 4096.
     pub size_bytes: u64,
+    /// Set while what lay between `size_bytes` and here is being cut off, after a shrink; bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cut_from_bytes: Option<u64>,
     /// Logical block size that clients are told, bytes: 512 or 4096.
     pub block_bytes: u32,
     /// Whether it exists.
@@ -357,6 +360,14 @@ impl Record for VolumeRecord {
         check_name("volume", &self.name)?;
         check_name("pool", &self.pool)?;
         check_volume_size(self.size_bytes)?;
+        if let Some(old) = self.cut_from_bytes {
+            check_volume_size(old)?;
+            if old <= self.size_bytes {
+                return Err(
+                    "nothing lies between the volume's size and the one it is cut from".into()
+                );
+            }
+        }
         if self.id.is_nil() {
             return Err("the volume's id is nil".into());
         }

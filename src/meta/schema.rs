@@ -355,17 +355,40 @@ impl Schema {
         Err(SchemaError::Exists(format!("volume '{}/{}'", volume.pool, volume.name)))
     }
 
-    /// Changes an active volume's size.
+    /// Changes an active volume's size. Where it becomes smaller, the record says from which size on
+    /// until [`Schema::finish_cut`]; it does not grow before.
     ///
     /// # Errors
     /// [`SchemaError::NotFound`], [`SchemaError::Invalid`], [`SchemaError::Busy`],
     /// [`SchemaError::Store`], [`SchemaError::Record`].
     pub async fn resize_volume(&self, id: VolumeId, size_bytes: u64) -> SchemaResult<VolumeRecord> {
         let change = |volume: &mut VolumeRecord| {
+            let name = || format!("volume '{}/{}'", volume.pool, volume.name);
             if volume.state != VolumeState::Active {
-                return Err(format!("volume '{}/{}' is deleted", volume.pool, volume.name));
+                return Err(format!("{} is deleted", name()));
+            }
+            if size_bytes > volume.size_bytes && volume.cut_from_bytes.is_some() {
+                return Err(format!("what was cut off {} is still being deleted", name()));
+            }
+            if size_bytes < volume.size_bytes {
+                volume.cut_from_bytes.get_or_insert(volume.size_bytes);
             }
             volume.size_bytes = size_bytes;
+            Ok(())
+        };
+        self.update(&volume_key(id), || format!("volume {id}"), change).await
+    }
+
+    /// Notes that what a shrink to `size_bytes` cut off is gone; nothing if the volume has another
+    /// size by now, or is deleted.
+    ///
+    /// # Errors
+    /// As [`Schema::resize_volume`].
+    pub async fn finish_cut(&self, id: VolumeId, size_bytes: u64) -> SchemaResult<VolumeRecord> {
+        let change = |volume: &mut VolumeRecord| {
+            if volume.size_bytes == size_bytes && volume.state == VolumeState::Active {
+                volume.cut_from_bytes = None;
+            }
             Ok(())
         };
         self.update(&volume_key(id), || format!("volume {id}"), change).await

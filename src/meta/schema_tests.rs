@@ -28,6 +28,7 @@ fn volume(id: u8, pool: &str, name: &str) -> VolumeRecord {
         id: VolumeId::from_bytes([id; 16]),
         name: name.into(),
         pool: pool.into(),
+        cut_from_bytes: None,
         size_bytes: 1 << 30,
         block_bytes: 4096,
         state: VolumeState::Active,

@@ -21,6 +21,7 @@ use super::care::Care;
 use super::dev::DevOptions;
 use super::opener::{DeviceOpener, OpenFailure, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
+use super::space::SpaceLevels;
 use super::{Exports, Node, NodeOptions, descriptors};
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
@@ -174,6 +175,11 @@ async fn run_local(
         store: Rc::new(store),
         opener,
         head,
+        space: SpaceLevels {
+            warning_percent: config.space.warning_percent,
+            critical_percent: config.space.critical_percent,
+            overcommit_percent: config.space.overcommit_percent,
+        },
         care: Care {
             set_aside_after: Duration::from_secs(config.care.set_aside_seconds),
             smart_every: Duration::from_secs(config.care.smart_seconds),

@@ -28,13 +28,16 @@ mod descriptors;
 pub mod dev;
 mod disks;
 mod exports;
+mod forecast;
 pub mod opener;
 mod pools;
 pub mod recover;
 mod replace;
+mod resize;
 mod samples;
 mod scrubs;
 mod smart;
+pub mod space;
 #[cfg(test)]
 mod tests;
 mod views;
@@ -83,6 +86,8 @@ pub struct NodeOptions {
     pub head: HeadConfig,
     /// What is done for sick disks.
     pub care: care::Care,
+    /// From when on pools are reported to fill up.
+    pub space: space::SpaceLevels,
     /// Bytes of all heads' index caches together.
     pub index_cache_bytes: usize,
     /// Seconds since 1970, for records that people read.
@@ -138,6 +143,10 @@ pub struct Node {
     stopping: Cell<bool>,
     /// Bytes rebuilt before the present round of repair began; none while nothing is missing.
     repair_base: Cell<Option<u64>>,
+    /// How full pools were, by name.
+    pool_watches: RefCell<BTreeMap<String, space::PoolWatch>>,
+    /// When they were last looked at.
+    space_watched: Cell<Option<Instant>>,
 }
 
 impl Node {
@@ -167,6 +176,8 @@ impl Node {
             started: Instant::now(),
             stopping: Cell::new(false),
             repair_base: Cell::new(None),
+            pool_watches: RefCell::default(),
+            space_watched: Cell::default(),
         });
         node.open_disks(paths).await?;
         node.check_store_is_newest()?;
@@ -221,6 +232,7 @@ impl Node {
                 slot.look();
             }
             self.note_repair();
+            self.watch_space();
         }
     }
 }

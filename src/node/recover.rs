@@ -307,8 +307,20 @@ impl Evidence {
             };
             self.pools.entry(volume.pool.clone()).or_insert(pool);
             let known = self.volumes.entry(*id).or_insert_with(|| volume.clone());
-            // Volumes only grow.
+            // Which of them is newer is not known: too large shows zeroes, too small hides what was
+            // written.
             known.size_bytes = known.size_bytes.max(volume.size_bytes);
+        }
+        for record in self.volumes.values_mut() {
+            // It may have ended since, and the volume have grown over it: it must not be done again.
+            if let Some(old) = record.cut_from_bytes.take() {
+                record.size_bytes = record.size_bytes.max(old);
+                self.notes.push(format!(
+                    "volume {}/{} was being made smaller: it has its old size, and some of its end may read \
+                     as zeroes",
+                    record.pool, record.name
+                ));
+            }
         }
         let known = &self.volumes;
         self.roots.retain(|id, _| known.contains_key(id));

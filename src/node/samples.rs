@@ -1,7 +1,9 @@
 //! The numbers of a node for a scrape.
 
 use super::Node;
+use super::space::Usages;
 use crate::admin::health;
+use crate::admin::types::Space;
 use crate::export::nbd::wire::{Command, Errno};
 use crate::obs::sample::{
     DiskSample, NbdSample, NodeSample, PoolSample, Sample, ScrubSample, VolumeSample,
@@ -13,6 +15,7 @@ impl Node {
     pub(super) fn sample(&self) -> Sample {
         let (disks, pools, volumes) = self.views();
         let health = health::assess(&disks, &pools, &volumes).health;
+        let usages = self.usages();
         let repair = self.repair_progress().unwrap_or_default();
         Sample {
             node: NodeSample {
@@ -21,7 +24,7 @@ impl Node {
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
             },
-            disks: self.slots().iter().map(|slot| sample_disk(self, slot)).collect(),
+            disks: self.slots().iter().map(|slot| sample_disk(self, slot, &usages)).collect(),
             pools: pools
                 .into_iter()
                 .map(|pool| PoolSample {
@@ -30,9 +33,17 @@ impl Node {
                     used_bytes: pool.capacity.used,
                     free_bytes: pool.capacity.free,
                     stored_bytes: pool.stored,
+                    usable_bytes: pool.usable,
+                    space: pool.space,
+                    fill: pool.fill,
                 })
                 .collect(),
-            volumes: self.volumes.borrow().values().map(|slot| sample_volume(slot)).collect(),
+            volumes: self
+                .volumes
+                .borrow()
+                .values()
+                .map(|slot| sample_volume(slot, Self::volume_space(&usages, slot.id)))
+                .collect(),
             nbd: self.sample_nbd(),
         }
     }
@@ -50,8 +61,12 @@ impl Node {
     }
 }
 
-fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskSample {
-    let view = node.view_disk(slot);
+fn sample_disk(
+    node: &Node,
+    slot: &std::rc::Rc<super::disks::DiskSlot>,
+    usages: &Usages,
+) -> DiskSample {
+    let view = node.view_disk_with(slot, usages);
     let counted = slot.counted();
     DiskSample {
         disk: view.id.to_string(),
@@ -60,6 +75,7 @@ fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskS
         slots: view.slots.into(),
         slots_used: view.slots_used.into(),
         slot_bytes: view.slot_bytes,
+        space: view.space,
         io_errors: view.errors.io,
         checksum_errors: view.errors.checksum,
         timeout_errors: view.errors.timeout,
@@ -74,7 +90,7 @@ fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>) -> DiskS
     }
 }
 
-fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
+fn sample_volume(slot: &super::volumes::VolumeSlot, space: Space) -> VolumeSample {
     let head = slot.serving();
     let counted = slot.counted();
     let report = head.as_ref().map(|head| head.report());
@@ -86,6 +102,7 @@ fn sample_volume(slot: &super::volumes::VolumeSlot) -> VolumeSample {
         volume: slot.name(),
         size_bytes: head.as_ref().map_or(0, |head| head.size_bytes()),
         allocated_bytes: report.as_ref().map_or(0, |report| report.allocated_bytes),
+        space,
         read_bytes: slot.stats.read_bytes.get(),
         write_bytes: slot.stats.write_bytes.get(),
         read_latency: slot.stats.reads.snapshot(),

@@ -27,6 +27,9 @@ use crate::meta::schema::Schema;
 use crate::sim::device::{SimConfig, SimDevice};
 use crate::volume::head::HeadConfig;
 
+mod resize;
+mod space;
+
 /// Devices by path.
 struct Devices(RefCell<BTreeMap<String, SimDevice>>);
 
@@ -54,13 +57,17 @@ struct Machine {
 
 impl Machine {
     async fn new(disks: usize) -> Self {
+        Self::with_disks_of(disks, 512 << 20).await
+    }
+
+    async fn with_disks_of(disks: usize, size_bytes: u64) -> Self {
         let env = Env::from_seed(3);
         let store = MemoryStore::new(env.clone());
         let record = ClusterRecord { id: ClusterId::from_bytes([7; 16]), incarnation: 1 };
         let schema = Schema::new(Rc::new(store.client(Rc::default())));
         schema.initialise(&record).await.expect("the store is empty");
-        let device =
-            |index| (format!("/disk{index}"), SimDevice::new(env.clone(), device_config()));
+        let config = || SimConfig { size_bytes, ..device_config() };
+        let device = |index| (format!("/disk{index}"), SimDevice::new(env.clone(), config()));
         let devices = Rc::new(Devices(RefCell::new((0..disks).map(device).collect())));
         Self { env, store, devices }
     }
@@ -79,6 +86,7 @@ impl Machine {
             head: HeadConfig::default(),
             index_cache_bytes: 16 << 20,
             care: super::care::Care::default(),
+            space: super::space::SpaceLevels::default(),
             unix_seconds: || 0,
         };
         let paths: Vec<String> = self.devices.0.borrow().keys().take(disks).cloned().collect();

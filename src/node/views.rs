@@ -6,12 +6,13 @@ use super::Node;
 use super::counts::DiskCounts;
 use super::disks::DiskSlot;
 use super::pools::shown_scheme;
+use super::space::Usages;
 use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
     Capacity, Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, FailureDomain as Shown,
-    Narrowed, Pool, Redundancy, RepairProgress, Status, Volume, VolumeState,
+    Narrowed, Pool, Redundancy, RepairProgress, Space, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
 use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
@@ -27,16 +28,24 @@ impl Node {
 
     /// All disks by path, pools by name and volumes by name.
     pub(super) fn views(&self) -> (Vec<Disk>, Vec<Pool>, Vec<Volume>) {
-        let mut disks: Vec<Disk> = self.slots().iter().map(|slot| self.view_disk(slot)).collect();
+        let usages = self.usages();
+        let slots = self.slots();
+        let mut disks: Vec<Disk> =
+            slots.iter().map(|slot| self.view_disk_with(slot, &usages)).collect();
         let problems = self.problems.borrow();
         disks.extend(problems.iter().map(|(path, reason)| unusable_disk(path, reason)));
         disks.sort_by(|a, b| a.path.cmp(&b.path));
-        let pools = self.pools.borrow().values().map(|pool| self.view_pool(pool)).collect();
-        let volumes = self.list_volumes(None).unwrap_or_default();
+        let pools = self.pools.borrow();
+        let pools = pools.values().map(|pool| self.view_pool_with(pool, &usages)).collect();
+        let volumes = self.list_volumes_with(None, &usages).unwrap_or_default();
         (disks, pools, volumes)
     }
 
     pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {
+        self.view_disk_with(slot, &self.usages())
+    }
+
+    pub(super) fn view_disk_with(&self, slot: &Rc<DiskSlot>, usages: &Usages) -> Disk {
         let record = slot.record.borrow();
         let geometry = slot.geometry.get();
         let slots = geometry.map_or(0, |geometry| geometry.slots);
@@ -71,6 +80,7 @@ impl Node {
             slots,
             slots_used: used,
             used: u64::from(used) * record.slot_bytes,
+            space: Self::disk_space(slot, usages, used, slots - used),
             errors: errors(&counted),
             recent_errors: errors(&since_open),
             latency,
@@ -87,16 +97,22 @@ impl Node {
     }
 
     pub(super) fn view_pool(&self, pool: &PoolRecord) -> Pool {
+        self.view_pool_with(pool, &self.usages())
+    }
+
+    fn view_pool_with(&self, pool: &PoolRecord, usages: &Usages) -> Pool {
         let mut capacity = Capacity::default();
         let mut online = 0;
         for slot in self.slots() {
-            let disk = self.view_disk(&slot);
-            if !disk.state.is_online() {
+            let Some(disk) = slot.last_disk().filter(|_| slot.state.get().is_online()) else {
                 continue;
-            }
+            };
             online += 1;
-            capacity.raw += u64::from(disk.slots) * disk.slot_bytes;
-            capacity.used += disk.used;
+            let slots = slot.geometry.get().map_or(0, |geometry| geometry.slots);
+            let used = slots.saturating_sub(disk.slot_counts().free);
+            let slot_bytes = slot.record.borrow().slot_bytes;
+            capacity.raw += u64::from(slots) * slot_bytes;
+            capacity.used += u64::from(used) * slot_bytes;
         }
         capacity.free = capacity.raw.saturating_sub(capacity.used);
         let (mut stored, mut volumes) = (0, 0);
@@ -105,8 +121,7 @@ impl Node {
             stored += slot.serving().map_or(0, |head| head.report().allocated_bytes);
         }
         let scheme = pool.scheme;
-        let share = u128::from(capacity.raw) * u128::from(scheme.data)
-            / u128::from(scheme.data + scheme.parity);
+        let (space, fill, usable) = self.pool_space(pool, usages);
         Pool {
             id: pool.id,
             name: pool.name.clone(),
@@ -123,13 +138,23 @@ impl Node {
                 online.min(1)
             },
             capacity,
-            usable: u64::try_from(share).unwrap_or(u64::MAX),
+            space,
+            fill,
+            usable,
             stored,
             volumes,
         }
     }
 
     pub(super) fn list_volumes(&self, pool: Option<&str>) -> Result<Vec<Volume>, ApiError> {
+        self.list_volumes_with(pool, &self.usages())
+    }
+
+    fn list_volumes_with(
+        &self,
+        pool: Option<&str>,
+        usages: &Usages,
+    ) -> Result<Vec<Volume>, ApiError> {
         if let Some(name) = pool
             && !self.pools.borrow().contains_key(name)
         {
@@ -138,14 +163,20 @@ impl Node {
         let wanted = |name: &str| pool.is_none_or(|pool| pool == name);
         let volumes = self.volumes.borrow();
         let active = volumes.values().filter(|slot| wanted(&slot.pool.name));
-        let mut list: Vec<Volume> = active.map(|slot| self.view_volume(slot)).collect();
+        let mut list: Vec<Volume> =
+            active.map(|slot| self.view_volume_with(slot, usages)).collect();
         let deleting = self.deleting.borrow();
-        list.extend(deleting.values().filter(|r| wanted(&r.pool)).map(view_tombstone));
+        let deleted = deleting.values().filter(|r| wanted(&r.pool));
+        list.extend(deleted.map(|record| self.view_tombstone(record)));
         list.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
         Ok(list)
     }
 
     pub(super) fn view_volume(&self, slot: &VolumeSlot) -> Volume {
+        self.view_volume_with(slot, &self.usages())
+    }
+
+    fn view_volume_with(&self, slot: &VolumeSlot, usages: &Usages) -> Volume {
         let record = slot.record.borrow();
         let head = slot.serving();
         let report = head.as_ref().map(|head| head.report());
@@ -189,7 +220,9 @@ impl Node {
             id: slot.id,
             name: format!("{}/{}", record.pool, record.name),
             size: head.as_ref().map_or(record.size_bytes, |head| head.size_bytes()),
+            cutting: record.cut_from_bytes.map_or(0, |from| from - record.size_bytes),
             allocated: report.as_ref().map_or(0, |report| report.allocated_bytes),
+            space: Self::volume_space(usages, slot.id),
             epoch: report.as_ref().map_or_else(String::new, |report| report.epoch.to_string()),
             redundancy,
             exports,
@@ -243,6 +276,7 @@ fn unusable_disk(path: &str, reason: &str) -> Disk {
         slots: 0,
         slots_used: 0,
         used: 0,
+        space: Space::default(),
         errors: DiskErrors::default(),
         recent_errors: DiskErrors::default(),
         latency: DiskLatency::default(),
@@ -265,18 +299,22 @@ fn view_narrowed(head: &Head, pool: Scheme) -> Option<Narrowed> {
     })
 }
 
-fn view_tombstone(record: &VolumeRecord) -> Volume {
-    Volume {
-        id: record.id,
-        name: format!("{}/{}", record.pool, record.name),
-        size: record.size_bytes,
-        allocated: 0,
-        epoch: String::new(),
-        redundancy: Redundancy::Full,
-        exports: Vec::new(),
-        state: VolumeState::Deleting,
-        failures: Vec::new(),
-        unrepairable: 0,
-        narrowed: None,
+impl Node {
+    fn view_tombstone(&self, record: &VolumeRecord) -> Volume {
+        Volume {
+            id: record.id,
+            name: format!("{}/{}", record.pool, record.name),
+            size: record.size_bytes,
+            cutting: 0,
+            allocated: 0,
+            space: self.tombstone_space(record.id),
+            epoch: String::new(),
+            redundancy: Redundancy::Full,
+            exports: Vec::new(),
+            state: VolumeState::Deleting,
+            failures: Vec::new(),
+            unrepairable: 0,
+            narrowed: None,
+        }
     }
 }

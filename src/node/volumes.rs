@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::exports::{TargetStats, volume_label};
 use super::{Node, NodeError};
 use crate::admin::error::ApiError;
-use crate::admin::types::{CreateVolume, DiskState, Removed, ResizeVolume, Volume, VolumeName};
+use crate::admin::types::{CreateVolume, DiskState, Removed, Volume, VolumeName};
 use crate::id::{DiskId, VolumeId};
 use crate::meta::record::{PoolRecord, VolumeRecord, VolumeState};
 use crate::meta::schema::SchemaError;
@@ -74,6 +74,8 @@ pub(super) struct VolumeSlot {
     /// What heads counted that are gone.
     past: Cell<Counted>,
     task: RefCell<Option<AbortHandle>>,
+    /// What lies beyond the end is being cut off.
+    pub(super) cutting: Cell<bool>,
 }
 
 impl VolumeSlot {
@@ -91,6 +93,7 @@ impl VolumeSlot {
             stats: TargetStats::default(),
             past: Cell::default(),
             task: RefCell::default(),
+            cutting: Cell::new(false),
         })
     }
 
@@ -164,8 +167,10 @@ impl VolumeSlot {
     }
 }
 
-/// What a root says of its volume, so that a lost store can be rebuilt.
+/// What a root says of its volume, so that a lost store can be rebuilt. That it is being cut is left
+/// out: it must not be cut again after it grew.
 pub(super) fn description(volume: &VolumeRecord, pool: &PoolRecord) -> serde_json::Value {
+    let volume = VolumeRecord { cut_from_bytes: None, ..volume.clone() };
     serde_json::json!({ "volume": volume, "pool": pool })
 }
 
@@ -223,11 +228,14 @@ impl Node {
                     );
                     slot.why.borrow_mut().take();
                     slot.failed.set(false);
+                    // It may have begun with another size.
+                    head.resize(slot.record.borrow().size_bytes);
                     // First it is one of those that hear of disks, then it is told what it missed.
                     *slot.head.borrow_mut() = Some(head.clone());
                     slot.changed.notify_waiters();
                     self.tell_missed(&head, started);
                     drop(head);
+                    self.go_on_cutting(&slot);
                     slot.gone().await;
                 }
                 Err(error) => {
@@ -293,6 +301,7 @@ impl Node {
                 name: name.name.clone(),
                 pool: name.pool.clone(),
                 size_bytes: request.size,
+                cut_from_bytes: None,
                 block_bytes: 512,
                 state: VolumeState::Active,
                 created_at_unix_s: (self.options.unix_seconds)(),
@@ -334,34 +343,6 @@ impl Node {
             ApiError::no_space(format!("the disks that are online cannot carry it: {error}"))
                 .with_hint(format!("at least {width} disks must be online: see `sdsctl disk ls`"))
         })
-    }
-
-    /// Grows a volume online.
-    pub(super) async fn resize_volume(
-        self: &Rc<Self>,
-        name: &VolumeName,
-        request: ResizeVolume,
-    ) -> Result<Volume, ApiError> {
-        let _lock = self.changes.lock().await;
-        let slot = self.find_volume(name)?;
-        let old = slot.record.borrow().size_bytes;
-        if request.size < old {
-            return Err(ApiError::invalid(format!(
-                "volume {name} has {old} bytes and cannot be made smaller"
-            ))
-            .with_hint("copy it into a smaller one"));
-        }
-        let head = slot.serving().ok_or_else(|| {
-            ApiError::unavailable(format!("volume {name} is not served: {}", slot.why_not()))
-        })?;
-        let record = self.schema.resize_volume(slot.id, request.size).await.map_err(api_error)?;
-        head.grow(request.size).map_err(|error| ApiError::internal(error.to_string()))?;
-        *slot.record.borrow_mut() = record.clone();
-        if let Err(error) = head.describe(description(&record, &slot.pool)).await {
-            tracing::warn!(volume = slot.name(), %error, "the root keeps the old size");
-        }
-        self.mirror_catalog().await;
-        Ok(self.view_volume(&slot))
     }
 
     pub(super) fn find_volume(&self, name: &VolumeName) -> Result<Rc<VolumeSlot>, ApiError> {
@@ -417,7 +398,11 @@ impl Node {
                 }
                 let Some(client) = self.registry.client(slot.id) else { continue };
                 match timeout(DROP_PATIENCE, client.drop_volume(id)).await {
-                    Ok(Ok(())) => confirmed.push(slot.id),
+                    Ok(Ok(())) => {
+                        confirmed.push(slot.id);
+                        // What came back is known to those who want space.
+                        self.registry.refresh().await;
+                    }
                     Ok(Err(error)) => {
                         tracing::debug!(disk = %slot.id, volume = %id, %error, "not dropped");
                     }

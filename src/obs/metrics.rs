@@ -9,7 +9,7 @@ use prometheus::{Counter, CounterVec, Encoder, Gauge, GaugeVec, Opts, Registry, 
 
 use super::histogram::{BUCKET_BOUNDS_US, LatencySample};
 use super::sample::{DiskSample, NbdSample, NodeSample, PoolSample, Sample, VolumeSample};
-use crate::admin::types::{DiskState, DiskTiming, HealthLevel};
+use crate::admin::types::{DiskState, DiskTiming, Forecast, HealthLevel, Space};
 
 const MICROSECOND: f64 = 1e-6;
 
@@ -67,6 +67,8 @@ declare! {
             "1 for the present state of the disk, 0 for the others.";
         capacity: GaugeVec "sds_disk_capacity_bytes" ["disk", "path"] "Bytes in all slots.";
         used: GaugeVec "sds_disk_used_bytes" ["disk", "path"] "Bytes in slots in use.";
+        space: GaugeVec "sds_disk_space_bytes" ["disk", "path", "kind"]
+            "Bytes of slots by kind: used, live, reserved, reclaimable.";
         slots: GaugeVec "sds_disk_slots" ["disk", "path"] "Slots of the disk.";
         slots_used: GaugeVec "sds_disk_slots_used" ["disk", "path"] "Slots in use.";
         errors: CounterVec "sds_disk_errors_total" ["disk", "path", "kind"]
@@ -93,10 +95,30 @@ declare! {
         free: GaugeVec "sds_pool_free_bytes" ["pool"] "Raw space that is free.";
         stored: GaugeVec "sds_pool_stored_bytes" ["pool"]
             "What clients stored, before redundancy.";
+        usable: GaugeVec "sds_pool_usable_bytes" ["pool"]
+            "What clients could store in all, before redundancy.";
+        writable: GaugeVec "sds_pool_writable_bytes" ["pool"]
+            "What clients can write before garbage has to be collected, before redundancy.";
+        provisioned: GaugeVec "sds_pool_provisioned_bytes" ["pool"]
+            "Sizes of the pool's volumes together.";
+        thin: GaugeVec "sds_pool_thin_ratio" ["pool"]
+            "Sizes of the pool's volumes as a share of what clients could store in all.";
+        fill: GaugeVec "sds_pool_fill_ratio" ["pool"]
+            "What cannot be given back, as a share of what clients may take.";
+        level: GaugeVec "sds_pool_fill_level" ["pool"]
+            "How full the pool is: 0 well, 1 a warning, 2 critical.";
+        growth: GaugeVec "sds_pool_growth_rate_bytes" ["pool"]
+            "Net growth on disks a second; absent while it is not known, 0 if there is none.";
+        full_in: GaugeVec "sds_pool_full_in_seconds" ["pool"]
+            "When the pool will be full at that rate; absent unless it grows.";
+        space: GaugeVec "sds_pool_space_bytes" ["pool", "kind"]
+            "Bytes of the slots of the pool's volumes by kind: used, live, reserved, reclaimable.";
     }
     struct VolumeMetrics {
         size: GaugeVec "sds_volume_size_bytes" ["volume"] "Size that clients see.";
         allocated: GaugeVec "sds_volume_allocated_bytes" ["volume"] "Bytes that have storage.";
+        space: GaugeVec "sds_volume_space_bytes" ["volume", "kind"]
+            "Bytes of slots by kind: used, live, reserved, reclaimable.";
         reads: CounterVec "sds_volume_reads_total" ["volume"] "Reads of clients.";
         writes: CounterVec "sds_volume_writes_total" ["volume"]
             "Writes, trims and zeroes of clients.";
@@ -225,6 +247,7 @@ impl Metrics {
             let bytes = |slots: u64| slots as f64 * s.slot_bytes as f64;
             metrics.capacity.with_label_values(&labels).set(bytes(s.slots));
             metrics.used.with_label_values(&labels).set(bytes(s.slots_used));
+            set_space(&metrics.space, &labels, s.space);
             metrics.slots.with_label_values(&labels).set(s.slots as f64);
             metrics.slots_used.with_label_values(&labels).set(s.slots_used as f64);
             for (kind, count) in [
@@ -265,6 +288,23 @@ impl Metrics {
             metrics.used.with_label_values(&labels).set(s.used_bytes as f64);
             metrics.free.with_label_values(&labels).set(s.free_bytes as f64);
             metrics.stored.with_label_values(&labels).set(s.stored_bytes as f64);
+            metrics.usable.with_label_values(&labels).set(s.usable_bytes as f64);
+            metrics.writable.with_label_values(&labels).set(s.fill.writable as f64);
+            metrics.provisioned.with_label_values(&labels).set(s.fill.provisioned as f64);
+            metrics.thin.with_label_values(&labels).set(s.fill.thin_percent as f64 / 100.0);
+            metrics.fill.with_label_values(&labels).set(s.fill.percent as f64 / 100.0);
+            let level = if s.fill.full { HealthLevel::Critical } else { s.fill.level };
+            let number = HEALTH_LEVELS.iter().position(|known| *known == level);
+            metrics.level.with_label_values(&labels).set(number.unwrap_or(0) as f64);
+            match s.fill.forecast {
+                Forecast::Unknown => {}
+                Forecast::NotGrowing => metrics.growth.with_label_values(&labels).set(0.0),
+                Forecast::Growing { bytes_per_day, full_in_s } => {
+                    metrics.growth.with_label_values(&labels).set(bytes_per_day as f64 / 86_400.0);
+                    metrics.full_in.with_label_values(&labels).set(full_in_s as f64);
+                }
+            }
+            set_space(&metrics.space, &labels, s.space);
         }
     }
 
@@ -275,6 +315,7 @@ impl Metrics {
             let labels = [s.volume.as_str()];
             metrics.size.with_label_values(&labels).set(s.size_bytes as f64);
             metrics.allocated.with_label_values(&labels).set(s.allocated_bytes as f64);
+            set_space(&metrics.space, &labels, s.space);
             metrics.checkpoint.with_label_values(&labels).set(s.checkpoint_sequence as f64);
             metrics.reduced.with_label_values(&labels).set(s.reduced_segments as f64);
             count_up(&metrics.reads, &labels, s.read_latency.count() as f64);
@@ -317,6 +358,16 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Sets a gauge of each kind of space.
+fn set_space(gauges: &GaugeVec, labels: &[&str], space: Space) {
+    let Space { used, live, reserved, reclaimable } = space;
+    for (kind, bytes) in
+        [("used", used), ("live", live), ("reserved", reserved), ("reclaimable", reclaimable)]
+    {
+        gauges.with_label_values(&[labels, &[kind]].concat()).set(bytes as f64);
     }
 }
 

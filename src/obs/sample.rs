@@ -5,7 +5,7 @@
 //! many as requests.
 
 use super::histogram::LatencySample;
-use crate::admin::types::{DiskState, DiskTiming, HealthLevel};
+use crate::admin::types::{DiskState, DiskTiming, Fill, HealthLevel, Space};
 
 /// Everything.
 #[derive(Debug, Clone, Default)]
@@ -61,6 +61,8 @@ pub struct DiskSample {
     pub slots_used: u64,
     /// Size of a slot, bytes.
     pub slot_bytes: u64,
+    /// What the slots are for.
+    pub space: Space,
     /// I/O errors.
     pub io_errors: u64,
     /// Checksum mismatches.
@@ -98,6 +100,12 @@ pub struct PoolSample {
     pub free_bytes: u64,
     /// What clients stored, before redundancy, bytes.
     pub stored_bytes: u64,
+    /// What clients could store in all, bytes.
+    pub usable_bytes: u64,
+    /// What its volumes' slots are for.
+    pub space: Space,
+    /// How full it is.
+    pub fill: Fill,
 }
 
 /// One volume.
@@ -109,6 +117,8 @@ pub struct VolumeSample {
     pub size_bytes: u64,
     /// Bytes that have storage.
     pub allocated_bytes: u64,
+    /// What its slots are for.
+    pub space: Space,
     /// Bytes of reads.
     pub read_bytes: u64,
     /// Bytes of writes.

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use super::activity::Activity;
 use super::latency::Watch;
 use super::measured::MeasuredClient;
+use super::promise::Promise;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::DiskId;
@@ -59,11 +60,21 @@ pub struct Disks {
     /// Smallest slot of the disks that are up, bytes.
     slot_bytes_min: Cell<u64>,
     heads: Cell<u32>,
+    /// By number of each head that shares the disks: the newest call for space that it answered.
+    answered: RefCell<BTreeMap<u64, u64>>,
+    /// Calls for space there have been.
+    calls: Cell<u64>,
+    /// Counts what heads acknowledged.
+    acknowledged: Cell<u64>,
+    /// Told when somebody calls for space, and when a head stops.
+    pub space_wanted: Notify,
     checkpoint_reserve: Arc<Semaphore>,
     gc_passes: Arc<Semaphore>,
     deletes: Semaphore,
     /// How busy clients keep the disks.
     pub activity: Rc<Activity>,
+    /// What garbage collection is about to free.
+    pub promise: Promise,
     watch: Rc<Watch>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
@@ -79,10 +90,15 @@ impl Default for Disks {
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
             heads: Cell::new(0),
+            answered: RefCell::default(),
+            calls: Cell::new(0),
+            acknowledged: Cell::new(0),
+            space_wanted: Notify::new(),
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
             deletes: Semaphore::new(DELETES_MAX),
             activity: Rc::default(),
+            promise: Promise::default(),
             watch: Rc::default(),
             changed: Notify::new(),
         }
@@ -90,12 +106,59 @@ impl Default for Disks {
 }
 
 /// A head that uses the disks, as long as this lives.
-pub struct Member(Rc<Disks>, u8);
+pub struct Member {
+    disks: Rc<Disks>,
+    parity: u8,
+    number: u64,
+}
+
+impl Member {
+    /// The newest call for space, if this head has not answered it.
+    pub fn called(&self) -> Option<u64> {
+        let newest = self.disks.calls.get();
+        let answered = self.disks.answered.borrow().get(&self.number).copied();
+        (answered.unwrap_or(0) < newest).then_some(newest)
+    }
+
+    /// This head has done what it can since this call.
+    pub fn answer(&self, call: u64) {
+        let mut answered = self.disks.answered.borrow_mut();
+        let newest = answered.entry(self.number).or_default();
+        *newest = call.max(*newest);
+    }
+
+    /// This head takes part in calls from now on.
+    pub fn take_part(&self) {
+        self.disks.answered.borrow_mut().insert(self.number, self.disks.calls.get());
+    }
+
+    /// Asks all other heads to give back what they can; the number of the call.
+    pub fn call_for_space(&self) -> u64 {
+        let call = self.disks.calls.get() + 1;
+        self.disks.calls.set(call);
+        self.answer(call);
+        self.disks.space_wanted.notify_waiters();
+        call
+    }
+}
 
 impl Drop for Member {
     fn drop(&mut self) {
-        self.0.heads.set(self.0.heads.get() - 1);
-        self.0.watch.part(self.1);
+        self.disks.heads.set(self.disks.heads.get() - 1);
+        self.disks.answered.borrow_mut().remove(&self.number);
+        self.disks.watch.part(self.parity);
+    }
+}
+
+/// The permit of a pass of garbage collection: when it is given back, what was promised is kept.
+pub struct GcPass {
+    _permit: Option<OwnedSemaphorePermit>,
+    disks: Rc<Disks>,
+}
+
+impl Drop for GcPass {
+    fn drop(&mut self) {
+        self.disks.promise.end();
     }
 }
 
@@ -197,7 +260,26 @@ impl Disks {
     pub fn join(self: &Rc<Self>, parity: u8) -> Member {
         self.heads.set(self.heads.get() + 1);
         self.watch.join(parity);
-        Member(self.clone(), parity)
+        let mut answered = self.answered.borrow_mut();
+        let number = answered.last_key_value().map_or(0, |(last, _)| last + 1);
+        // It has no part in calls before it serves.
+        answered.insert(number, u64::MAX);
+        Member { disks: self.clone(), parity, number }
+    }
+
+    /// Whether every head has done what it can since a call.
+    pub fn is_answered(&self, call: u64) -> bool {
+        self.answered.borrow().values().all(|answered| *answered >= call)
+    }
+
+    /// Notes that a head acknowledged something, which may have left space to be freed.
+    pub fn note_acknowledged(&self) {
+        self.acknowledged.set(self.acknowledged.get() + 1);
+    }
+
+    /// Changes whenever there may be space to be had that was not before.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.acknowledged.get(), self.version.get())
     }
 
     /// How long the disks take.
@@ -272,8 +354,9 @@ impl Disks {
     }
 
     /// The permit of the one pass of garbage collection that may run.
-    pub async fn gc_pass(&self) -> Option<OwnedSemaphorePermit> {
-        self.gc_passes.clone().acquire_owned().await.ok()
+    pub async fn gc_pass(self: &Rc<Self>) -> GcPass {
+        let permit = self.gc_passes.clone().acquire_owned().await.ok();
+        GcPass { _permit: permit, disks: self.clone() }
     }
 
     /// The permit of one of the deletions that may be under way.

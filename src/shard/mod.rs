@@ -23,6 +23,7 @@ pub mod disks;
 pub mod latency;
 pub mod local;
 mod measured;
+pub mod promise;
 pub mod reserve;
 
 use std::future::Future;

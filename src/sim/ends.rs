@@ -46,6 +46,9 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         let Some(running) = start(context).await else { return };
         running.node.heal();
         super::nemesis::heal(context).await;
+        if let Err(why) = super::resize::restore(context, &running).await {
+            context.fail(format!("in the end: {why}"));
+        }
         let spell = !context.world.config.overcommitted && context.env.chance(1, 6);
         if spell && let Err(why) = super::slow::spell(context, &running).await {
             context.fail(why);
@@ -56,6 +59,11 @@ pub(super) async fn reckon(context: &Rc<Context>) {
             let neighbour = take_over_at_last(context, &heads[0].node, volume).await;
             heads.extend(neighbour.clone());
             *context.neighbour.borrow_mut() = neighbour;
+        }
+        for running in &heads[1..] {
+            if let Err(why) = super::resize::restore(context, running).await {
+                context.fail(format!("in the end: {why}"));
+            }
         }
         if context.world.config.overcommitted
             && let Err(why) = fill_up(context, &heads[0]).await
@@ -341,6 +349,7 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     }
     head.check_shards(&broken).await?;
     head.check_leaks(&broken).await?;
+    head.check_usage(&broken).await?;
     if !broken.is_empty() {
         context.cover("a disk with damaged tables");
     }

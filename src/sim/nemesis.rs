@@ -26,7 +26,7 @@ pub(super) async fn run(context: Rc<Context>) {
             turn_round(&context).await;
             continue;
         }
-        match env.random_below(38) {
+        match env.random_below(40) {
             0..=4 => store(&context),
             5..=11 => heal(&context).await,
             12 if context.faulty.borrow().is_empty() => restart_disks(&context, None).await,
@@ -35,6 +35,7 @@ pub(super) async fn run(context: Rc<Context>) {
             15 => retire(&context).await,
             34..=36 => scrub(&context),
             37 => add_disk(&context).await,
+            38.. => super::resize::resize(&context),
             _ => strike(&context),
         }
     }

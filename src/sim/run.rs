@@ -125,7 +125,7 @@ impl Context {
         self.heads.borrow().last().into_iter().chain(&*self.neighbour.borrow()).cloned().collect()
     }
 
-    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+    pub(super) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         self.tasks.borrow_mut().push(tokio::task::spawn_local(task));
     }
 
@@ -152,12 +152,14 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     let slot_bytes = [64 << 10, 128 << 10, 256 << 10][pick(3)];
     let head = HeadConfig {
         overlay_extents_max: 32 + pick(400),
+        thin_record_blocks: pick(2) * 32,
         checkpoint_log_blocks: 16 + env.random_below(300),
         cache_bytes: (16 + pick(64)) * 4096,
         lease: Duration::from_millis(200 + env.random_below(800)),
         straggler: Duration::from_millis(60 + env.random_below(200)),
         io_timeout: Duration::from_mins(1),
         large_write_blocks: 2 + pick(16),
+        cut_blocks: 8 + env.random_below(120),
         pending_bytes_max: 256 << 10,
         shrink_after: if narrow {
             Duration::from_millis(50 + env.random_below(500))
@@ -316,6 +318,7 @@ pub(super) async fn start(context: &Rc<Context>) -> Option<Rc<Running>> {
 pub(super) fn spawn_clients(context: &Rc<Context>, running: &Rc<Running>) {
     let first = Rc::ptr_eq(&running.volume, &context.world.volume);
     let number = if first { context.heads.borrow().len() - 1 } else { NEIGHBOUR };
+    super::resize::go_on_cutting(context, &running.volume);
     for _ in 0..=context.env.random_below(4) {
         context.spawn(client_loop(context.clone(), running.clone(), number));
     }
@@ -413,7 +416,8 @@ async fn client_loop(context: Rc<Context>, running: Rc<Running>, number: usize) 
 fn range(env: &Env, sectors: u64) -> (u64, u64) {
     if env.chance(1, 6) {
         // Parts of few blocks, so that they overlap in flight.
-        return (env.random_below(16), 1 + env.random_below(12));
+        let at = env.random_below(16).min(sectors - 1);
+        return (at, (1 + env.random_below(12)).min(sectors - at));
     }
     let count = match env.random_below(10) {
         0 => 1 + env.random_below(7),
@@ -430,13 +434,17 @@ fn range(env: &Env, sectors: u64) -> (u64, u64) {
 }
 
 /// Ends its write as in doubt when the client is dropped with its process.
-struct Pending<'a> {
+pub(super) struct Pending<'a> {
     volume: &'a Volume,
     write: Option<super::oracle::Write>,
 }
 
-impl Pending<'_> {
-    fn end(mut self, outcome: Outcome) {
+impl<'a> Pending<'a> {
+    pub(super) fn new(volume: &'a Volume, write: super::oracle::Write) -> Self {
+        Self { volume, write: Some(write) }
+    }
+
+    pub(super) fn end(mut self, outcome: Outcome) {
         if let Some(write) = self.write.take() {
             self.volume.oracle.borrow_mut().end(write, outcome);
         }
@@ -452,6 +460,7 @@ impl Drop for Pending<'_> {
 }
 
 async fn step(context: &Context, volume: &Volume, target: &HeadTarget, client: usize) {
+    let resizes = volume.resizes.get();
     let (first, count) = range(&context.env, volume.sectors());
     let offset = first * SECTOR as u64;
     let bytes = usize::try_from(count).expect("small") * SECTOR;
@@ -460,18 +469,20 @@ async fn step(context: &Context, volume: &Volume, target: &HeadTarget, client: u
         0..=4 => {
             let write = volume.oracle.borrow_mut().begin(first, count, false);
             let data = Bytes::from(write.content());
-            let pending = Pending { volume, write: Some(write) };
+            let pending = Pending::new(volume, write);
             let result = target.write(offset, data).await;
             context.note(&format!("client {client} write {first}+{count}: {result:?}"));
-            finish(context, pending, &result, "write", client);
+            let beyond = beyond(volume, target, first + count, resizes);
+            finish(context, pending, &result, "write", (client, beyond));
         }
         5 => {
             let write = volume.oracle.borrow_mut().begin(first, count, true);
-            let pending = Pending { volume, write: Some(write) };
+            let pending = Pending::new(volume, write);
             let unmap = context.env.chance(2, 3);
             let result = target.zero(offset, count * SECTOR as u64, unmap).await;
             context.note(&format!("client {client} zero {first}+{count}: {result:?}"));
-            finish(context, pending, &result, "zero", client);
+            let beyond = beyond(volume, target, first + count, resizes);
+            finish(context, pending, &result, "zero", (client, beyond));
         }
         6 => {
             let result = target.map(offset, count * SECTOR as u64, 8).await;
@@ -486,12 +497,18 @@ async fn step(context: &Context, volume: &Volume, target: &HeadTarget, client: u
     }
 }
 
+/// Whether a request may have been refused because it goes beyond the end of a volume whose size
+/// changed: while it was under way, or unknown to an old head.
+fn beyond(volume: &Volume, target: &HeadTarget, end: u64, resizes: u64) -> bool {
+    volume.resizes.get() != resizes || end * SECTOR as u64 > target.0.size_bytes()
+}
+
 fn finish(
     context: &Context,
     pending: Pending<'_>,
     result: &Result<(), TargetError>,
     what: &str,
-    number: usize,
+    (number, beyond): (usize, bool),
 ) {
     let outcome = match result {
         Ok(()) => Outcome::Acknowledged,
@@ -500,6 +517,7 @@ fn finish(
                 TargetError::NoSpace => "no space",
                 TargetError::Stopped => "stopped",
                 TargetError::Io(_) => "I/O error",
+                TargetError::OutOfRange if beyond => "beyond the end",
                 TargetError::OutOfRange | TargetError::ReadOnly => {
                     context.fail(format!("{what} was refused: {error}"));
                     "refused"

@@ -63,8 +63,16 @@ pub struct WorldConfig {
 pub struct Volume {
     /// Its id.
     pub id: VolumeId,
-    /// Its size, bytes.
-    pub bytes: u64,
+    /// Its size as the store has it, bytes.
+    pub bytes: Cell<u64>,
+    /// Its largest size, bytes.
+    pub bytes_max: u64,
+    /// While what lies beyond its size is being cut off: the size that it had before, bytes.
+    pub cut_from: Cell<Option<u64>>,
+    /// Somebody cuts it off.
+    pub cutting: Cell<bool>,
+    /// Counts the changes of its size.
+    pub resizes: Cell<u64>,
     /// What its sectors may contain.
     pub oracle: RefCell<Oracle>,
 }
@@ -72,7 +80,7 @@ pub struct Volume {
 impl Volume {
     /// Its size in sectors.
     pub fn sectors(&self) -> u64 {
-        self.bytes / SECTOR as u64
+        self.bytes.get() / SECTOR as u64
     }
 }
 
@@ -156,7 +164,15 @@ async fn create_volume(
     let root = Root::fresh(id, set, serde_json::Value::Null);
     let put = Txn::new().put(schema::root_key(id), root.encode());
     store.txn(put).await.expect("no faults yet");
-    Rc::new(Volume { id, bytes, oracle: RefCell::default() })
+    Rc::new(Volume {
+        id,
+        bytes: Cell::new(bytes),
+        bytes_max: bytes,
+        cut_from: Cell::default(),
+        cutting: Cell::default(),
+        resizes: Cell::default(),
+        oracle: RefCell::default(),
+    })
 }
 
 impl World {
@@ -322,7 +338,9 @@ impl World {
         let wait = |why: &str| *self.waiting.borrow_mut() = format!("the take-over: {why}");
         wait("it does not end");
         let since = Instant::now();
-        let head = take_over(context, volume.id, volume.bytes, &wait).await?;
+        let head = take_over(context, volume.id, volume.bytes.get(), &wait).await?;
+        // As a node does: it may have begun with another size.
+        head.resize(volume.bytes.get());
         volume.oracle.borrow_mut().recovered();
         self.retired.borrow().iter().for_each(|index| head.disk_removed(self.ids[*index]));
         // As a node does: disks that came back meanwhile may not have been heard.

@@ -8,7 +8,7 @@ use super::index::count_all;
 use super::overlay::Target;
 use super::rules;
 use super::segtab::ShardRef;
-use crate::id::{DiskId, SegmentId};
+use crate::id::{BLOCK_BYTES, DiskId, SegmentId};
 use crate::shard::{SegmentKind, ShardInfo, ShardState};
 
 impl Head {
@@ -108,6 +108,31 @@ impl Head {
                         segment.id, segment.blocks, member.disk,
                     ));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the figures of space agree with what the disks hold, those of `but` excepted. The
+    /// counters behind them are compared with a walk by [`Head::check`]. Nothing may be written
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// A figure that is wrong, in words.
+    pub async fn check_usage(self: &Rc<Self>, but: &BTreeSet<DiskId>) -> Result<(), String> {
+        let _lock = self.checkpoint_lock.lock().await;
+        let usage = self.usage();
+        for disk in self.disks.ids().into_iter().filter(|disk| !but.contains(disk)) {
+            let Some(client) = self.disks.client(disk) else { continue };
+            let held = client.list(self.volume).await.map_err(|e| format!("list {disk}: {e}"))?;
+            let blocks = u64::from(self.disks.slot_blocks(disk).unwrap_or(0));
+            let taken = held.shards.len() as u64 * blocks * BLOCK_BYTES;
+            let told = usage.get(&disk).copied().unwrap_or_default();
+            if told.used != taken {
+                return Err(format!("{taken} bytes of disk {disk} are used, told is {told:?}"));
+            }
+            if told.live + told.open + told.reclaimable != told.used {
+                return Err(format!("disk {disk}: the parts do not make the whole: {told:?}"));
             }
         }
         Ok(())

@@ -205,7 +205,7 @@ impl Head {
     }
 
     /// Segments worth cleaning now, best first.
-    fn victims(&self) -> Vec<Segment> {
+    pub(super) fn victims(&self) -> Vec<Segment> {
         let state = self.state.borrow();
         let (log, _) = self.capture.borrow().log;
         let scheme = self.gc_scheme();
@@ -281,8 +281,7 @@ impl Head {
     /// Segments that what is live in these fills beyond the one that is being filled.
     pub(super) fn segments_for(&self, victims: &[Segment], pass: Pass) -> usize {
         let each = usable(self.disks.slot_blocks_min()).max(1);
-        let lacking =
-            moved_blocks(victims, pass.scheme).saturating_sub(usable(self.gc_room(pass)));
+        let lacking = moved_blocks(victims, pass.scheme).saturating_sub(usable(self.gc_room(pass)));
         lacking.div_ceil(each) as usize
     }
 
@@ -362,6 +361,16 @@ impl Head {
         Ok(victims)
     }
 
+    /// Promises what a pass will free.
+    #[expect(clippy::cast_precision_loss, reason = "a few slots")]
+    fn promise(&self, victims: &[Segment], pass: Pass) {
+        let frees: usize = victims.iter().map(|victim| self.slots_held(victim)).sum();
+        let takes = self.segments_for(victims, pass) * pass.scheme.width();
+        let gain = frees.saturating_sub(takes) as f64 / self.disks.ids().len().max(1) as f64;
+        let live = victims.iter().map(|victim| u64::from(victim.live)).sum();
+        self.disks.promise.begin(gain, live);
+    }
+
     /// Obtains what a pass takes that moves either what lies in the log or what was moved before, so
     /// that each gets segments of its own; or both together where slots are too few for that.
     async fn obtain_by_age(
@@ -404,6 +413,7 @@ impl Head {
             return Ok(bent);
         }
         let (victims, pass) = self.obtain_by_age(victims, pass).await?;
+        self.promise(&victims, pass);
         match self.clean(&victims, pass).await? {
             0 if tight => self.try_to_bend().await,
             emptied => Ok(emptied),
@@ -598,7 +608,8 @@ impl Head {
         }
         let crcs = data.iter().flat_map(|piece| raw_crcs(piece)).collect();
         let payload = Rc::new(Payload { scheme: pass.scheme, runs, data, crcs });
-        let (placed, opened, announced) = self.write_dense(payload, pass.class, pass.stream).await?;
+        let (placed, opened, announced) =
+            self.write_dense(payload, pass.class, pass.stream).await?;
         let Some(&(_, _, BlockAddr { segment, .. })) = placed.first() else { return Ok(()) };
         let mut moves: Vec<Entry> = Vec::new();
         for (from, blocks, place) in placed {
@@ -608,6 +619,7 @@ impl Head {
             }
         }
         add(&self.stats.moved_blocks, live.len() as u64);
+        self.disks.promise.moved(live.len() as u64);
         // Pinned by the entries only while they wait, and until then by this.
         self.pin(segment, 1);
         self.pin_entries(&moves, k);

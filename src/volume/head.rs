@@ -58,6 +58,11 @@ pub struct HeadConfig {
     pub straggler: Duration,
     /// How long requests wait for enough disks before they fail.
     pub io_timeout: Duration,
+    /// Blocks of the index that are cut off at a time when a volume shrinks.
+    pub cut_blocks: u64,
+    /// While space is wanted, a record of fewer blocks waits for those in flight, so that it becomes
+    /// larger: each has a header of a block.
+    pub thin_record_blocks: usize,
     /// Writes of at least so many blocks go to data segments directly.
     pub large_write_blocks: usize,
     /// Bytes of writes that wait for the log at most.
@@ -87,6 +92,8 @@ impl Default for HeadConfig {
             lease: Duration::from_secs(1),
             straggler: Duration::from_millis(500),
             io_timeout: Duration::from_secs(30),
+            cut_blocks: 1 << 21,
+            thin_record_blocks: 32,
             large_write_blocks: 32,
             pending_bytes_max: 16 << 20,
             shrink_after: Duration::from_millis(500),
@@ -204,6 +211,9 @@ pub(super) struct Chain {
 #[allow(clippy::struct_excessive_bools, reason = "each says something else")]
 pub(super) struct State {
     pub(super) size: u64,
+    /// Nothing is mapped beyond this many bytes: larger than the size while what a shrink left is
+    /// being cut off.
+    pub(super) reach: u64,
     pub(super) tree: Tree,
     /// Counts the trees there have been.
     pub(super) generation: u64,
@@ -304,12 +314,14 @@ pub struct Head {
     pub(super) deletes_slowly: Cell<bool>,
     pub(super) dense: super::dense::Dense,
     pub(super) narrow: super::narrow::Narrow,
+    /// When it was made.
+    pub(super) started: Instant,
     pub(super) space: super::space::Space,
     /// Bounds how often it is logged that a block is bad.
     findings_told: Throttle,
     pub(super) scrub: super::scrub::Scrub,
     /// Counts this head among those that share the disks.
-    _member: Member,
+    pub(super) member: Member,
     /// Counters.
     pub stats: HeadStats,
     /// For tasks that must not keep the head alive.
@@ -497,7 +509,7 @@ impl Head {
             volume: authority.volume,
             authority,
             env: context.env,
-            _member: context.disks.join(context.pool.scheme.parity),
+            member: context.disks.join(context.pool.scheme.parity),
             disks: context.disks,
             store: context.store,
             config: context.config,
@@ -518,6 +530,7 @@ impl Head {
             deletes_slowly: Cell::new(false),
             dense: super::dense::Dense::default(),
             narrow,
+            started: Instant::now(),
             space: super::space::Space::default(),
             findings_told: Throttle::default(),
             scrub: super::scrub::Scrub::default(),
@@ -555,6 +568,7 @@ impl Head {
         self.repair_wanted.notify_one();
         self.gc_wanted.notify_one();
         self.width_wanted.notify_waiters();
+        self.disks.space_wanted.notify_waiters();
         self.scrub.stop();
     }
 
@@ -756,17 +770,12 @@ impl Head {
         self.state.borrow().size
     }
 
-    /// Changes the size; growing is online. Shrinking is not offered here.
-    ///
-    /// # Errors
-    /// The new size is smaller.
-    pub fn grow(&self, size: u64) -> Result<(), TargetError> {
+    /// Changes the size that clients see, at once. What lies beyond a smaller one stays there until
+    /// [`Head::cut_off`]; nothing may grow over it before.
+    pub fn resize(&self, size: u64) {
         let mut state = self.state.borrow_mut();
-        if size < state.size {
-            return Err(TargetError::OutOfRange);
-        }
         state.size = size;
-        Ok(())
+        state.reach = state.reach.max(size);
     }
 }
 

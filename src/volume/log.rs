@@ -19,7 +19,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
 use super::discard::delete_shards;
-use super::head::{Flight, Head, Op, add, table_entry};
+use super::head::{Flight, Head, Op, State, add, table_entry};
 use super::rules::{self, LogSet};
 use super::segtab::ShardRef;
 use crate::export::TargetError;
@@ -216,6 +216,7 @@ impl Writer {
             for op in finished {
                 op.finish(Ok(()));
             }
+            head.disks.note_acknowledged();
             head.applied.notify_waiters();
         }
     }
@@ -251,7 +252,7 @@ impl Writer {
             let state = self.head.state.borrow();
             let overlay_full = state.overlay.len() >= self.head.overlay_extents_max(&state);
             let waits = state.queue.is_empty() && (state.pending.is_empty() || overlay_full);
-            (waits, state.flights.len() >= FLIGHTS_MAX)
+            (waits, state.flights.len() >= FLIGHTS_MAX || self.is_thin(&state))
         };
         if idle || full || self.head.state.borrow().stopped.is_some() {
             return false;
@@ -276,6 +277,21 @@ impl Writer {
             self.send(&log, flight);
         }
         true
+    }
+
+    /// Whether the next record would be mostly header, and can be made larger by waiting for what is
+    /// in flight.
+    fn is_thin(&self, state: &State) -> bool {
+        let enough = self.head.config.thin_record_blocks;
+        let mut blocks = 0;
+        let mut grows = |op: &Op| {
+            blocks += op.crcs.len();
+            blocks < enough
+        };
+        !state.flights.is_empty()
+            && state.queue.is_empty()
+            && self.head.wants_space(state)
+            && state.pending.iter().all(&mut grows)
     }
 
     /// Blocks that the next record will take at most, its opening record included.

@@ -20,12 +20,15 @@ pub mod root;
 pub mod rules;
 mod scrub;
 pub mod segtab;
+mod shrink;
 mod space;
 mod swap;
 pub mod takeover;
 pub mod target;
 #[cfg(test)]
 mod tests;
+mod throttle;
+pub mod usage;
 mod walk;
 mod width;
 

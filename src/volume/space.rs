@@ -4,40 +4,42 @@
 //! [`crate::shard::reserve`]. Here is the head's part in it. With `h` the *headroom*, the number of
 //! log segments that clients can surely still open:
 //!
-//! - from [`slow_from`] down, writes of clients are delayed, by more the less there is; a checkpoint
+//! - from [`slow_from`] down, writes of clients are delayed ([`super::throttle`]); a checkpoint
 //!   and garbage collection are asked for with each segment that is opened; an overlay counts as
 //!   full at this volume's share of what the checkpoints' reserve can hold; sparse meta segments
 //!   are rewritten by every checkpoint. Garbage collection begins at twice that: the later it
-//!   comes, the more is dead by itself;
+//!   comes, the more is dead by itself. The other heads that share the disks are *called* too: what
+//!   an idle volume trimmed or overwrote is freed by its own checkpoint, and nobody else's;
 //! - at zero, a write waits until a *round* has ended in vain that began after it came: a
-//!   checkpoint, and a pass of garbage collection that found nothing to gain. Then it fails with
-//!   "no space". Trims, zeroes and moves wait for nothing here: the log takes them from the
+//!   checkpoint, and a pass of garbage collection that found nothing to gain, and all other heads
+//!   have answered a call. Then it fails with "no space". Trims, zeroes and moves wait for nothing here: the log takes them from the
 //!   reserve of their class.
 //!
 //! Nothing waits here that has a place in the queue of the log, so that no write holds up what
 //! would make room for it.
 
 use std::cell::{Cell, RefCell};
-use std::rc::Weak;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
 use super::head::{Head, State};
+use super::throttle::slow_from;
 use crate::export::TargetError;
 use crate::id::{BLOCK_BYTES, Lsn, SegmentId};
 
-/// Longest delay of a write of a client for want of space.
-const DELAY_MAX: Duration = Duration::from_millis(20);
 /// How often a write that waits for space looks whether there is some.
 const POLL: Duration = Duration::from_millis(100);
-/// Headroom from which on writes are delayed, at least.
-const SLOW_FROM_MIN: u32 = 8;
-/// The same, percent of a disk's slots.
-const SLOW_FROM_PERCENT: u32 = 1;
+/// Headroom from which on garbage collection keeps apart what it moves.
+const SEPARATE_FROM: u32 = 2;
 /// Extents that an overlay may always have.
 const EXTENTS_MIN: usize = 8;
+/// How long a write waits for other heads to answer its call.
+const OTHERS_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a head works on a call before it counts as answered.
+const CALL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a checkpoint that used the reserve may wait for its root while others wait for it.
 const RESERVE_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a write that was refused space is tried again while there seems to be some.
@@ -49,12 +51,17 @@ pub(super) struct Space {
     /// Rounds that ended.
     rounds: Cell<u64>,
     ended: Notify,
-    /// Where the log stood, and the version of the disks' fill, when a round last ended in vain.
-    vain: Cell<Option<(Lsn, u64)>>,
+    /// When it last called for space though there was some.
+    pub(super) called: Cell<Option<Instant>>,
+    /// What the heads had acknowledged, and the version of the disks' fill, when a round last ended in
+    /// vain.
+    vain: Cell<Option<(u64, u64)>>,
+    /// Where the log stood, and the same version, when a round last ended.
+    barren: Cell<Option<(Lsn, u64)>>,
     /// Headroom and where delays begin, as of a version of the disks' fill.
     known: Cell<Option<(u64, u32, u32)>>,
     /// The version of the disks' fill at which a checkpoint was last asked for.
-    asked: Cell<u64>,
+    pub(super) asked: Cell<u64>,
     /// An append to a meta segment failed: the next one is opened where the disks are sound, with the
     /// checkpoints' reserve, though clients' slots may be free on those that are not.
     pub(super) meta_failed: Cell<bool>,
@@ -71,22 +78,10 @@ pub(super) struct Space {
     making: Cell<bool>,
 }
 
-/// Headroom from which on writes are delayed, where a domain has so many slots.
-const fn slow_from(slots: u32) -> u32 {
-    let part = slots / 100 * SLOW_FROM_PERCENT;
-    if part > SLOW_FROM_MIN { part } else { SLOW_FROM_MIN }
-}
-
-/// How long a write waits: nothing at `slow_from`, and quadratically more towards zero.
-fn delay(headroom: u32, slow_from: u32) -> Duration {
-    let lack = f64::from(slow_from.saturating_sub(headroom)) / f64::from(slow_from);
-    DELAY_MAX.mul_f64(lack * lack)
-}
-
 impl Head {
     /// Log segments that clients can surely still open, and from how many on there is no hurry.
     /// While too few domains are up, space is not what is wanting.
-    fn headroom(&self, state: &State) -> (u32, u32) {
+    pub(super) fn headroom(&self, state: &State) -> (u32, u32) {
         let version = self.disks.version();
         let known = match self.space.known.get() {
             Some((at, headroom, slow)) if at == version => (headroom, slow),
@@ -117,6 +112,11 @@ impl Head {
         self.headroom(state).0 == 0
     }
 
+    /// Whether there are slots enough for garbage collection to fill two data segments by turns.
+    pub(super) fn may_separate(&self) -> bool {
+        self.headroom(&self.state.borrow()).0 >= SEPARATE_FROM
+    }
+
     /// Whether free slots run short.
     pub(super) fn is_tight(&self, state: &State) -> bool {
         let (headroom, slow) = self.headroom(state);
@@ -138,7 +138,7 @@ impl Head {
             return most;
         }
         let height = u64::from(state.tree.height);
-        let leaves = state.size.div_ceil(512 * BLOCK_BYTES);
+        let leaves = state.reach.div_ceil(512 * BLOCK_BYTES);
         let share = self.disks.checkpoint_pages() / u64::from(self.disks.heads());
         if leaves + leaves / 511 + height <= share {
             return most;
@@ -148,34 +148,16 @@ impl Head {
         extents.clamp(EXTENTS_MIN.min(most), most)
     }
 
-    /// Lets a write of a client wait while space runs short.
-    ///
-    /// # Errors
-    /// [`TargetError::NoSpace`] when there is none and none can be gained.
-    pub(super) async fn admit_write(&self) -> Result<(), TargetError> {
-        let (headroom, slow) = self.headroom(&self.state.borrow());
-        if headroom >= slow {
-            return Ok(());
-        }
-        if headroom == 0 {
-            return self.reclaim().await;
-        }
-        if self.space.asked.replace(self.disks.version()) != self.disks.version() {
-            self.checkpoint_wanted.notify_one();
-        }
-        tokio::time::sleep(delay(headroom, slow)).await;
-        Ok(())
-    }
-
     /// Waits until there is space for clients.
     ///
     /// # Errors
     /// [`TargetError::NoSpace`] when a round ended in vain, or none ended in time.
     pub(super) async fn reclaim(&self) -> Result<(), TargetError> {
-        if self.space.vain.get() == Some(self.progress()) {
+        if self.space.vain.get() == Some(self.disks.progress()) {
             return Err(TargetError::NoSpace);
         }
         let since = Instant::now();
+        let call = self.member.call_for_space();
         let from = self.space.rounds.get();
         let mut asked = None;
         loop {
@@ -187,7 +169,10 @@ impl Head {
                 return Ok(());
             }
             // The first round that ends may have begun before this write came.
-            if self.space.rounds.get() >= from + 2 || since.elapsed() >= self.config.io_timeout {
+            let waited = since.elapsed();
+            let others = self.disks.is_answered(call) || waited >= OTHERS_PATIENCE;
+            let vain = self.space.rounds.get() >= from + 2 && others;
+            if vain || waited >= self.config.io_timeout {
                 return Err(TargetError::NoSpace);
             }
             if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
@@ -198,14 +183,54 @@ impl Head {
         }
     }
 
-    fn progress(&self) -> (Lsn, u64) {
-        (self.state.borrow().acked, self.disks.version())
+    /// Whether a checkpoint of this volume may free something; whether a pass of garbage collection
+    /// may.
+    fn has_to_give(&self) -> (bool, bool) {
+        let state = self.state.borrow();
+        if self.space.barren.get() == Some((state.acked, self.disks.version())) {
+            return (false, false);
+        }
+        let dirty = !state.overlay.is_empty()
+            || state.frozen.is_some()
+            || state.checkpoint != state.root.checkpoint;
+        drop(state);
+        (dirty, !dirty && !self.victims().is_empty())
+    }
+
+    /// Gives back what this volume does not need, because somebody calls for space.
+    async fn give(&self) {
+        let since = Instant::now();
+        let from = self.space.rounds.get();
+        let mut asked = None;
+        // The first round that ends may have begun before the call.
+        while self.is_serving()
+            && self.space.rounds.get() < from + 2
+            && since.elapsed() < CALL_PATIENCE
+        {
+            let ended = self.space.ended.notified();
+            let (dirty, garbage) = self.has_to_give();
+            if !dirty && !garbage {
+                return;
+            }
+            if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
+                (if dirty { &self.checkpoint_wanted } else { &self.gc_wanted }).notify_one();
+            }
+            // Whichever comes first; either is a reason to look again.
+            drop(tokio::time::timeout(POLL, ended).await);
+        }
+    }
+
+    /// Whether a write of a client would get no space now.
+    pub fn is_out_of_space(&self) -> bool {
+        let vain = self.space.vain.get() == Some(self.disks.progress());
+        vain && self.is_full(&self.state.borrow())
     }
 
     /// A pass of garbage collection found nothing to gain.
     pub(super) fn round_ended(&self) {
         let full = self.is_full(&self.state.borrow());
-        self.space.vain.set(full.then(|| self.progress()));
+        self.space.vain.set(full.then(|| self.disks.progress()));
+        self.space.barren.set(Some((self.state.borrow().acked, self.disks.version())));
         self.space.rounds.set(self.space.rounds.get() + 1);
         self.space.ended.notify_waiters();
     }
@@ -279,6 +304,24 @@ impl Head {
     }
 }
 
+/// Answers calls for space until the head stops.
+pub(super) async fn run_calls(head: Rc<Head>) {
+    head.member.take_part();
+    loop {
+        let wanted = head.disks.space_wanted.notified();
+        if !head.is_serving() {
+            head.member.answer(u64::MAX);
+            return;
+        }
+        let Some(call) = head.member.called() else {
+            wanted.await;
+            continue;
+        };
+        head.give().await;
+        head.member.answer(call);
+    }
+}
+
 /// Lets others have the checkpoints' reserve when a checkpoint is made but its root does not come into
 /// force: one volume that cannot reach its disks or the store must not stop all. Until it does, this
 /// head makes no other checkpoint, so that it takes no more of the reserve than this once.
@@ -294,19 +337,5 @@ async fn lend(head: Weak<Head>, grant: u64) {
             head.space.reserve.borrow_mut().take();
             return;
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn writes_slow_smoothly() {
-        let slow = slow_from(64);
-        let delays: Vec<Duration> = (0..=slow).map(|headroom| delay(headroom, slow)).collect();
-        assert_eq!((delays[0], delays[slow as usize]), (DELAY_MAX, Duration::ZERO));
-        assert!(delays.is_sorted_by(|a, b| a > b), "{delays:?}");
-        assert_eq!(delay(u32::MAX, slow), Duration::ZERO);
     }
 }

@@ -333,6 +333,7 @@ fn state_of(
     let next_segment = root.range.0;
     State {
         size,
+        reach: size,
         tree: Tree { root: snapshot.root, height: snapshot.height.max(1) },
         generation: 1,
         overlay: Overlay::default(),
@@ -677,6 +678,7 @@ impl Head {
         tokio::task::spawn_local(super::swap::run(self.clone()));
         tokio::task::spawn_local(super::repair::run(self.clone()));
         tokio::task::spawn_local(super::gc::run(self.clone()));
+        tokio::task::spawn_local(super::space::run_calls(self.clone()));
         tokio::task::spawn_local(super::width::run_shrink(self.clone()));
         tokio::task::spawn_local(super::width::run_renew(self.clone()));
         tokio::task::spawn_local(super::scrub::run_rounds(self.clone()));

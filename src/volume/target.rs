@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::dense::Payload;
+use super::dense::{Payload, Stream};
 use super::head::{Chain, Head, HeadError, Op, add};
 use super::index::{lookup, push};
 use super::overlay::{Extent, Overlay, Target};
@@ -187,13 +187,31 @@ impl Head {
         class: SlotClass,
     ) -> oneshot::Receiver<Result<(), TargetError>> {
         let (done, receiver) = oneshot::channel();
+        if self.is_beyond(&entries) {
+            // The volume shrank while the request was under way.
+            self.state.borrow_mut().unpin(&entries);
+            drop(done.send(Err(TargetError::OutOfRange)));
+            return receiver;
+        }
         self.update_chains(&entries, &payload);
         self.enqueue(Op { entries, payload, crcs, class, generation: 0, done: Some(done) });
         receiver
     }
 
+    /// Whether some of this lies beyond the end of the volume.
+    fn is_beyond(&self, entries: &[Entry]) -> bool {
+        let end = self.size_bytes().div_ceil(BLOCK_BYTES);
+        entries.iter().any(|entry| match *entry {
+            Entry::Write { lba, blocks } | Entry::Place { lba, blocks, .. } => {
+                lba + u64::from(blocks) > end
+            }
+            Entry::Zero { lba, blocks, .. } => lba + blocks > end,
+            _ => false,
+        })
+    }
+
     /// Tells the chains of the blocks that these entries overwrite.
-    fn update_chains(&self, entries: &[Entry], payload: &[Bytes]) {
+    pub(super) fn update_chains(&self, entries: &[Entry], payload: &[Bytes]) {
         let mut state = self.state.borrow_mut();
         if state.chains.is_empty() {
             return;
@@ -246,7 +264,7 @@ impl Head {
         } else {
             // Everything queued before must be applied before the committed content is read;
             // whatever is queued from now on updates the chain.
-            self.barrier().await?;
+            self.barrier(SlotClass::Client).await?;
             self.ensure_lease().await?;
             let committed = self.read_blocks(lba, 1).await?.remove(0);
             known(self.state.borrow().chains.get(&lba)).unwrap_or(committed)
@@ -260,7 +278,7 @@ impl Head {
     }
 
     /// Returns when everything queued so far is applied.
-    async fn barrier(&self) -> Result<(), TargetError> {
+    pub(super) async fn barrier(&self, class: SlotClass) -> Result<(), TargetError> {
         let idle = {
             let state = self.state.borrow();
             state.pending.is_empty() && state.queue.is_empty() && state.flights.is_empty()
@@ -268,14 +286,8 @@ impl Head {
         if idle {
             return Ok(());
         }
-        let nothing = Op {
-            entries: vec![],
-            payload: vec![],
-            crcs: vec![],
-            class: SlotClass::Client,
-            generation: 0,
-            done: None,
-        };
+        let nothing =
+            Op { entries: vec![], payload: vec![], crcs: vec![], class, generation: 0, done: None };
         let (done, receiver) = oneshot::channel();
         self.enqueue(Op { done: Some(done), ..nothing });
         wait(receiver).await
@@ -343,6 +355,10 @@ impl Head {
             entries.push(Entry::Place { lba: lba + u64::from(from), blocks, addr });
         }
         self.pin_entries(&entries, usize::from(scheme.data));
+        if self.is_beyond(&entries) {
+            self.state.borrow_mut().unpin(&entries);
+            return Err(TargetError::OutOfRange);
+        }
         // The chains see the content here, where the order of the write is decided.
         self.update_chains(&[Entry::Write { lba, blocks }], std::slice::from_ref(&data));
         match wait(self.submit(entries, vec![], vec![], SlotClass::Client)).await {
@@ -530,7 +546,9 @@ fn split(offset: u64, len: usize) -> (u64, usize, usize) {
     (offset / BLOCK_BYTES, head, (len - head) / BLOCK_SIZE * BLOCK_SIZE)
 }
 
-async fn wait(receiver: oneshot::Receiver<Result<(), TargetError>>) -> Result<(), TargetError> {
+pub(super) async fn wait(
+    receiver: oneshot::Receiver<Result<(), TargetError>>,
+) -> Result<(), TargetError> {
     receiver.await.unwrap_or(Err(TargetError::Stopped))
 }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::dense::Payload;
+use super::dense::{Payload, Stream};
 use super::head::{HeadConfig, Op};
 use super::overlay::Target;
 use super::root::Root;
@@ -412,7 +412,8 @@ fn a_data_segment_whose_last_record_is_referred_to_in_part_stays_whole() {
         let crcs = raw_crcs(&data).collect();
         let scheme = config().scheme;
         let payload = Payload { scheme, runs: vec![(0, 3)], data: vec![data], crcs };
-        let written = running.head.write_dense(Rc::new(payload), SlotClass::Gc, Stream::Moved).await;
+        let written =
+            running.head.write_dense(Rc::new(payload), SlotClass::Gc, Stream::Moved).await;
         let (placed, mut entries, _) = written.unwrap_or_else(|error| panic!("{error}"));
         // The other two were overwritten meanwhile.
         entries.push(Entry::Place { lba: 0, blocks: 1, addr: placed[0].2 });

@@ -10,8 +10,8 @@ use sds::admin::backend::{ApiResult, Command, channel};
 use sds::admin::error::ApiError;
 use sds::admin::types::{
     AddDisk, Capacity, CreatePool, CreateVolume, Disk, DiskErrors, DiskLatency, DiskState,
-    DiskTiming, Pool, Redundancy, Removed, ResizeVolume, Scrub, ScrubState, Volume, VolumeName,
-    VolumeState,
+    DiskTiming, Fill, Pool, Redundancy, Removed, ResizeVolume, Scrub, ScrubState, Space, Volume,
+    VolumeName, VolumeState,
 };
 use sds::admin::{health, server};
 use sds::id::{DiskId, PoolId, VolumeId};
@@ -104,6 +104,7 @@ fn disk(n: u8, path: String) -> Disk {
         slots: 1_000,
         slots_used: 100,
         used: 100 * (4 << 20),
+        space: Space::default(),
         errors: DiskErrors::default(),
         recent_errors: DiskErrors::default(),
         latency: DiskLatency { append_us: 85, read_us: 60 },
@@ -121,6 +122,8 @@ fn pool(request: &CreatePool) -> Pool {
         min_size: request.effective_min_size(),
         domains_online: 6,
         capacity: Capacity { raw: 24 << 30, used: 2 << 30, free: 22 << 30 },
+        space: Space::default(),
+        fill: Fill::default(),
         usable: 16 << 30,
         stored: 1 << 30,
         volumes: 0,
@@ -133,7 +136,9 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         id: VolumeId::from_bytes([9; 16]),
         name: name.to_owned(),
         size,
+        cutting: 0,
         allocated,
+        space: Space::default(),
         epoch: "0.1".to_owned(),
         redundancy: Redundancy::Full,
         exports: vec![format!("nbd://127.0.0.1:10809/{short}")],

@@ -29,7 +29,7 @@ fn an_operators_day() {
     refused(&["volume", "create", "mirror/a/b", "--size", "64M"], "not a name");
     refused(&["volume", "create", "mirror/x", "--size", "0"], "more than 0");
     refused(&["volume", "create", "mirror/x", "--size", "2000T"], "too large");
-    refused(&["volume", "resize", "mirror/db", "--size", "1M", "--yes"], "smaller");
+    refused(&["volume", "resize", "mirror/db", "--size", "1M"], "3MiB of it hold data");
     refused(&["pool", "create", "wide", "--ec", "16+4"], "needs 20 disks");
     refused(&["pool", "create", "n", "--replicas", "2", "--failure-domain", "node"], "one node");
     refused(&["pool", "rm", "mirror"], "holds volumes");
@@ -37,6 +37,7 @@ fn an_operators_day() {
 
     let attached = Client::attach(&node.nbd, "mirror/db").expect("it is exported");
     refused(&["volume", "rm", "mirror/db", "--yes"], "attached");
+    refused(&["volume", "resize", "mirror/db", "--size", "1M", "--yes"], "attached");
     drop(attached);
     node.wait_json("the client is gone", &["volume", "ls"], |_| {
         node.ctl_raw(&["volume", "rm", "mirror/db", "--yes"]).0
@@ -58,6 +59,49 @@ fn an_operators_day() {
     assert_eq!(node.json(&["status"])["disks"]["total"], 6);
     node.stop();
     Node::start(dir.path(), &[]).stop();
+}
+
+#[test]
+fn a_volume_shrinks_and_shows_zeroes_when_it_grows_again() {
+    let dir = directory();
+    let node = Node::start(dir.path(), &SMALL);
+    let io = |commands: &[&str]| {
+        let mut args = vec!["-f", "raw", node.uri.as_str()];
+        args.extend(commands.iter().flat_map(|command| ["-c", command]));
+        let text = run("qemu-io", &args);
+        assert!(!text.contains("failed"), "{text}");
+    };
+    let slots = || -> u64 {
+        let disks = node.json(&["disk", "ls"]);
+        let disks = disks.as_array().expect("a list");
+        disks.iter().map(|disk| disk["slots_used"].as_u64().expect("a number")).sum()
+    };
+    io(&["write -P 5 0 160M"]);
+    let full = slots();
+    let resize = |size: &str, yes: &[&str]| {
+        node.ctl_code(&[&["volume", "resize", "default/vol0", "--size", size], yes].concat())
+    };
+    let (_, _, why) = resize("8M", &[]);
+    assert!(why.contains("cuts off its last 248MiB") && why.contains("152MiB of it hold"), "{why}");
+    // The server may take a moment to notice that its last client is gone.
+    node.wait_json("nobody is attached", &["status"], |_| {
+        let (code, said, why) = resize("8M", &["--yes"]);
+        assert!(code == 0 || why.contains("attached"), "{why}");
+        code == 0 && said.contains("has 8MiB now; its last 248MiB were cut off")
+    });
+    node.wait_json("its space comes back", &["volume", "ls"], |v| {
+        v[0]["cutting"] == 0 && slots() < full / 4
+    });
+    assert_eq!(run("nbdinfo", &["--size", &node.uri]).trim(), (8 << 20).to_string());
+    io(&["read -P 5 0 8M", "write -P 6 4M 4M"]);
+    assert_eq!(resize("256M", &[]).0, 0);
+    io(&["read -P 5 0 4M", "read -P 6 4M 4M", "read -P 0 8M 248M", "write -P 7 100M 1M"]);
+    node.kill();
+    let node = Node::start(dir.path(), &[]);
+    let read = ["-c", "read -P 6 4M 4M", "-c", "read -P 0 8M 92M", "-c", "read -P 7 100M 1M"];
+    let text = run("qemu-io", &[&["-f", "raw", node.uri.as_str()][..], &read].concat());
+    assert!(!text.contains("failed"), "{text}");
+    node.stop();
 }
 
 #[test]

@@ -1,0 +1,82 @@
+//! What the slots of a volume are for, by disk.
+
+use std::collections::BTreeMap;
+
+use super::head::{Head, State};
+use super::segtab::Segment;
+use crate::id::{BLOCK_BYTES, DiskId};
+
+/// What slots are for, bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Slots that are taken, whole.
+    pub used: u64,
+    /// Of them: what the index or newer writes refer to, pages of the index and its newest tables.
+    pub live: u64,
+    /// Of them: the unwritten rest of those that are being written to.
+    pub open: u64,
+    /// Of them: all else.
+    pub reclaimable: u64,
+}
+
+impl Usage {
+    /// Adds another.
+    pub fn add(&mut self, other: Self) {
+        self.used += other.used;
+        self.live += other.live;
+        self.open += other.open;
+        self.reclaimable += other.reclaimable;
+    }
+}
+
+/// What one shard of a segment takes. Of `extra` blocks it is known besides that they are needed.
+fn shard(segment: &Segment, extra: u32) -> Usage {
+    let blocks = |n: u32| u64::from(n) * BLOCK_BYTES;
+    let references = u64::from(segment.live) + u64::from(segment.recent);
+    let each = references.div_ceil(segment.scheme.data.into()) + u64::from(extra);
+    let used = blocks(segment.shard_blocks);
+    let written = blocks(segment.blocks);
+    let live = (each * BLOCK_BYTES).min(written);
+    let open = if segment.sealed { 0 } else { used - written };
+    Usage { used, live, open, reclaimable: used - live - open }
+}
+
+impl State {
+    /// Blocks of a segment that hold the table of the newest checkpoint, or the root's.
+    fn table_blocks(&self, segment: &Segment) -> u32 {
+        let mut tables: Vec<_> = [&self.checkpoint, &self.root.checkpoint]
+            .into_iter()
+            .flatten()
+            .filter(|checkpoint| checkpoint.place.segment == segment.id)
+            .map(|checkpoint| (checkpoint.place.block, checkpoint.place.blocks))
+            .collect();
+        tables.sort_unstable();
+        tables.dedup();
+        tables.into_iter().map(|(_, blocks)| blocks).sum()
+    }
+}
+
+impl Head {
+    /// What the volume's slots are for, on each disk. Shards that are missing take none; those that
+    /// are freed do until their disk has confirmed it.
+    pub fn usage(&self) -> BTreeMap<DiskId, Usage> {
+        let state = self.state.borrow();
+        let mut usage: BTreeMap<DiskId, Usage> = BTreeMap::new();
+        for segment in state.table.segments.values() {
+            let each = shard(segment, state.table_blocks(segment));
+            for (index, member) in segment.members.iter().enumerate() {
+                let there = segment.missing >> index & 1 == 0 || segment.is_damaged(index);
+                if there && !member.disk.is_nil() {
+                    usage.entry(member.disk).or_default().add(each);
+                }
+            }
+        }
+        for (_, freed) in &state.table.freed {
+            let blocks = self.disks.slot_blocks(freed.disk).unwrap_or(0);
+            let used = u64::from(blocks) * BLOCK_BYTES;
+            let each = Usage { used, reclaimable: used, ..Usage::default() };
+            usage.entry(freed.disk).or_default().add(each);
+        }
+        usage
+    }
+}
