@@ -15,12 +15,13 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::activity::Activity;
+use super::budget::Budget;
 use super::latency::Watch;
 use super::measured::MeasuredClient;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
-use crate::id::DiskId;
-use crate::limits::SLOT_BYTES_MAX;
+use crate::id::{BLOCK_SIZE, DiskId};
+use crate::limits::{REPAIR_BYTES_MAX, SLOT_BYTES_MAX};
 use crate::segment::slot_blocks;
 
 /// How long a disk that failed a request is avoided for new segments.
@@ -60,6 +61,10 @@ pub struct Disks {
     deletes: Semaphore,
     /// How busy clients keep the disks.
     pub activity: Rc<Activity>,
+    /// What repair and scrub may ask of the disks.
+    pub budget: Budget,
+    /// Blocks that repairs may hold in memory.
+    repairs: Semaphore,
     watch: Rc<Watch>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
@@ -67,6 +72,7 @@ pub struct Disks {
 
 impl Default for Disks {
     fn default() -> Self {
+        let activity: Rc<Activity> = Rc::default();
         Self {
             known: RefCell::default(),
             arrivals: Cell::new(0),
@@ -76,7 +82,9 @@ impl Default for Disks {
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
             deletes: Semaphore::new(DELETES_MAX),
-            activity: Rc::default(),
+            budget: Budget::new(activity.clone()),
+            activity,
+            repairs: Semaphore::new(REPAIR_BYTES_MAX / BLOCK_SIZE),
             watch: Rc::default(),
             changed: Notify::new(),
         }
@@ -222,6 +230,12 @@ impl Disks {
     /// The permit of the one pass of garbage collection that may run.
     pub async fn gc_pass(&self) -> Option<OwnedSemaphorePermit> {
         self.gc_passes.clone().acquire_owned().await.ok()
+    }
+
+    /// A permit for a repair that holds so many blocks in memory, in the order of asking.
+    pub async fn repair_permit(&self, blocks: usize) -> Option<SemaphorePermit<'_>> {
+        let blocks = u32::try_from(blocks.min(REPAIR_BYTES_MAX / BLOCK_SIZE)).ok()?;
+        self.repairs.acquire_many(blocks).await.ok()
     }
 
     /// The permit of one of the deletions that may be under way.

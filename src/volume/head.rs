@@ -126,6 +126,8 @@ pub struct HeadStats {
     pub rebuilt_shards: Cell<u64>,
     /// Bytes rebuilt.
     pub rebuilt_bytes: Cell<u64>,
+    /// Bytes that repairs read.
+    pub repair_read_bytes: Cell<u64>,
     /// Bytes that scrubs read.
     pub scrub_bytes: Cell<u64>,
     /// Bad blocks and shards that scrubs found, and those of reads that were mended in place.
@@ -298,6 +300,7 @@ pub struct Head {
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     /// What slow disks are to delete is being deleted.
     pub(super) deletes_slowly: Cell<bool>,
+    pub(super) repair: super::repair::Repair,
     pub(super) dense: super::dense::Dense,
     pub(super) space: super::space::Space,
     /// Bounds how often it is logged that a block is bad.
@@ -510,6 +513,7 @@ impl Head {
             relocate: RefCell::default(),
             torn: RefCell::default(),
             deletes_slowly: Cell::new(false),
+            repair: super::repair::Repair::default(),
             dense: super::dense::Dense::default(),
             space: super::space::Space::default(),
             findings_told: Throttle::default(),

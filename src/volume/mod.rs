@@ -28,5 +28,6 @@ mod tests;
 mod walk;
 mod width;
 
+pub use repair::RepairReport;
 pub use report::HeadReport;
 pub use scrub::{DEFAULT_PERIOD as SCRUB_PERIOD, ScrubReport};
