@@ -40,8 +40,10 @@ pub fn status(
     uptime_s: u64,
 ) -> Status {
     let Health { health, reasons } = assess(disks, pools, volumes);
-    let mut by_pool: Vec<_> =
-        pools.iter().map(|p| PoolCapacity { name: p.name.clone(), capacity: p.capacity }).collect();
+    let mut by_pool: Vec<_> = pools
+        .iter()
+        .map(|p| PoolCapacity { name: p.name.clone(), capacity: p.capacity, repair: p.repair })
+        .collect();
     by_pool.sort_by(|a, b| a.name.cmp(&b.name));
     Status {
         health,
@@ -215,6 +217,7 @@ mod tests {
             usable: 66,
             stored: 0,
             volumes: 1,
+            repair: None,
         }
     }
 
@@ -230,6 +233,7 @@ mod tests {
             state,
             failures: vec![],
             unrepairable: 0,
+            repair: None,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::output::{Output, Table, fields, human_bytes, percent};
+use super::output::{Output, Table, fields, human_bytes, percent, repair_progress};
 use super::{Failure, parse};
 use crate::admin::client::Client;
 use crate::admin::types::{CreatePool, FailureDomain, Pool, PoolScheme};
@@ -140,6 +140,7 @@ fn details(pool: &Pool) -> String {
         percent(pool.capacity.used, pool.capacity.raw),
         human_bytes(pool.capacity.free)
     );
+    let repair = pool.repair.as_ref().map_or_else(|| "-".to_owned(), repair_progress);
     fields(&[
         ("name", pool.name.clone()),
         ("id", pool.id.to_string()),
@@ -150,5 +151,6 @@ fn details(pool: &Pool) -> String {
         ("stored", human_bytes(pool.stored)),
         ("usable", human_bytes(pool.usable)),
         ("raw", raw),
+        ("repair", repair),
     ])
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use clap::Subcommand;
 
-use super::output::{Output, Table, fields, human_bytes, non_empty};
+use super::output::{Output, Table, fields, human_bytes, non_empty, repair_progress};
 use super::{Failure, parse};
 use crate::admin::client::Client;
 use crate::admin::types::{CreateVolume, ResizeVolume, Volume, VolumeName};
@@ -111,6 +111,7 @@ fn table(volumes: &[Volume]) -> String {
 }
 
 fn details(volume: &Volume) -> String {
+    let repair = volume.repair.as_ref().map_or_else(|| "-".to_owned(), repair_progress);
     fields(&[
         ("name", volume.name.clone()),
         ("id", volume.id.to_string()),
@@ -118,6 +119,7 @@ fn details(volume: &Volume) -> String {
         ("allocated", human_bytes(volume.allocated)),
         ("state", volume.state.to_string()),
         ("redundancy", volume.redundancy.to_string()),
+        ("repair", repair),
         ("epoch", volume.epoch.clone()),
         ("exports", non_empty(volume.exports.join(" "), "-")),
         ("failures", non_empty(volume.failures.join("; "), "none")),

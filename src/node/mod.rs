@@ -135,8 +135,6 @@ pub struct Node {
     changes: tokio::sync::Mutex<()>,
     started: Instant,
     stopping: Cell<bool>,
-    /// Bytes rebuilt before the present round of repair began; none while nothing is missing.
-    repair_base: Cell<Option<u64>>,
 }
 
 impl Node {
@@ -165,7 +163,6 @@ impl Node {
             changes: tokio::sync::Mutex::new(()),
             started: Instant::now(),
             stopping: Cell::new(false),
-            repair_base: Cell::new(None),
         });
         node.open_disks(paths).await?;
         node.check_store_is_newest()?;

@@ -21,15 +21,15 @@ use tokio::time::Instant;
 const SIZES: [usize; 2] = [16 << 10, 128 << 10];
 /// Kinds of requests: reads and writes, each small, middling and large.
 const KINDS: usize = 2 * (SIZES.len() + 1);
-/// Weight of a new quiet request in the average of its kind: one in so many.
-const WEIGHT: u64 = 32;
-/// A quiet request that takes more than so many times the average counts as that: one stall says
-/// nothing of the others.
-const OUTLIER: u64 = 4;
-/// Quiet requests before which the average of a kind says nothing.
+/// A request that takes more than so many times what is usual counts as that, quiet or not: one stall
+/// must not outweigh all others.
+const OUTLIER: u64 = 16;
+/// Quiet requests of a kind without which nothing is known of it.
 const QUIET_MIN: u64 = 8;
-/// Averages are kept in so many parts of a microsecond.
-const FRACTION: u64 = 16;
+/// Counts are kept in so many parts of one, because they fade.
+const PARTS: u64 = 256;
+/// With each look, so much of what was counted before is forgotten: one part in so many.
+const FADE: u64 = 4;
 
 /// What a client asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,31 +50,59 @@ impl Request {
     }
 }
 
-/// One kind of requests.
+/// Requests and the microseconds that they took, in parts.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sum {
+    count: u64,
+    took_us: u64,
+}
+
+impl Sum {
+    fn add(&mut self, took_us: u64) {
+        self.count += PARTS;
+        self.took_us = self.took_us.saturating_add(took_us.saturating_mul(PARTS));
+    }
+
+    fn fade(&mut self) {
+        self.count -= self.count.div_ceil(FADE);
+        self.took_us -= self.took_us.div_ceil(FADE);
+    }
+
+    /// What so many requests would take at this average.
+    fn scaled(&self, count: u64) -> u64 {
+        let took = u128::from(self.took_us) * u128::from(count) / u128::from(self.count.max(1));
+        u64::try_from(took).unwrap_or(u64::MAX)
+    }
+}
+
+/// One kind of requests: all that ended lately, and those of them that were quiet, which are
+/// remembered until there are others.
 #[derive(Debug, Clone, Copy, Default)]
 struct Kind {
-    /// Requests that ended since the last look, and the microseconds they took.
-    ended: u64,
-    took_us: u64,
-    /// Quiet requests so far, and their average, in parts of a microsecond.
-    quiet: u64,
-    average: u64,
+    all: Sum,
+    quiet: Sum,
 }
 
 impl Kind {
-    fn note(&mut self, took_us: u64, quiet: bool) {
-        self.ended += 1;
-        self.took_us += took_us;
-        if !quiet {
-            return;
+    fn note(&mut self, mut took_us: u64, quiet: bool) {
+        if self.is_known() {
+            took_us = took_us.min((self.quiet.scaled(OUTLIER)).max(OUTLIER));
         }
-        let mut took = took_us * FRACTION;
-        if self.quiet >= QUIET_MIN {
-            took = took.min(self.average.max(FRACTION) * OUTLIER);
+        self.all.add(took_us);
+        if quiet {
+            self.quiet.add(took_us);
         }
-        let weight = WEIGHT.min(self.quiet + 1);
-        self.average = (self.average * (weight - 1) + took) / weight;
-        self.quiet += 1;
+    }
+
+    fn is_known(&self) -> bool {
+        self.quiet.count >= QUIET_MIN * PARTS
+    }
+
+    fn fade(&mut self) {
+        self.all.fade();
+        if self.quiet.count > 2 * QUIET_MIN * PARTS {
+            self.quiet.fade();
+        }
     }
 }
 
@@ -84,8 +112,10 @@ pub struct Activity {
     in_flight: Cell<u32>,
     /// When the last request ended.
     ended_at: Cell<Option<Instant>>,
-    /// Quiet requests that ended.
+    /// Requests that ended so far, those of them that were quiet, and those before the last look.
+    ended: Cell<u64>,
     quiet: Cell<u64>,
+    looked: Cell<u64>,
     kinds: RefCell<[Kind; KINDS]>,
     /// Pieces of work of the background under way.
     working: Cell<u32>,
@@ -97,7 +127,9 @@ impl Default for Activity {
         Self {
             in_flight: Cell::new(0),
             ended_at: Cell::new(None),
+            ended: Cell::new(0),
             quiet: Cell::new(0),
+            looked: Cell::new(0),
             kinds: RefCell::default(),
             working: Cell::new(0),
             scrubs: Semaphore::new(1),
@@ -118,9 +150,10 @@ impl Drop for Busy {
     fn drop(&mut self) {
         let Self { activity, kind, quiet, since } = self;
         let now = Instant::now();
-        let took = u64::try_from((now - *since).as_micros()).unwrap_or(u64::MAX / FRACTION / 4);
+        let took = u64::try_from((now - *since).as_micros()).unwrap_or(u64::MAX);
         activity.in_flight.set(activity.in_flight.get() - 1);
         activity.ended_at.set(Some(now));
+        activity.ended.set(activity.ended.get() + 1);
         activity.quiet.set(activity.quiet.get() + u64::from(*quiet));
         activity.kinds.borrow_mut()[*kind].note(took, *quiet);
     }
@@ -169,9 +202,9 @@ impl Activity {
         self.working.get()
     }
 
-    /// Quiet requests that ended so far.
-    pub fn quiet(&self) -> u64 {
-        self.quiet.get()
+    /// Requests that ended so far, and those of them that were quiet.
+    pub fn ended(&self) -> (u64, u64) {
+        (self.ended.get(), self.quiet.get())
     }
 
     /// Whether no request is under way, and none was for so long.
@@ -180,24 +213,24 @@ impl Activity {
     }
 
     /// Requests that ended since the last look.
-    pub fn ended(&self) -> u64 {
-        self.kinds.borrow().iter().map(|kind| kind.ended).sum()
+    pub fn news(&self) -> u64 {
+        self.ended.get() - self.looked.get()
     }
 
-    /// How the requests fared that ended since the last look. Kinds of which too few quiet requests
-    /// are known are left out; if that leaves out more than half, nothing is known.
+    /// How requests fared lately; what was before fades with each look. Kinds of which too few quiet
+    /// requests are known are left out; if that leaves out more than half, nothing is known.
     pub fn look(&self) -> Fared {
         let mut kinds = self.kinds.borrow_mut();
-        let requests: u64 = kinds.iter().map(|kind| kind.ended).sum();
-        let known = || kinds.iter().filter(|kind| kind.quiet >= QUIET_MIN);
-        let covered: u64 = known().map(|kind| kind.ended).sum();
-        let took: u64 = known().map(|kind| kind.took_us * FRACTION).sum();
-        let usual: u64 = known().map(|kind| kind.ended * kind.average).sum();
-        let slowdown = (covered > 0 && covered * 2 >= requests)
-            .then(|| took.saturating_mul(1000) / usual.max(1));
-        for kind in kinds.iter_mut() {
-            (kind.ended, kind.took_us) = (0, 0);
-        }
+        let total: u64 = kinds.iter().map(|kind| kind.all.count).sum();
+        let known = || kinds.iter().filter(|kind| kind.is_known());
+        let covered: u64 = known().map(|kind| kind.all.count).sum();
+        let took: u128 = known().map(|kind| u128::from(kind.all.took_us)).sum();
+        let usual: u128 = known().map(|k| u128::from(k.quiet.scaled(k.all.count))).sum();
+        let slowdown = (covered > 0 && covered * 2 >= total)
+            .then(|| u64::try_from(took * 1000 / usual.max(1)).unwrap_or(u64::MAX));
+        kinds.iter_mut().for_each(Kind::fade);
+        let requests = self.news();
+        self.looked.set(self.ended.get());
         Fared { requests, slowdown }
     }
 
@@ -224,25 +257,41 @@ mod tests {
         let activity = Rc::new(Activity::default());
         requests(&activity, 20, Duration::from_millis(10)).await;
         assert_eq!(activity.look(), Fared { requests: 20, slowdown: Some(1000) });
+        // What was before fades.
         let work = activity.work();
-        requests(&activity, 20, Duration::from_millis(15)).await;
+        requests(&activity, 1000, Duration::from_millis(15)).await;
         // Nothing is known of large writes.
         drop(activity.begin(Request::Write(1 << 20)));
-        assert_eq!(activity.look(), Fared { requests: 21, slowdown: Some(1500) });
+        let fared = activity.look();
+        assert_eq!(fared.requests, 1001);
+        let slowdown = fared.slowdown.expect("enough is known");
+        assert!((1490..=1500).contains(&slowdown), "{slowdown}");
         drop(work);
-        assert_eq!(activity.look(), Fared { requests: 0, slowdown: None });
-        assert_eq!((activity.quiet(), activity.working()), (20, 0));
+        assert_eq!((activity.ended(), activity.working()), ((1021, 20), 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_stall_hardly_changes_what_is_usual() {
+    async fn of_what_is_not_known_nothing_is_said() {
         let activity = Rc::new(Activity::default());
-        requests(&activity, 40, Duration::from_millis(10)).await;
-        requests(&activity, 1, Duration::from_secs(10)).await;
-        activity.look();
-        requests(&activity, 1, Duration::from_millis(10)).await;
-        let slowdown = activity.look().slowdown.expect("enough is known");
-        assert!((900..=1000).contains(&slowdown), "{slowdown}");
+        assert_eq!(activity.look(), Fared { requests: 0, slowdown: None });
+        let _work = activity.work();
+        requests(&activity, 100, Duration::from_millis(10)).await;
+        assert_eq!(activity.look(), Fared { requests: 100, slowdown: None });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_long_tail_is_no_slowdown() {
+        let activity = Rc::new(Activity::default());
+        for round in 0..40 {
+            let work = (round % 2 == 1).then(|| activity.work());
+            requests(&activity, 99, Duration::from_millis(1)).await;
+            requests(&activity, 1, Duration::from_secs(1)).await;
+            drop(work);
+            if round % 2 == 1 {
+                let slowdown = activity.look().slowdown.expect("enough is known");
+                assert!((950..=1050).contains(&slowdown), "{slowdown}");
+            }
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,15 +5,14 @@
 //!
 //! ```text
 //! every JUDGE_EVERY with enough requests    s = what they took / what they take without the work
-//!   s > AIM                                 rate -= rate * 2 (s - AIM), at most half of it
-//!   s < AIM - SLACK, and the work waited    rate += rate / 8
+//!   s > AIM                                 rate -= rate * (s - AIM), at most half of it
+//!   s < AIM, and the work waited            rate += rate * (AIM - s)
 //!   always                                  FLOOR <= rate <= CEILING
 //! ```
 //!
-//! A client that waits for answers gets 1/s of its throughput, so at `AIM` it keeps 92 % of it. What
+//! A client that waits for answers gets 1/s of its throughput, so at `AIM` it keeps 93 % of it. What
 //! requests take without the work is measured all the time: small rates leave gaps anyway, and where
-//! there was none for [`GAP_EVERY`], the work pauses until it has ended and a few requests began
-//! without it.
+//! too few requests began in one within [`GAP_EVERY`], the work pauses for [`GAP`] once it has ended.
 //!
 //! - While no client asks for anything there is no limit ([`IDLE_AFTER`]).
 //! - It never starves: [`FLOOR`] is allowed whatever clients feel, so that redundancy comes back.
@@ -33,9 +32,7 @@ use super::activity::{Activity, Working};
 use crate::limits::{BACKGROUND_BYTES_PER_SECOND_MAX, BACKGROUND_BYTES_PER_SECOND_MIN};
 
 /// The slowdown that is aimed at, per mille.
-const AIM: u64 = 1080;
-/// So far below it the rate stays as it is.
-const SLACK: u64 = 30;
+const AIM: u64 = 1075;
 /// Time between two judgements at least, if so many requests ended …
 const JUDGE_EVERY: Duration = Duration::from_millis(200);
 const REQUESTS_ENOUGH: u64 = 32;
@@ -47,11 +44,14 @@ const START: u64 = 32 << 20;
 const BURST: Duration = Duration::from_millis(50);
 /// For so long no client must have asked for anything, so that there is no limit.
 const IDLE_AFTER: Duration = Duration::from_millis(100);
-/// For so long there may be no quiet requests.
-const GAP_EVERY: Duration = Duration::from_secs(1);
-/// Quiet requests that end a gap, how long it may be, and how long it may wait for work to end.
+/// So often it is seen whether enough requests are quiet: one in so many, if they are not many.
+const GAP_EVERY: Duration = Duration::from_millis(500);
+const QUIET_SHARE: u64 = 16;
+const QUIET_MANY: u64 = 1000;
+/// How long a gap is at least, at most until so many requests were quiet, and how long it may wait for
+/// the work to end.
+const GAP: (Duration, Duration) = (Duration::from_millis(30), Duration::from_millis(80));
 const GAP_REQUESTS: u64 = 16;
-const GAP_MAX: Duration = Duration::from_millis(60);
 const DRAIN_MAX: Duration = Duration::from_millis(500);
 /// How often who waits looks again.
 const STEP: Duration = Duration::from_millis(5);
@@ -91,8 +91,9 @@ pub struct Budget {
     waited: Cell<bool>,
     slowdown: Cell<Option<u64>>,
     gap: Cell<Option<Gap>>,
-    /// When quiet requests were last seen to end, and how many had by then.
-    quiet_at: Cell<(Instant, u64)>,
+    /// When it was last seen whether enough requests are quiet, and how many had ended, and been
+    /// quiet, by then.
+    quiet_at: Cell<(Instant, (u64, u64))>,
 }
 
 /// The budget at a glance.
@@ -119,7 +120,7 @@ impl Budget {
             waited: Cell::new(false),
             slowdown: Cell::new(None),
             gap: Cell::new(None),
-            quiet_at: Cell::new((now, 0)),
+            quiet_at: Cell::new((now, (0, 0))),
         }
     }
 
@@ -162,7 +163,7 @@ impl Budget {
             self.gap.set(None);
             self.fill(now);
             self.tokens.set(0);
-            self.quiet_at.set((now, self.activity.quiet()));
+            self.quiet_at.set((now, self.activity.ended()));
             return None;
         }
         self.judge(now);
@@ -192,7 +193,7 @@ impl Budget {
     /// Sets the rate by how clients fared, if it is time.
     fn judge(&self, now: Instant) {
         let elapsed = now - self.judged_at.get();
-        let enough = elapsed >= JUDGE_EVERY && self.activity.ended() >= REQUESTS_ENOUGH;
+        let enough = elapsed >= JUDGE_EVERY && self.activity.news() >= REQUESTS_ENOUGH;
         if !enough && elapsed < JUDGE_AFTER {
             return;
         }
@@ -206,12 +207,10 @@ impl Budget {
         self.slowdown.set(fared.slowdown);
         let Some(slowdown) = fared.slowdown else { return };
         let rate = self.rate.get();
-        let next = if slowdown > AIM {
-            rate - rate.saturating_mul((2 * (slowdown - AIM)).min(500)) / 1000
-        } else if slowdown < AIM - SLACK && waited {
-            rate + rate / 8
-        } else {
-            rate
+        let next = match slowdown.checked_sub(AIM) {
+            Some(excess) => rate - rate.saturating_mul(excess.min(500)) / 1000,
+            None if waited => rate + rate * (AIM - slowdown).min(250) / 1000,
+            None => rate,
         };
         self.rate.set(next.clamp(FLOOR, CEILING));
         tracing::trace!(slowdown, requests = fared.requests, rate, next, "budget");
@@ -219,16 +218,18 @@ impl Budget {
 
     /// Whether the work pauses, to see what requests take without it.
     fn is_gap(&self, now: Instant) -> bool {
-        let quiet = self.activity.quiet();
-        let (seen_at, seen) = self.quiet_at.get();
+        let (ended, quiet) = self.activity.ended();
         let Some(gap) = self.gap.get() else {
-            if quiet >= seen + GAP_REQUESTS {
-                self.quiet_at.set((now, quiet));
-            } else if now - seen_at >= GAP_EVERY {
-                self.gap.set(Some(Gap { since: now, drained: None }));
-                return true;
+            let (seen_at, (ended_then, quiet_then)) = self.quiet_at.get();
+            if now - seen_at < GAP_EVERY {
+                return false;
             }
-            return false;
+            self.quiet_at.set((now, (ended, quiet)));
+            let (requests, of_them) = (ended - ended_then, quiet - quiet_then);
+            if of_them < QUIET_MANY && of_them * QUIET_SHARE < requests.max(QUIET_SHARE) {
+                self.gap.set(Some(Gap { since: now, drained: None }));
+            }
+            return self.gap.get().is_some();
         };
         let over = match gap.drained {
             None if self.activity.working() == 0 => {
@@ -236,11 +237,14 @@ impl Budget {
                 false
             }
             None => now - gap.since >= DRAIN_MAX,
-            Some((since, before)) => quiet >= before + GAP_REQUESTS || now - since >= GAP_MAX,
+            Some((since, before)) => {
+                let enough = quiet >= before + GAP_REQUESTS && now - since >= GAP.0;
+                enough || now - since >= GAP.1
+            }
         };
         if over {
             self.gap.set(None);
-            self.quiet_at.set((now, quiet));
+            self.quiet_at.set((now, (ended, quiet)));
         }
         !over
     }

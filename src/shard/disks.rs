@@ -238,6 +238,12 @@ impl Disks {
         self.repairs.acquire_many(blocks).await.ok()
     }
 
+    /// Blocks that further repairs may hold.
+    #[cfg(test)]
+    pub(crate) fn repair_blocks_free(&self) -> usize {
+        self.repairs.available_permits()
+    }
+
     /// The permit of one of the deletions that may be under way.
     pub async fn delete_permit(&self) -> Option<SemaphorePermit<'_>> {
         self.deletes.acquire().await.ok()

@@ -162,6 +162,8 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
         },
         replace_after: Duration::from_millis(100 + env.random_below(3000)),
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
+        // Slots are tiny: most windows must be, for there to be several in a segment.
+        repair_window_blocks: [1, 3, 8, 128][pick(4)],
         ..HeadConfig::default()
     };
     let disks =

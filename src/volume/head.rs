@@ -71,6 +71,10 @@ pub struct HeadConfig {
     /// Within how long every sealed shard is read and checked, again and again; none: only when it
     /// is asked for.
     pub scrub_period: Option<Duration>,
+    /// Blocks of each shard that repair reads at a time, [`REPAIR_WINDOW_BLOCKS`] at most.
+    ///
+    /// [`REPAIR_WINDOW_BLOCKS`]: crate::limits::REPAIR_WINDOW_BLOCKS
+    pub repair_window_blocks: u32,
     /// Seconds since 1970, for what people read.
     pub unix_seconds: fn() -> u64,
 }
@@ -90,6 +94,7 @@ impl Default for HeadConfig {
             replace_after: Duration::from_secs(10),
             log_domains_max: rules::log_domains(PARITY_MAX),
             scrub_period: Some(super::scrub::DEFAULT_PERIOD),
+            repair_window_blocks: crate::limits::REPAIR_WINDOW_BLOCKS,
             unix_seconds: || 0,
         }
     }

@@ -15,6 +15,8 @@
 
 mod progress;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::Pin;
@@ -327,7 +329,10 @@ impl Head {
             }
             self.count_rebuilt(segment);
             rebuilt = true;
-            tracing::info!(volume = %self.volume, segment = %id, shard, disk = %there.disk, "shard rebuilt");
+            tracing::info!(
+                volume = %self.volume, segment = %id, shard, disk = %there.disk,
+                bytes = u64::from(segment.blocks) * BLOCK_BYTES, "shard rebuilt",
+            );
         }
         match built {
             Err(error) => Err(error),

@@ -124,6 +124,7 @@ fn pool(request: &CreatePool) -> Pool {
         usable: 16 << 30,
         stored: 1 << 30,
         volumes: 0,
+        repair: None,
     }
 }
 
@@ -140,6 +141,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         state: VolumeState::Online,
         failures: vec![],
         unrepairable: 0,
+        repair: None,
     }
 }
 

@@ -142,9 +142,10 @@ impl<'a> Stream<'a> {
         let (head, segment, urgency, without) =
             (self.head, self.segment, self.urgency, self.without);
         let wanted: Rc<[usize]> = self.wanted().into();
-        let starts = (self.next..segment.blocks).step_by(REPAIR_WINDOW_BLOCKS as usize);
+        let window = head.config.repair_window_blocks.clamp(1, REPAIR_WINDOW_BLOCKS);
+        let starts = (self.next..segment.blocks).step_by(window as usize);
         let windows = starts.map(|at| {
-            let (count, wanted) = (REPAIR_WINDOW_BLOCKS.min(segment.blocks - at), wanted.clone());
+            let (count, wanted) = (window.min(segment.blocks - at), wanted.clone());
             async move {
                 let read = read_window(head, segment, &wanted, (at, count), urgency, without);
                 (at + count, read.await)
@@ -324,8 +325,8 @@ async fn read_window(
     let (mut source, _) = head.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
     source.without |= without;
     let mut findings = Vec::new();
-    let window = u64::from(at / REPAIR_WINDOW_BLOCKS);
-    let start = usize::try_from((segment.id.0 + window) % 64).expect("small");
+    let start = segment.id.0 + u64::from(at / head.config.repair_window_blocks.max(1));
+    let start = usize::try_from(start % 64).expect("small");
     let hear = &mut |finding| findings.push(finding);
     let have = source.gather(&head.disks, start, at, count, hear).await;
     head.note_findings(&findings);
