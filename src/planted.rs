@@ -28,6 +28,7 @@ pub enum Bug {
     WidthIgnoresOpenSegments,
     ScrubSkips,
     NeverAvoidsSlow,
+    RepairFromStaleShard,
 }
 
 impl Bug {
@@ -54,6 +55,7 @@ impl Bug {
         Self::WidthIgnoresOpenSegments,
         Self::ScrubSkips,
         Self::NeverAvoidsSlow,
+        Self::RepairFromStaleShard,
     ];
 }
 

@@ -161,7 +161,7 @@ fn numbers_arrive_and_scrapes_do_not_add_up() {
         ("sds_node_health", &[("level", "warning")], 1.0),
         ("sds_node_health", &[("level", "ok")], 0.0),
         ("sds_repair_pending_bytes", &[], 2.0),
-        ("sds_repair_bytes_per_second", &[], 4.0),
+        ("sds_repair_rate_bytes", &[], 4.0),
         ("sds_background_client_slowdown_ratio", &[], 1.05),
         ("sds_volume_repair_pending_bytes", &volume, 13.0),
         ("sds_volume_rebuilt_bytes_total", &volume, 14.0),

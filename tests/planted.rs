@@ -77,4 +77,5 @@ planted! {
     width_ignores_open_segments: WidthIgnoresOpenSegments,
     scrub_skips: ScrubSkips,
     never_avoids_slow: NeverAvoidsSlow,
+    repair_from_stale_shard: RepairFromStaleShard,
 }

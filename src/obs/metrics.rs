@@ -61,9 +61,9 @@ declare! {
             "Rebuilt so far in the present round of repair.";
         repair_pending: Gauge "sds_repair_pending_bytes" []
             "Still to be rebuilt in the present round of repair.";
-        repair_rate: Gauge "sds_repair_bytes_per_second" []
+        repair_rate: Gauge "sds_repair_rate_bytes" []
             "Rebuilt a second, over the last seconds.";
-        limit: Gauge "sds_background_limit_bytes_per_second" []
+        limit: Gauge "sds_background_limit_bytes" []
             "What repair and scrub may read and write a second; +Inf while no client is at work.";
         slowdown: Gauge "sds_background_client_slowdown_ratio" []
             "What requests of clients take against what they take without repair and scrub; 0 if unknown.";

@@ -25,6 +25,7 @@ use crate::id::{BLOCK_BYTES, BLOCK_SIZE};
 use crate::limits::{
     RECORD_HEADER_BLOCKS_MAX, REPAIR_APPENDS_MAX, REPAIR_WINDOW_BLOCKS, REPAIR_WINDOWS_AHEAD,
 };
+use crate::planted::{Bug, bug};
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::fetch::{FetchError, Source};
 use crate::segment::open::{CONTROL_PATIENCE, frame};
@@ -332,7 +333,16 @@ async fn read_window(
     head.note_findings(&findings);
     let mut have = have?;
     add(&head.stats.repair_read_bytes, u64::from(count) * have.len() as u64 * BLOCK_BYTES);
-    let built = decode(segment, &have, wanted, count);
+    let mut built = decode(segment, &have, wanted, count);
+    if bug(Bug::RepairFromStaleShard) {
+        for (shard, built) in wanted.iter().zip(&mut built) {
+            let Some(client) = head.disks.client(segment.members[*shard].disk) else { continue };
+            let stale = client.read_raw(head.volume, segment.id, at, count);
+            if let Ok(Ok(stale)) = tokio::time::timeout(CONTROL_PATIENCE, stale).await {
+                *built = stale.data;
+            }
+        }
+    }
     Ok(Chunk { at, count, read: have.swap_remove(0), built })
 }
 
