@@ -50,6 +50,21 @@ pub const RECORD_HEADER_BLOCKS_MAX: usize = 2;
 pub const RECORD_PAYLOAD_BLOCKS_MAX: usize = 512;
 /// Entries of one record, at most.
 pub const RECORD_ENTRIES_MAX: usize = 120;
+/// Bytes a second, read and written, that repair and scrub of a node may always have, whatever
+/// clients feel: redundancy must come back.
+pub const BACKGROUND_BYTES_PER_SECOND_MIN: u64 = 8 << 20;
+/// … and at most while clients are at work.
+pub const BACKGROUND_BYTES_PER_SECOND_MAX: u64 = 16 << 30;
+/// Segments of one volume that are repaired at once.
+pub const REPAIR_SEGMENTS_MAX: usize = 8;
+/// Memory that the repairs of a node have for blocks, bytes: what they read ahead, rebuilt and write.
+pub const REPAIR_BYTES_MAX: usize = 96 << 20;
+/// Blocks of each shard that repair reads at a time.
+pub const REPAIR_WINDOW_BLOCKS: u32 = 128;
+/// Windows of one segment that are read at once, ahead of what is written.
+pub const REPAIR_WINDOWS_AHEAD: usize = 3;
+/// Appends to each new shard that are under way at once.
+pub const REPAIR_APPENDS_MAX: usize = 2;
 /// Connections that one export listener serves at once.
 pub const CONNECTIONS_MAX: usize = 1024;
 /// Requests of one connection that run at once.
@@ -86,6 +101,25 @@ const _: () = assert!(
 const _: () = assert!(
     CHECKPOINT_SLOTS_PERCENT + TRIM_SLOTS_PERCENT + GC_SLOTS_PERCENT + REPAIR_SLOTS_PERCENT <= 10,
     "most of a disk is the clients'"
+);
+/// Blocks that the repair of one segment holds at most, where each window is read from `read` shards
+/// and rebuilt for `built` others: windows being read, with what becomes of them and one shard's
+/// headers; the record that is being put together; what is being appended.
+pub const fn repair_blocks(read: usize, built: usize) -> usize {
+    let window = REPAIR_WINDOW_BLOCKS as usize;
+    let record = RECORD_HEADER_BLOCKS_MAX + RECORD_PAYLOAD_BLOCKS_MAX;
+    REPAIR_WINDOWS_AHEAD * window * (read + built + 1)
+        + (record + 2 * window) * (built + 1)
+        + (REPAIR_APPENDS_MAX + 1) * (record + window) * built
+}
+
+const _: () = assert!(
+    repair_blocks(DATA_SHARDS_MAX, PARITY_SHARDS_MAX) * BLOCK_SIZE <= REPAIR_BYTES_MAX,
+    "the widest segment must be repaired within the bound"
+);
+const _: () = assert!(
+    BACKGROUND_BYTES_PER_SECOND_MIN < BACKGROUND_BYTES_PER_SECOND_MAX,
+    "there must be a range to regulate in"
 );
 const _: () = assert!(
     CONNECTION_BYTES_FREE + SERVER_BYTES_MAX >= REQUEST_BYTES_MAX,

@@ -32,6 +32,7 @@ pub enum Bug {
     NeverWidens,
     /// What a shrink cuts off is not deleted.
     ForgetCut,
+    RepairFromStaleShard,
 }
 
 impl Bug {
@@ -61,6 +62,7 @@ impl Bug {
         Self::NarrowLosesParity,
         Self::NeverWidens,
         Self::ForgetCut,
+        Self::RepairFromStaleShard,
     ];
 }
 

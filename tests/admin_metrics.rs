@@ -70,6 +70,9 @@ fn sample() -> Sample {
             health: HealthLevel::Warning,
             repair_done_bytes: 1,
             repair_total_bytes: 3,
+            repair_bytes_per_second: 4,
+            background_limit_bytes_per_second: None,
+            client_slowdown_per_mille: Some(1050),
         },
         disks: vec![DiskSample {
             disk: "d1".into(),
@@ -106,6 +109,8 @@ fn sample() -> Sample {
         volumes: vec![VolumeSample {
             volume: "p/v".into(),
             reduced_segments: 9,
+            repair_remaining_bytes: 13,
+            rebuilt_bytes: 14,
             write_latency: histogram.snapshot(),
             scrub: ScrubSample {
                 found: 12,
@@ -170,6 +175,10 @@ fn numbers_arrive_and_scrapes_do_not_add_up() {
         ("sds_node_health", &[("level", "warning")], 1.0),
         ("sds_node_health", &[("level", "ok")], 0.0),
         ("sds_repair_pending_bytes", &[], 2.0),
+        ("sds_repair_rate_bytes", &[], 4.0),
+        ("sds_background_client_slowdown_ratio", &[], 1.05),
+        ("sds_volume_repair_pending_bytes", &volume, 13.0),
+        ("sds_volume_rebuilt_bytes_total", &volume, 14.0),
         ("sds_disk_used_bytes", &disk, 4_194_304.0),
         ("sds_disk_errors_total", &[("kind", "checksum")], 2.0),
         ("sds_disk_append_seconds_total", &disk, 1.5),

@@ -80,4 +80,5 @@ planted! {
     narrow_loses_parity: NarrowLosesParity,
     never_widens: NeverWidens,
     forget_cut: ForgetCut,
+    repair_from_stale_shard: RepairFromStaleShard,
 }

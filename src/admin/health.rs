@@ -47,6 +47,7 @@ pub fn status(
             capacity: p.capacity,
             space: p.space,
             fill: p.fill,
+            repair: p.repair,
         })
         .collect();
     by_pool.sort_by(|a, b| a.name.cmp(&b.name));
@@ -261,6 +262,7 @@ mod tests {
             usable: 66,
             stored: 0,
             volumes: 1,
+            repair: None,
         }
     }
 
@@ -279,6 +281,7 @@ mod tests {
             failures: vec![],
             unrepairable: 0,
             narrowed: None,
+            repair: None,
         }
     }
 

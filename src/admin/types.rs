@@ -81,11 +81,19 @@ pub struct Capacity {
 pub struct RepairProgress {
     /// Rebuilt so far in this round, bytes.
     pub bytes_done: u64,
-    /// To be rebuilt in this round, bytes.
+    /// To be rebuilt in this round, bytes; what is done included.
     pub bytes_total: u64,
+    /// Bytes rebuilt a second, over the last seconds.
+    #[serde(default)]
+    pub bytes_per_second: u64,
     /// Estimate of the time left; none before there is a rate to judge by.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eta_s: Option<u64>,
+    /// Bytes a second that repair and scrub of the node may read and write now, so that clients keep
+    /// their throughput; none while clients ask for nothing. What survives no further loss is rebuilt
+    /// without a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_bytes_per_second: Option<u64>,
 }
 
 /// Counts of disks.
@@ -121,6 +129,9 @@ pub struct PoolCapacity {
     /// How full it is.
     #[serde(default)]
     pub fill: Fill,
+    /// Present while redundancy of its volumes is being restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairProgress>,
 }
 
 /// The node at a glance.
@@ -446,6 +457,9 @@ pub struct Pool {
     pub stored: u64,
     /// Number of its volumes.
     pub volumes: u32,
+    /// Present while redundancy of its volumes is being restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairProgress>,
 }
 
 /// Redundancy of a volume.
@@ -553,6 +567,9 @@ pub struct Volume {
     /// the pool asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub narrowed: Option<Narrowed>,
+    /// Present while its redundancy is being restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repair: Option<RepairProgress>,
 }
 
 /// Whether a scrub is under way.

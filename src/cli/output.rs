@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::admin::types::Space;
+use crate::admin::types::{RepairProgress, Space};
 use crate::units::ByteSize;
 
 /// How answers are printed.
@@ -139,6 +139,32 @@ pub(super) fn human_seconds(seconds: u64) -> String {
     }
 }
 
+/// How far the restoring of redundancy is, on a line: `1 GiB of 4 GiB (25%), 100 MiB/s, about 30s
+/// left`.
+pub(super) fn repair_progress(repair: &RepairProgress) -> String {
+    let mut text = format!(
+        "{} of {} ({}), {}/s",
+        human_bytes(repair.bytes_done),
+        human_bytes(repair.bytes_total),
+        percent(repair.bytes_done, repair.bytes_total),
+        human_bytes(repair.bytes_per_second),
+    );
+    if let Some(eta) = repair.eta_s {
+        text += &format!(", about {} left", human_seconds(eta));
+    }
+    if let Some(limit) = repair.limit_bytes_per_second {
+        text += &format!("; clients leave {}/s of I/O", human_bytes(limit));
+    }
+    text
+}
+
+/// A bar of `width` characters of which `part` of `whole` are filled.
+pub(super) fn bar(part: u64, whole: u64, width: usize) -> String {
+    let filled = u128::from(part.min(whole)) * width as u128 / u128::from(whole.max(1));
+    let filled = usize::try_from(filled).unwrap_or(width);
+    format!("[{}{}]", "#".repeat(filled), "-".repeat(width - filled))
+}
+
 /// `part` of `whole` in percent, rounded down; `-` of nothing.
 pub(super) fn percent(part: u64, whole: u64) -> String {
     match (u128::from(part) * 100).checked_div(u128::from(whole)) {
@@ -174,6 +200,22 @@ mod tests {
         {
             assert_eq!(human_seconds(seconds), text);
         }
+    }
+
+    #[test]
+    fn the_progress_of_a_repair() {
+        let mut repair = RepairProgress { bytes_done: 1 << 30, ..RepairProgress::default() };
+        repair.bytes_total = 4 << 30;
+        assert_eq!(repair_progress(&repair), "1 GiB of 4 GiB (25%), 0 B/s");
+        repair.bytes_per_second = 100 << 20;
+        repair.eta_s = Some(31);
+        repair.limit_bytes_per_second = Some(300 << 20);
+        let text =
+            "1 GiB of 4 GiB (25%), 100 MiB/s, about 31s left; clients leave 300 MiB/s of I/O";
+        assert_eq!(repair_progress(&repair), text);
+        assert_eq!(bar(1, 4, 8), "[##------]");
+        assert_eq!(bar(9, 4, 8), "[########]");
+        assert_eq!(bar(0, 0, 2), "[--]");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::output::{Output, Table, fields, human_bytes, percent, ratio, space};
+use super::output::{Output, Table, fields, human_bytes, percent, ratio, repair_progress, space};
 use super::{Failure, parse};
 use crate::admin::client::Client;
 use crate::admin::types::{CreatePool, FailureDomain, Forecast, Pool, PoolScheme};
@@ -165,6 +165,7 @@ fn details(pool: &Pool) -> String {
         }
         other => other.to_string(),
     };
+    let repair = pool.repair.as_ref().map_or_else(|| "-".to_owned(), repair_progress);
     fields(&[
         ("name", pool.name.clone()),
         ("id", pool.id.to_string()),
@@ -180,5 +181,6 @@ fn details(pool: &Pool) -> String {
         ("writable", human_bytes(pool.fill.writable)),
         ("provisioned", provisioned),
         ("forecast", forecast),
+        ("repair", repair),
     ])
 }

@@ -9,12 +9,15 @@ use clap::Args;
 
 use super::Failure;
 use super::output::{
-    Format, Output, Table, fields, human_bytes, human_seconds, percent, printable, ratio, space,
+    Format, Output, Table, bar, fields, human_bytes, human_seconds, percent, printable, ratio,
+    repair_progress, space,
 };
 use crate::admin::client::{Client, ClientError};
-use crate::admin::types::{Capacity, HealthLevel, RepairProgress, Status};
+use crate::admin::types::{Capacity, HealthLevel, Status};
 
 const CLEAR_SCREEN: &str = "\x1b[H\x1b[2J";
+/// Characters of the bar that shows how far repair is.
+const BAR_WIDTH: usize = 40;
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
@@ -34,7 +37,7 @@ pub(super) struct StatusArgs {
 pub(super) fn run(args: &StatusArgs, client: &Client, out: &mut Output) -> Result<(), Failure> {
     let status = client.status()?;
     let Some(seconds) = args.watch else {
-        out.show(&status, table)?;
+        out.show(&status, |status| table(status, false))?;
         return match status.health {
             HealthLevel::Warning | HealthLevel::Critical if args.exit_code => {
                 Err(Failure::Unhealthy)
@@ -43,12 +46,13 @@ pub(super) fn run(args: &StatusArgs, client: &Client, out: &mut Output) -> Resul
         };
     };
     let mut answer = Ok(status);
+    let terminal = out.format() == Format::Table && stdout().is_terminal();
     loop {
-        if out.format() == Format::Table && stdout().is_terminal() {
+        if terminal {
             out.text(CLEAR_SCREEN)?;
         }
         match answer {
-            Ok(status) => out.show(&status, table)?,
+            Ok(status) => out.show(&status, |status| table(status, terminal))?,
             // A node that restarts is what one watches for.
             Err(error @ ClientError::Connect { .. }) => {
                 Failure::from(error).report(out.format())?;
@@ -60,7 +64,7 @@ pub(super) fn run(args: &StatusArgs, client: &Client, out: &mut Output) -> Resul
     }
 }
 
-fn table(status: &Status) -> String {
+fn table(status: &Status, with_bar: bool) -> String {
     let disks = format!("{} of {} online", status.disks.online, status.disks.total);
     let mut volumes = status.volumes.total.to_string();
     for (count, what) in
@@ -78,7 +82,11 @@ fn table(status: &Status) -> String {
         ("space", space(&status.space)),
     ];
     if let Some(repair) = &status.repair {
-        pairs.push(("repair", progress(repair)));
+        let mut line = repair_progress(repair);
+        if with_bar {
+            line = bar(repair.bytes_done, repair.bytes_total, BAR_WIDTH) + " " + &line;
+        }
+        pairs.push(("repair", line));
     }
     pairs.push(("version", status.version.clone()));
     pairs.push(("up", human_seconds(status.uptime_s)));
@@ -121,6 +129,12 @@ fn table(status: &Status) -> String {
         }
         text += "\n";
         text += &table.render();
+        for pool in status.pools.iter().filter(|_| status.pools.len() > 1) {
+            if let Some(repair) = &pool.repair {
+                writeln!(text, "repair of {}: {}", pool.name, repair_progress(repair))
+                    .expect("a string takes all");
+            }
+        }
     }
     text
 }
@@ -133,15 +147,5 @@ fn capacity(capacity: &Capacity) -> String {
         human_bytes(used),
         percent(used, raw),
         human_bytes(free)
-    )
-}
-
-fn progress(repair: &RepairProgress) -> String {
-    let eta = repair.eta_s.map_or(String::new(), |s| format!(", about {} left", human_seconds(s)));
-    format!(
-        "{} of {} ({}){eta}",
-        human_bytes(repair.bytes_done),
-        human_bytes(repair.bytes_total),
-        percent(repair.bytes_done, repair.bytes_total)
     )
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use clap::Subcommand;
 
-use super::output::{Output, Table, fields, human_bytes, non_empty, space};
+use super::output::{Output, Table, fields, human_bytes, non_empty, repair_progress, space};
 use super::{Failure, parse};
 use crate::admin::client::Client;
 use crate::admin::types::{CreateVolume, Narrowed, ResizeVolume, Volume, VolumeName};
@@ -146,6 +146,7 @@ fn narrowed(narrowed: Narrowed) -> String {
 }
 
 fn details(volume: &Volume) -> String {
+    let repair = volume.repair.as_ref().map_or_else(|| "-".to_owned(), repair_progress);
     fields(&[
         ("name", volume.name.clone()),
         ("id", volume.id.to_string()),
@@ -156,6 +157,7 @@ fn details(volume: &Volume) -> String {
         ("state", volume.state.to_string()),
         ("redundancy", volume.redundancy.to_string()),
         ("narrowed", volume.narrowed.map_or_else(|| "no".into(), narrowed)),
+        ("repair", repair),
         ("epoch", volume.epoch.clone()),
         ("exports", non_empty(volume.exports.join(" "), "-")),
         ("failures", non_empty(volume.failures.join("; "), "none")),

@@ -141,8 +141,6 @@ pub struct Node {
     changes: tokio::sync::Mutex<()>,
     started: Instant,
     stopping: Cell<bool>,
-    /// Bytes rebuilt before the present round of repair began; none while nothing is missing.
-    repair_base: Cell<Option<u64>>,
     /// How full pools were, by name.
     pool_watches: RefCell<BTreeMap<String, space::PoolWatch>>,
     /// When they were last looked at.
@@ -175,7 +173,6 @@ impl Node {
             changes: tokio::sync::Mutex::new(()),
             started: Instant::now(),
             stopping: Cell::new(false),
-            repair_base: Cell::new(None),
             pool_watches: RefCell::default(),
             space_watched: Cell::default(),
         });

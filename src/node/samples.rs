@@ -3,7 +3,7 @@
 use super::Node;
 use super::space::Usages;
 use crate::admin::health;
-use crate::admin::types::Space;
+use crate::admin::types::{RepairProgress, Space};
 use crate::export::nbd::wire::{Command, Errno};
 use crate::obs::sample::{
     DiskSample, NbdSample, NodeSample, PoolSample, Sample, ScrubSample, VolumeSample,
@@ -16,13 +16,17 @@ impl Node {
         let (disks, pools, volumes) = self.views();
         let health = health::assess(&disks, &pools, &volumes).health;
         let usages = self.usages();
-        let repair = self.repair_progress().unwrap_or_default();
+        let repair = self.repair_progress(None).unwrap_or_default();
+        let budget = self.registry.budget.report();
         Sample {
             node: NodeSample {
                 uptime_seconds: self.started.elapsed().as_secs_f64(),
                 health,
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
+                repair_bytes_per_second: repair.bytes_per_second,
+                background_limit_bytes_per_second: budget.limit,
+                client_slowdown_per_mille: budget.slowdown,
             },
             disks: self.slots().iter().map(|slot| sample_disk(self, slot, &usages)).collect(),
             pools: pools
@@ -36,6 +40,7 @@ impl Node {
                     usable_bytes: pool.usable,
                     space: pool.space,
                     fill: pool.fill,
+                    repair_remaining_bytes: remaining(pool.repair.as_ref()),
                 })
                 .collect(),
             volumes: self
@@ -59,6 +64,10 @@ impl Node {
             protocol_errors: nbd.protocol_errors.get(),
         }
     }
+}
+
+fn remaining(repair: Option<&RepairProgress>) -> u64 {
+    repair.map_or(0, |repair| repair.bytes_total - repair.bytes_done)
 }
 
 fn sample_disk(
@@ -111,6 +120,11 @@ fn sample_volume(slot: &super::volumes::VolumeSlot, space: Space) -> VolumeSampl
         checkpoint_sequence: report.as_ref().map_or(0, |report| report.checkpoint_sequence),
         failovers: counted.failovers,
         reduced_segments: head.as_ref().map_or(0, |head| head.reduced().0 as u64),
+        repair_remaining_bytes: head
+            .as_ref()
+            .and_then(|head| head.repair_report())
+            .map_or(0, |report| report.remaining_bytes()),
+        rebuilt_bytes: stat(|stats| &stats.rebuilt_bytes),
         scrub: ScrubSample {
             running: scrub.running,
             read_bytes: stat(|stats| &stats.scrub_bytes),

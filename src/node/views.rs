@@ -17,13 +17,14 @@ use crate::admin::types::{
 use crate::id::DiskId;
 use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
 use crate::shard::Scheme;
+use crate::volume::RepairReport;
 use crate::volume::head::Head;
 
 impl Node {
     pub(super) fn status(&self) -> Status {
         let (disks, pools, volumes) = self.views();
         let uptime = self.started.elapsed().as_secs();
-        health::status(&disks, &pools, &volumes, self.repair_progress(), uptime)
+        health::status(&disks, &pools, &volumes, self.repair_progress(None), uptime)
     }
 
     /// All disks by path, pools by name and volumes by name.
@@ -143,6 +144,7 @@ impl Node {
             usable,
             stored,
             volumes,
+            repair: self.repair_progress(Some(&pool.name)),
         }
     }
 
@@ -230,32 +232,35 @@ impl Node {
             failures,
             unrepairable: head.as_ref().map_or(0, |head| head.scrub_report().unrepairable),
             narrowed: head.as_ref().and_then(|head| view_narrowed(head, slot.pool.scheme)),
+            repair: head
+                .as_ref()
+                .and_then(|head| head.repair_report())
+                .map(|r| self.view_repair(&r)),
         }
     }
 
-    /// How far repair is, over all volumes.
-    pub(super) fn repair_progress(&self) -> Option<RepairProgress> {
-        let base = self.repair_base.get()?;
-        let (missing, rebuilt) = self.repair_counts();
-        let done = rebuilt.saturating_sub(base);
-        Some(RepairProgress { bytes_done: done, bytes_total: done + missing, eta_s: None })
+    /// How far repair is, over all volumes of a pool, or of all pools.
+    pub(super) fn repair_progress(&self, pool: Option<&str>) -> Option<RepairProgress> {
+        let volumes = self.volumes.borrow();
+        let wanted = volumes.values().filter(|slot| pool.is_none_or(|pool| slot.pool.name == pool));
+        let reports = wanted.filter_map(|slot| slot.serving()?.repair_report());
+        reports.reduce(RepairReport::and).map(|report| self.view_repair(&report))
     }
 
-    /// Bytes that are to be rebuilt, and bytes rebuilt so far.
-    fn repair_counts(&self) -> (u64, u64) {
-        self.heads().iter().fold((0, 0), |(missing, rebuilt), head| {
-            let more = head.stats.rebuilt_bytes.get();
-            (missing + head.report().missing_bytes, rebuilt + more)
-        })
+    fn view_repair(&self, report: &RepairReport) -> RepairProgress {
+        RepairProgress {
+            bytes_done: report.done_bytes,
+            bytes_total: report.total_bytes,
+            bytes_per_second: report.bytes_per_second,
+            eta_s: report.eta().map(|eta| eta.as_secs()),
+            limit_bytes_per_second: self.registry.budget.report().limit,
+        }
     }
 
-    /// Notes when a round of repair begins and ends.
+    /// Has every volume notice when a round of repair begins and ends.
     pub(super) fn note_repair(&self) {
-        let (missing, rebuilt) = self.repair_counts();
-        match (missing, self.repair_base.get()) {
-            (0, _) => self.repair_base.set(None),
-            (_, None) => self.repair_base.set(Some(rebuilt)),
-            _ => {}
+        for head in self.heads() {
+            head.repair_report();
         }
     }
 }
@@ -315,6 +320,7 @@ impl Node {
             failures: Vec::new(),
             unrepairable: 0,
             narrowed: None,
+            repair: None,
         }
     }
 }

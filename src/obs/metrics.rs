@@ -61,6 +61,12 @@ declare! {
             "Rebuilt so far in the present round of repair.";
         repair_pending: Gauge "sds_repair_pending_bytes" []
             "Still to be rebuilt in the present round of repair.";
+        repair_rate: Gauge "sds_repair_rate_bytes" []
+            "Rebuilt a second, over the last seconds.";
+        limit: Gauge "sds_background_limit_bytes" []
+            "What repair and scrub may read and write a second; +Inf while no client is at work.";
+        slowdown: Gauge "sds_background_client_slowdown_ratio" []
+            "What requests of clients take against what they take without repair and scrub; 0 if unknown.";
     }
     struct DiskMetrics {
         state: GaugeVec "sds_disk_state" ["disk", "path", "state"]
@@ -113,6 +119,7 @@ declare! {
             "When the pool will be full at that rate; absent unless it grows.";
         space: GaugeVec "sds_pool_space_bytes" ["pool", "kind"]
             "Bytes of the slots of the pool's volumes by kind: used, live, reserved, reclaimable.";
+        repair: GaugeVec "sds_pool_repair_pending_bytes" ["pool"] "Still to be rebuilt.";
     }
     struct VolumeMetrics {
         size: GaugeVec "sds_volume_size_bytes" ["volume"] "Size that clients see.";
@@ -131,6 +138,8 @@ declare! {
         failovers: CounterVec "sds_volume_failovers_total" ["volume"]
             "Log segments left because a shard failed.";
         reduced: GaugeVec "sds_volume_reduced_segments" ["volume"] "Segments that lack shards.";
+        repair: GaugeVec "sds_volume_repair_pending_bytes" ["volume"] "Still to be rebuilt.";
+        rebuilt: CounterVec "sds_volume_rebuilt_bytes_total" ["volume"] "Bytes of rebuilt shards.";
     }
     struct ScrubMetrics {
         running: GaugeVec "sds_scrub_running" ["volume"] "1 while a round of scrub is under way.";
@@ -227,6 +236,10 @@ impl Metrics {
         metrics.repair_done.set(sample.repair_done_bytes as f64);
         let pending = sample.repair_total_bytes.saturating_sub(sample.repair_done_bytes);
         metrics.repair_pending.set(pending as f64);
+        metrics.repair_rate.set(sample.repair_bytes_per_second as f64);
+        let limit = sample.background_limit_bytes_per_second;
+        metrics.limit.set(limit.map_or(f64::INFINITY, |limit| limit as f64));
+        metrics.slowdown.set(sample.client_slowdown_per_mille.unwrap_or(0) as f64 / 1000.0);
         metrics.info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1.0);
         for level in HEALTH_LEVELS {
             let is = f64::from(u8::from(level == sample.health));
@@ -305,6 +318,7 @@ impl Metrics {
                 }
             }
             set_space(&metrics.space, &labels, s.space);
+            metrics.repair.with_label_values(&labels).set(s.repair_remaining_bytes as f64);
         }
     }
 
@@ -318,6 +332,8 @@ impl Metrics {
             set_space(&metrics.space, &labels, s.space);
             metrics.checkpoint.with_label_values(&labels).set(s.checkpoint_sequence as f64);
             metrics.reduced.with_label_values(&labels).set(s.reduced_segments as f64);
+            metrics.repair.with_label_values(&labels).set(s.repair_remaining_bytes as f64);
+            count_up(&metrics.rebuilt, &labels, s.rebuilt_bytes as f64);
             count_up(&metrics.reads, &labels, s.read_latency.count() as f64);
             count_up(&metrics.writes, &labels, s.write_latency.count() as f64);
             count_up(&metrics.read_bytes, &labels, s.read_bytes as f64);

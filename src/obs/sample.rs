@@ -33,6 +33,12 @@ pub struct NodeSample {
     pub repair_done_bytes: u64,
     /// Bytes of the current repair in all; 0 without one.
     pub repair_total_bytes: u64,
+    /// Bytes that it rebuilds a second.
+    pub repair_bytes_per_second: u64,
+    /// Bytes a second that repair and scrub may read and write; none while there is no limit.
+    pub background_limit_bytes_per_second: Option<u64>,
+    /// What requests of clients take against what they take without that work, per mille.
+    pub client_slowdown_per_mille: Option<u64>,
 }
 
 impl Default for NodeSample {
@@ -42,6 +48,9 @@ impl Default for NodeSample {
             health: HealthLevel::Ok,
             repair_done_bytes: 0,
             repair_total_bytes: 0,
+            repair_bytes_per_second: 0,
+            background_limit_bytes_per_second: None,
+            client_slowdown_per_mille: None,
         }
     }
 }
@@ -106,6 +115,8 @@ pub struct PoolSample {
     pub space: Space,
     /// How full it is.
     pub fill: Fill,
+    /// Still to be rebuilt, bytes.
+    pub repair_remaining_bytes: u64,
 }
 
 /// One volume.
@@ -135,6 +146,10 @@ pub struct VolumeSample {
     pub failovers: u64,
     /// Segments that lack shards.
     pub reduced_segments: u64,
+    /// Still to be rebuilt, bytes.
+    pub repair_remaining_bytes: u64,
+    /// Rebuilt by its head, bytes.
+    pub rebuilt_bytes: u64,
     /// Its scrub.
     pub scrub: ScrubSample,
 }

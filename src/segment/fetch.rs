@@ -213,6 +213,27 @@ impl Source {
         race.run(order.into(), found).await
     }
 
+    /// The same `count` blocks from `block` of as many shards as the scheme needs, verified, by
+    /// shard: those that are whole before those that are not, from `start` on, which spreads the
+    /// load. `found` hears of every shard that did not deliver.
+    ///
+    /// # Errors
+    /// As [`Source::read`].
+    pub async fn gather(
+        &self,
+        disks: &Disks,
+        start: usize,
+        block: u32,
+        count: u32,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<Vec<(usize, Bytes)>, FetchError> {
+        disks.watch().note_read();
+        let width = self.scheme.width();
+        let mut order: Vec<usize> = (0..width).map(|i| (start + i) % width).collect();
+        order.sort_by_cached_key(|&i| (self.is_missing(i), disks.rank(self.members[i])));
+        Race { source: self, disks, wanted: None, block, count }.gather(order.into(), found).await
+    }
+
     fn too_few(&self, gone: bool, have: usize, last: &Problem) -> FetchError {
         if gone {
             return FetchError::Gone(self.segment);
@@ -252,11 +273,27 @@ struct Field {
 }
 
 impl Race<'_> {
+    /// The wanted shard, read or rebuilt; or whichever delivers, where each is as good.
     async fn run(
         &self,
         order: VecDeque<usize>,
         found: &mut dyn FnMut(Finding),
     ) -> Result<Bytes, FetchError> {
+        let mut have = self.gather(order, found).await?;
+        match &have[..] {
+            [(shard, _)] if self.wanted.is_none_or(|wanted| wanted == *shard) => {
+                Ok(have.remove(0).1)
+            }
+            _ => Ok(self.rebuild(&have)),
+        }
+    }
+
+    /// The wanted shard alone, or as many others as the scheme needs.
+    async fn gather(
+        &self,
+        order: VecDeque<usize>,
+        found: &mut dyn FnMut(Finding),
+    ) -> Result<Vec<(usize, Bytes)>, FetchError> {
         let source = self.source;
         let mut reads = FuturesUnordered::new();
         let mut field = Field { left: order, ..Field::default() };
@@ -287,12 +324,12 @@ impl Race<'_> {
             let Some((shard, result)) = answer else { continue };
             field.running.retain(|&other| other != shard);
             match result {
-                Ok(data) if self.wanted.is_none_or(|wanted| wanted == shard) => return Ok(data),
+                Ok(data) if self.wanted == Some(shard) => return Ok(vec![(shard, data)]),
                 Ok(data) => {
                     gone = false;
                     field.have.push((shard, data));
                     if field.have.len() == usize::from(source.scheme.data) {
-                        return Ok(self.rebuild(&field.have));
+                        return Ok(field.have);
                     }
                 }
                 Err(problem) => {

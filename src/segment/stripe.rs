@@ -26,11 +26,21 @@ pub fn encode(scheme: Scheme, data: &[&[u8]], parity: &mut [&mut [u8]]) {
 
 /// Computes shard `wanted` of a stripe from `k` others, each with its index.
 pub fn rebuild(scheme: Scheme, have: &[(usize, &[u8])], wanted: usize, out: &mut [u8]) {
+    rebuild_all(scheme, have, &[wanted], &mut [out]);
+}
+
+/// Computes several shards of a stripe at once from `k` others, each with its index.
+pub fn rebuild_all(
+    scheme: Scheme,
+    have: &[(usize, &[u8])],
+    wanted: &[usize],
+    out: &mut [&mut [u8]],
+) {
     let mut shards: Vec<Option<&[u8]>> = vec![None; scheme.width()];
     for (index, data) in have {
         shards[*index] = Some(data);
     }
     of(scheme)
-        .reconstruct(&shards, &[wanted], &mut [out])
+        .reconstruct(&shards, wanted, out)
         .expect("the caller brings as many shards as the scheme needs");
 }

@@ -15,13 +15,14 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::activity::Activity;
+use super::budget::Budget;
 use super::latency::Watch;
 use super::measured::MeasuredClient;
 use super::promise::Promise;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
-use crate::id::DiskId;
-use crate::limits::SLOT_BYTES_MAX;
+use crate::id::{BLOCK_SIZE, DiskId};
+use crate::limits::{REPAIR_BYTES_MAX, SLOT_BYTES_MAX};
 use crate::segment::slot_blocks;
 
 /// How long a disk that failed a request is avoided for new segments.
@@ -75,6 +76,10 @@ pub struct Disks {
     pub activity: Rc<Activity>,
     /// What garbage collection is about to free.
     pub promise: Promise,
+    /// What repair and scrub may ask of the disks.
+    pub budget: Budget,
+    /// Blocks that repairs may hold in memory.
+    repairs: Semaphore,
     watch: Rc<Watch>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
@@ -82,6 +87,7 @@ pub struct Disks {
 
 impl Default for Disks {
     fn default() -> Self {
+        let activity: Rc<Activity> = Rc::default();
         Self {
             known: RefCell::default(),
             expected: RefCell::default(),
@@ -97,8 +103,10 @@ impl Default for Disks {
             checkpoint_reserve: Arc::new(Semaphore::new(1)),
             gc_passes: Arc::new(Semaphore::new(1)),
             deletes: Semaphore::new(DELETES_MAX),
-            activity: Rc::default(),
             promise: Promise::default(),
+            budget: Budget::new(activity.clone()),
+            activity,
+            repairs: Semaphore::new(REPAIR_BYTES_MAX / BLOCK_SIZE),
             watch: Rc::default(),
             changed: Notify::new(),
         }
@@ -357,6 +365,18 @@ impl Disks {
     pub async fn gc_pass(self: &Rc<Self>) -> GcPass {
         let permit = self.gc_passes.clone().acquire_owned().await.ok();
         GcPass { _permit: permit, disks: self.clone() }
+    }
+
+    /// A permit for a repair that holds so many blocks in memory, in the order of asking.
+    pub async fn repair_permit(&self, blocks: usize) -> Option<SemaphorePermit<'_>> {
+        let blocks = u32::try_from(blocks.min(REPAIR_BYTES_MAX / BLOCK_SIZE)).ok()?;
+        self.repairs.acquire_many(blocks).await.ok()
+    }
+
+    /// Blocks that further repairs may hold.
+    #[cfg(test)]
+    pub(crate) fn repair_blocks_free(&self) -> usize {
+        self.repairs.available_permits()
     }
 
     /// The permit of one of the deletions that may be under way.

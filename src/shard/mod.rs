@@ -19,6 +19,7 @@
 //! - Delete names the creation it means; a slot is reused only after every I/O on it ended.
 
 pub mod activity;
+pub mod budget;
 pub mod disks;
 pub mod latency;
 pub mod local;

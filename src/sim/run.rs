@@ -173,6 +173,8 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
             NEVER
         },
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
+        // Slots are tiny: most windows must be, for there to be several in a segment.
+        repair_window_blocks: [1, 3, 8, 128][pick(4)],
         ..HeadConfig::default()
     };
     let spares = if bends { usize::from(scheme.parity) + pick(2) } else { 0 };

@@ -46,6 +46,8 @@ struct Load {
     /// Another disk did not answer, of a write that is stuck since an earlier fault, and without both
     /// too few are left.
     alone: Cell<bool>,
+    /// The log set has no others left to take the place of the slow disk.
+    narrow: Cell<bool>,
     failure: RefCell<Option<String>>,
 }
 
@@ -65,6 +67,7 @@ pub(super) async fn spell(context: &Rc<Context>, running: &Rc<Running>) -> Resul
         stop: Cell::new(false),
         short: Cell::new(false),
         alone: Cell::new(false),
+        narrow: Cell::new(false),
         failure: RefCell::default(),
     });
     let clients: Vec<_> = (0..CLIENTS)
@@ -72,6 +75,10 @@ pub(super) async fn spell(context: &Rc<Context>, running: &Rc<Running>) -> Resul
         .collect();
     *context.world.waiting.borrow_mut() = "a load on a slow disk".into();
     sleep(BEFORE).await;
+    if !others_suffice(context, running, index) {
+        // It was renewed meanwhile, without a disk that is slow already.
+        load.narrow.set(true);
+    }
     let struck = Instant::now();
     context.cover_noted("a disk a hundred times slower under load");
     context.world.devices.borrow()[index].set_slow(FACTOR);
@@ -87,6 +94,10 @@ pub(super) async fn spell(context: &Rc<Context>, running: &Rc<Running>) -> Resul
         return Err(format!("while a disk was slow: {why}"));
     }
     context.cover(if slow { "the slow disk is known" } else { "the slow disk is not noticed" });
+    if load.narrow.get() {
+        context.cover("the log set became too small to go without the slow disk");
+        return Ok(());
+    }
     if load.short.get() {
         context.cover("slots were short while a disk was slow");
         return Ok(());
@@ -147,22 +158,32 @@ async fn victim(context: &Context, running: &Running) -> Option<usize> {
         }
         sleep(Duration::from_millis(250)).await;
     }
-    let retired = context.world.retired.borrow().clone();
-    let all = 0..context.world.config.disks;
-    let up: Vec<usize> = all
-        .filter(|index| {
-            !retired.contains(index) && running.node.registry.rank(id(context, *index)) == 0
-        })
-        .collect();
+    let up = up(context, running);
     let known = !running.node.registry.watch().slow().is_empty();
     if up.is_empty() || known || head.reduced().0 > 0 {
         return None;
     }
     let pick = context.env.random_below(up.len() as u64);
     let index = up[usize::try_from(pick).expect("small")];
-    let log: BTreeSet<DiskId> = head.log_disks().into_iter().collect();
+    others_suffice(context, running, index).then_some(index)
+}
+
+/// The disks that are there to be used.
+fn up(context: &Context, running: &Running) -> Vec<usize> {
+    let retired = context.world.retired.borrow();
+    let all = 0..context.world.config.disks;
+    all.filter(|index| {
+        !retired.contains(index) && running.node.registry.rank(id(context, *index)) == 0
+    })
+    .collect()
+}
+
+/// Whether the log set has enough disks without this one.
+fn others_suffice(context: &Context, running: &Running, index: usize) -> bool {
+    let log: BTreeSet<DiskId> = running.head.log_disks().into_iter().collect();
+    let up = up(context, running);
     let others = up.iter().filter(|i| **i != index && log.contains(&id(context, **i))).count();
-    (others > usize::from(context.world.config.scheme.parity)).then_some(index)
+    others > usize::from(context.world.config.scheme.parity)
 }
 
 fn id(context: &Context, index: usize) -> DiskId {

@@ -18,7 +18,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use tokio::sync::oneshot;
-use tokio::time::Instant;
 
 use super::dense::{Payload, Stream};
 use super::head::{Head, HeadError, Op, add};
@@ -26,13 +25,14 @@ use super::overlay::Target;
 use super::segtab::Segment;
 use crate::buffer::AlignedBuf;
 use crate::export::TargetError;
-use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
+use crate::id::{BLOCK_BYTES, BLOCK_SIZE, DiskId, SegmentId};
 use crate::limits::RECORD_ENTRIES_MAX;
 use crate::segment::BlockAddr;
 use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::FetchError;
 use crate::segment::open::OpenError;
 use crate::segment::record::{Entry, Header};
+use crate::shard::budget::Urgency;
 use crate::shard::{Scheme, SegmentKind, SlotClass};
 
 /// Segments that one pass may clean. Where they are nearly full, it takes many to free one.
@@ -103,7 +103,7 @@ pub(super) struct Pass {
     pub(super) class: SlotClass,
     /// Which data segments it fills.
     pub(super) stream: Stream,
-    /// It leaves the disks to clients most of the time.
+    /// It waits for the budget of the node ([`crate::shard::budget`]).
     pub(super) paced: bool,
 }
 
@@ -537,14 +537,18 @@ impl Head {
         let mut rest = &live[..];
         while !rest.is_empty() {
             let count = batch(rest, self.batch_blocks(pass));
-            let (since, begun) = (Instant::now(), self.disks.activity.begun());
+            // What is read, and what is written of it with parity, about.
+            let bytes = count as u64 * BLOCK_BYTES * 3;
+            let waits = pass.paced && !self.wants_space(&self.state.borrow());
+            let budget = &self.disks.budget;
+            let _working = match waits {
+                true => Some(budget.take(bytes, Urgency::Patient).await),
+                false => None,
+            };
             let (readable, data, error) = self.fetch_live(&rest[..count]).await;
             unreadable = unreadable.or(error);
             if !readable.is_empty() {
                 self.move_batch(&readable, data, generation, pass).await?;
-            }
-            if pass.paced {
-                self.yield_to_clients(since, begun).await;
             }
             rest = &rest[count..];
         }

@@ -79,6 +79,10 @@ pub struct HeadConfig {
     /// Within how long every sealed shard is read and checked, again and again; none: only when it
     /// is asked for.
     pub scrub_period: Option<Duration>,
+    /// Blocks of each shard that repair reads at a time, [`REPAIR_WINDOW_BLOCKS`] at most.
+    ///
+    /// [`REPAIR_WINDOW_BLOCKS`]: crate::limits::REPAIR_WINDOW_BLOCKS
+    pub repair_window_blocks: u32,
     /// Seconds since 1970, for what people read.
     pub unix_seconds: fn() -> u64,
 }
@@ -101,6 +105,7 @@ impl Default for HeadConfig {
             narrow_after: Duration::from_mins(10),
             log_domains_max: rules::log_domains(PARITY_MAX),
             scrub_period: Some(super::scrub::DEFAULT_PERIOD),
+            repair_window_blocks: crate::limits::REPAIR_WINDOW_BLOCKS,
             unix_seconds: || 0,
         }
     }
@@ -137,6 +142,8 @@ pub struct HeadStats {
     pub rebuilt_shards: Cell<u64>,
     /// Bytes rebuilt.
     pub rebuilt_bytes: Cell<u64>,
+    /// Bytes that repairs read.
+    pub repair_read_bytes: Cell<u64>,
     /// Bytes that scrubs read.
     pub scrub_bytes: Cell<u64>,
     /// Bad blocks and shards that scrubs found, and those of reads that were mended in place.
@@ -312,6 +319,7 @@ pub struct Head {
     pub(super) torn: RefCell<BTreeSet<SegmentId>>,
     /// What slow disks are to delete is being deleted.
     pub(super) deletes_slowly: Cell<bool>,
+    pub(super) repair: super::repair::Repair,
     pub(super) dense: super::dense::Dense,
     pub(super) narrow: super::narrow::Narrow,
     /// When it was made.
@@ -528,6 +536,7 @@ impl Head {
             relocate: RefCell::default(),
             torn: RefCell::default(),
             deletes_slowly: Cell::new(false),
+            repair: super::repair::Repair::default(),
             dense: super::dense::Dense::default(),
             narrow,
             started: Instant::now(),

@@ -32,5 +32,6 @@ pub mod usage;
 mod walk;
 mod width;
 
+pub use repair::RepairReport;
 pub use report::HeadReport;
 pub use scrub::{DEFAULT_PERIOD as SCRUB_PERIOD, ScrubReport};

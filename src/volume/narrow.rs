@@ -51,10 +51,6 @@ const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_mins(1);
 /// Live blocks that one pass moves, about: other volumes' garbage collection waits meanwhile.
 const PASS_BLOCKS: u64 = 32 << 10;
-/// While clients are active, how many times as long as it moved a pass pauses.
-const PAUSE_FACTOR: u32 = 9;
-/// Longest such pause.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// How many domains data segments count on.
 pub(super) struct Narrow {
@@ -309,16 +305,6 @@ impl Head {
         tracing::info!(volume = %self.volume, segments = emptied, data = scheme.data,
             parity = scheme.parity, "data segments were moved to another scheme");
         Ok(emptied)
-    }
-
-    /// Leaves the disks to clients for a while if they asked for something since a move began, when
-    /// `begun` requests had been.
-    pub(super) async fn yield_to_clients(&self, since: Instant, begun: u64) {
-        let activity = &self.disks.activity;
-        let busy = activity.in_flight() > 0 || activity.begun() != begun;
-        if busy && !self.wants_space(&self.state.borrow()) {
-            tokio::time::sleep((since.elapsed() * PAUSE_FACTOR).min(PAUSE_MAX)).await;
-        }
     }
 }
 

@@ -2,32 +2,57 @@
 //!
 //! A segment is immutable once sealed, so a rebuilt shard is as good as the first. The new shard is
 //! used from the moment it is sealed; the old one is listed as freed and deleted after the next
-//! checkpoint. The segments with the fewest shards left come first. Where only the disk of the
-//! damaged shard itself is left, the old shard is given up first, and only while the others
-//! suffice.
+//! checkpoint. Where only the disk of the damaged shard itself is left, the old shard is given up
+//! first, and only while the others suffice.
+//!
+//! Several segments are repaired at once, all that each lacks in one go ([`stream`]), so that many
+//! disks read and write. Whenever one is done, the next is the one that survives the fewest further
+//! losses *then*; one that survives none does not wait for the budget of the node
+//! ([`crate::shard::budget`]). What could not be repaired is tried again after a pause.
+//!
+//! Nothing is kept of how far repair is but the segment table, which says what is missing: a head
+//! that takes over goes on from its newest checkpoint, and checkpoints are made while it goes on.
 
+mod progress;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::FutureExt;
+use futures_util::future::join_all;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
+use self::progress::Part;
+pub(super) use self::progress::Repair;
+pub use self::progress::RepairReport;
+use self::stream::{Goal, Stream};
 use super::head::{Head, HeadError, Op, State, add};
 use super::segtab::{Segment, ShardRef};
 use super::walk;
-use crate::id::{BLOCK_SIZE, DiskId, SegmentId};
-use crate::limits::RECORD_HEADER_BLOCKS_MAX;
+use crate::id::{BLOCK_BYTES, DiskId, SegmentId};
+use crate::limits::{self, RECORD_HEADER_BLOCKS_MAX, REPAIR_SEGMENTS_MAX};
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::fetch::{FetchError, Source};
 use crate::segment::open::{CONTROL_PATIENCE, OpenSegment, frame};
 use crate::segment::record::{Entry, Header};
+use crate::shard::budget::Urgency;
 use crate::shard::disks::Target;
 use crate::shard::{
-    Append, SegmentKind, ShardError, ShardInfo, ShardSpec, SlotClass, VolumeOnDisk,
+    SegmentKind, ShardError, ShardInfo, ShardResult, ShardSpec, SlotClass, VolumeOnDisk,
 };
 
-/// Pause after a round that could not repair everything, unless a disk comes back.
+/// Pause before a segment that could not be repaired is tried again, unless a disk comes back.
 const PAUSE: Duration = Duration::from_millis(500);
+/// While shards are rebuilt, a checkpoint is asked for so often: it frees what they replace, and
+/// a head that takes over need not rebuild them again.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(10);
 /// Pause between two looks whether a segment that was left is sealed.
 const SEAL_POLL: Duration = Duration::from_millis(10);
 /// How long a take-over repairs before it serves.
@@ -40,30 +65,8 @@ const FENCE_PAUSE: Duration = Duration::from_millis(500);
 pub(super) async fn run(head: Rc<Head>) {
     loop {
         head.repair_wanted.notified().await;
-        while head.is_serving() {
-            let wanted = head.segments_to_repair();
-            if wanted.is_empty() {
-                break;
-            }
-            let mut progress = false;
-            for (id, shard) in wanted {
-                if !head.is_serving() {
-                    return;
-                }
-                match head.rebuild(id, shard).await {
-                    Ok(true) => progress = true,
-                    Ok(false) => {}
-                    Err(error) => {
-                        tracing::debug!(volume = %head.volume, segment = %id, shard, %error, "not repaired");
-                    }
-                }
-            }
-            head.checkpoint_wanted.notify_one();
-            if !progress {
-                let changed = head.disks.changed.notified();
-                // Whichever comes first; either is a reason to look again.
-                drop(tokio::time::timeout(PAUSE, changed).await);
-            }
+        if head.is_serving() {
+            head.repair_all().await;
         }
         if !head.is_serving() {
             return;
@@ -71,23 +74,117 @@ pub(super) async fn run(head: Rc<Head>) {
     }
 }
 
+/// What is to be repaired, and what is being repaired.
+#[derive(Default)]
+struct Rounds<'a> {
+    /// The next one first. Made anew whenever anything changes.
+    queue: VecDeque<SegmentId>,
+    under_way: BTreeSet<SegmentId>,
+    running: FuturesUnordered<Pin<Box<dyn Future<Output = (SegmentId, bool)> + 'a>>>,
+    /// What could not be repaired, and when it is tried again.
+    later: BTreeMap<SegmentId, Instant>,
+}
+
+impl Rounds<'_> {
+    fn takes(&self, id: SegmentId) -> bool {
+        !self.under_way.contains(&id) && !self.later.contains_key(&id)
+    }
+}
+
 impl Head {
-    /// Sealed segments with a shard missing: fewest shards left first.
-    fn segments_to_repair(&self) -> Vec<(SegmentId, usize)> {
+    /// Repairs until nothing is left that could be, or the head stops.
+    async fn repair_all(self: &Rc<Self>) {
+        let mut rounds = Rounds::default();
+        // Since when no checkpoint was asked for, while there was something to repair.
+        let mut asked_at = None;
+        while self.is_serving() {
+            self.begin_repairs(&mut rounds);
+            let idle = rounds.running.is_empty();
+            if asked_at.is_some_and(|at: Instant| idle || at.elapsed() >= CHECKPOINT_EVERY) {
+                self.checkpoint_wanted.notify_one();
+                asked_at = None;
+            }
+            if !idle {
+                asked_at.get_or_insert_with(Instant::now);
+            }
+            if idle {
+                let Some(next) = rounds.later.values().min().copied() else { return };
+                let changed = self.disks.changed.notified();
+                // Whichever comes first; either is a reason to look again.
+                drop(tokio::time::timeout_at(next, changed).await);
+                rounds.later.clear();
+                continue;
+            }
+            tokio::select! {
+                biased;
+                Some((id, repaired)) = rounds.running.next() => {
+                    rounds.under_way.remove(&id);
+                    if !repaired {
+                        rounds.later.insert(id, Instant::now() + PAUSE);
+                    }
+                }
+                () = self.repair_wanted.notified() => rounds.queue.clear(),
+            }
+        }
+    }
+
+    /// Begins to repair as many segments as may be at once.
+    fn begin_repairs<'a>(self: &'a Rc<Self>, rounds: &mut Rounds<'a>) {
+        let now = Instant::now();
+        rounds.later.retain(|_, at| *at > now);
+        if self.repair_wanted.notified().now_or_never().is_some() {
+            // The next one may be another now.
+            rounds.queue.clear();
+        }
+        let mut looked = false;
+        while rounds.under_way.len() < REPAIR_SEGMENTS_MAX {
+            let Some(id) = rounds.queue.pop_front() else {
+                if looked {
+                    return;
+                }
+                looked = true;
+                rounds.queue = self.segments_to_repair().into();
+                continue;
+            };
+            if !rounds.takes(id) {
+                continue;
+            }
+            rounds.under_way.insert(id);
+            rounds.running.push(Box::pin(async move {
+                let repaired = self.rebuild(id, None).await;
+                if let Err(error) = &repaired {
+                    tracing::debug!(volume = %self.volume, segment = %id, %error, "not repaired");
+                }
+                (id, repaired.unwrap_or(false))
+            }));
+        }
+    }
+
+    /// Sealed segments with a shard missing: first those that survive the fewest further losses.
+    fn segments_to_repair(&self) -> Vec<SegmentId> {
         let state = self.state.borrow();
-        let mut wanted: Vec<(usize, SegmentId, usize)> = state
+        let mut wanted: Vec<(usize, SegmentId)> = state
             .table
             .segments
             .values()
             .filter(|s| s.sealed && s.missing != 0 && self.is_needed(&state, s.id))
-            .flat_map(|s| {
-                (0..s.scheme.width())
-                    .filter(|i| s.missing >> i & 1 == 1)
-                    .map(|i| (s.present() - usize::from(s.scheme.data).min(s.present()), s.id, i))
-            })
+            .map(|s| (self.survives(&state, s), s.id))
             .collect();
         wanted.sort_unstable();
-        wanted.into_iter().map(|(_, id, shard)| (id, shard)).collect()
+        wanted.into_iter().map(|(_, id)| id).collect()
+    }
+
+    /// How many further losses a segment survives. What is to leave a disk that is up is not lost.
+    fn survives(&self, state: &State, segment: &Segment) -> usize {
+        let leaves = |&i: &usize| {
+            let disk = segment.members[i].disk;
+            segment.missing >> i & 1 == 1
+                && !segment.is_damaged(i)
+                && state.lost.contains(&disk)
+                && self.disks.client(disk).is_some()
+        };
+        let leaving = (0..segment.members.len()).filter(leaves).count();
+        (segment.present() + leaving).saturating_sub(segment.scheme.data.into())
     }
 
     /// Repairs log segments that a take-over found incomplete, as far as disks are there for it and
@@ -101,14 +198,13 @@ impl Head {
                 return;
             }
             // Data segments may be large and many: they are repaired while the volume is served.
-            let log = |s: &&Segment| s.kind == SegmentKind::Log;
-            let missing =
-                self.state.borrow().table.segments.get(&id).filter(log).map_or(0, |s| s.missing);
-            for shard in (0..32).filter(|i| missing >> i & 1 == 1) {
-                if let Err(error) = self.rebuild(id, shard).await {
-                    tracing::warn!(volume = %self.volume, segment = %id, shard, %error,
-                        "a segment of the log stays reduced for now");
-                }
+            let log = |s: &&Segment| s.kind == SegmentKind::Log && s.missing != 0;
+            if self.state.borrow().table.segments.get(&id).filter(log).is_none() {
+                continue;
+            }
+            if let Err(error) = self.rebuild(id, Some(Urgency::Now)).await {
+                tracing::warn!(volume = %self.volume, segment = %id, %error,
+                    "a segment of the log stays reduced for now");
             }
         }
     }
@@ -116,64 +212,161 @@ impl Head {
     /// Seals the shards of disks that came too late to be settled by the take-over under way: what
     /// only they hold cannot be read before.
     pub(super) async fn reseal_missing(&self) {
-        for (id, shard) in self.segments_to_repair() {
+        for id in self.segments_to_repair() {
+            self.reseal_all(id).await;
+        }
+    }
+
+    /// Seals the shards of a segment that their disks closed while they held all of it.
+    async fn reseal_all(&self, id: SegmentId) {
+        for shard in self.missing_of(id) {
             self.reseal(id, shard).await;
         }
     }
 
-    /// Builds one shard anew. False when there is nothing to do, or nowhere to put it.
-    async fn rebuild(self: &Rc<Self>, id: SegmentId, shard: usize) -> Result<bool, HeadError> {
-        let segment = {
+    /// The shards that a sealed segment lacks; none if it was freed.
+    fn missing_of(&self, id: SegmentId) -> Vec<usize> {
+        let state = self.state.borrow();
+        let Some(segment) = state.table.segments.get(&id).filter(|s| s.sealed) else {
+            return Vec::new();
+        };
+        (0..segment.members.len()).filter(|i| segment.missing >> i & 1 == 1).collect()
+    }
+
+    /// Builds the shards anew that a segment lacks; how urgent that is follows from what it
+    /// survives, if nothing is said. False when there is nothing to do, or nowhere to put them.
+    async fn rebuild(
+        self: &Rc<Self>,
+        id: SegmentId,
+        urgency: Option<Urgency>,
+    ) -> Result<bool, HeadError> {
+        for shard in self.missing_of(id) {
+            let leaves = {
+                let state = self.state.borrow();
+                let Some(segment) = state.table.segments.get(&id) else { return Ok(false) };
+                // What is to leave a disk does not count again because it is whole there.
+                state.lost.contains(&segment.members[shard].disk) || segment.is_damaged(shard)
+            };
+            if !leaves {
+                self.reseal(id, shard).await;
+            }
+        }
+        let missing = self.missing_of(id);
+        let (segment, survives) = {
             let state = self.state.borrow();
             match state.table.segments.get(&id) {
-                Some(s) if s.sealed && s.missing >> shard & 1 == 1 => s.clone(),
-                _ => return Ok(false),
+                Some(s) if !missing.is_empty() => (s.clone(), self.survives(&state, s)),
+                // It was whole, or is now.
+                found => return Ok(found.is_some()),
             }
         };
-        // What is to leave a disk does not count again because it is whole there.
-        let leaves = self.state.borrow().lost.contains(&segment.members[shard].disk);
-        if !leaves && !segment.is_damaged(shard) {
-            self.reseal(id, shard).await;
+        let urgency =
+            urgency.unwrap_or(if survives == 0 { Urgency::Now } else { Urgency::Patient });
+        let mut goals = Vec::new();
+        let mut homeless = Vec::new();
+        for shard in missing {
+            match self.repair_target(&segment, shard, &goals) {
+                Some(target) => {
+                    goals.push(Goal { shard, target: Some(target), failed: None });
+                }
+                None => homeless.push(shard),
+            }
         }
-        let whole = |s: &Segment| s.missing >> shard & 1 == 0;
-        if self.state.borrow().table.segments.get(&id).is_none_or(whole) {
-            return Ok(true);
+        let mut result = Ok(false);
+        if !goals.is_empty() {
+            result = self.rebuild_elsewhere(&segment, goals, urgency).await;
         }
-        let Some(target) = self.repair_target(&segment, shard) else {
-            return self.give_up_in_place(&segment, shard).await;
-        };
+        for shard in homeless {
+            let Some(segment) = self.state.borrow().table.segments.get(&id).cloned() else { break };
+            if segment.missing >> shard & 1 == 1 {
+                result = match (result, self.give_up_in_place(&segment, shard, urgency).await) {
+                    (Ok(a), Ok(b)) => Ok(a || b),
+                    (Ok(true), Err(_)) | (Err(_), Ok(true)) => Ok(true),
+                    (Err(error), _) | (_, Err(error)) => Err(error),
+                };
+            }
+        }
+        result
+    }
+
+    /// Builds shards on other disks, and has the segment use them. False if nothing came of it.
+    async fn rebuild_elsewhere(
+        self: &Rc<Self>,
+        segment: &Segment,
+        goals: Vec<Goal>,
+        urgency: Urgency,
+    ) -> Result<bool, HeadError> {
+        let id = segment.id;
         let creation = self.env.random_u64();
-        let new = ShardRef { disk: target.disk, creation };
-        let built = self.build(&segment, shard, &target, creation).await;
-        let mut state = self.state.borrow_mut();
-        let entry = state.table.segments.get_mut(&id).filter(|s| {
-            built.is_ok()
-                && s.members[shard] == segment.members[shard]
-                && s.missing >> shard & 1 == 1
-        });
-        let Some(entry) = entry else {
-            // Failed, or freed meanwhile: whatever is there is nobody's.
-            state.table.freed.insert((id, new));
-            drop(state);
-            return built.map(|()| false);
-        };
-        let old = std::mem::replace(&mut entry.members[shard], new);
-        entry.note_whole(shard);
-        state.table.freed.remove(&(id, new));
-        if !old.disk.is_nil() {
-            state.table.freed.insert((id, old));
+        let new: Vec<(usize, ShardRef)> = goals
+            .iter()
+            .filter_map(|goal| {
+                let disk = goal.target.as_ref()?.disk;
+                Some((goal.shard, ShardRef { disk, creation }))
+            })
+            .collect();
+        let part = self.repair.part();
+        let built = self.build(segment, goals, creation, urgency, &part).await;
+        let mut rebuilt = false;
+        for &(shard, there) in &new {
+            let whole = built.as_ref().is_ok_and(|built| {
+                built.iter().any(|goal| goal.shard == shard && goal.failed.is_none())
+            });
+            let mut state = self.state.borrow_mut();
+            let entry = state.table.segments.get_mut(&id).filter(|s| {
+                whole && s.members[shard] == segment.members[shard] && s.missing >> shard & 1 == 1
+            });
+            let Some(entry) = entry else {
+                // Failed, or freed meanwhile: whatever is there is nobody's.
+                state.table.freed.insert((id, there));
+                continue;
+            };
+            let old = std::mem::replace(&mut entry.members[shard], there);
+            entry.note_whole(shard);
+            state.table.freed.remove(&(id, there));
+            if !old.disk.is_nil() {
+                state.table.freed.insert((id, old));
+            }
+            self.count_rebuilt(segment);
+            rebuilt = true;
+            tracing::info!(
+                volume = %self.volume, segment = %id, shard, disk = %there.disk,
+                bytes = u64::from(segment.blocks) * BLOCK_BYTES, "shard rebuilt",
+            );
         }
+        match built {
+            Err(error) => Err(error),
+            Ok(goals) => match goals.into_iter().find_map(|goal| goal.failed) {
+                Some(error) if !rebuilt => Err(error),
+                _ => Ok(rebuilt),
+            },
+        }
+    }
+
+    fn count_rebuilt(&self, segment: &Segment) {
         add(&self.stats.rebuilt_shards, 1);
-        add(&self.stats.rebuilt_bytes, u64::from(segment.blocks) * BLOCK_SIZE as u64);
-        tracing::info!(volume = %self.volume, segment = %id, shard, disk = %target.disk, "shard rebuilt");
-        Ok(true)
+        add(&self.stats.rebuilt_bytes, u64::from(segment.blocks) * BLOCK_BYTES);
+    }
+
+    /// Where repair stands; none while nothing is to be rebuilt.
+    pub fn repair_report(&self) -> Option<RepairReport> {
+        let missing: u64 = {
+            let state = self.state.borrow();
+            let segments = state.table.segments.values();
+            segments
+                .filter(|s| s.sealed && s.missing != 0 && self.is_needed(&state, s.id))
+                .map(|s| u64::from(s.missing.count_ones()) * u64::from(s.blocks))
+                .sum()
+        };
+        self.repair.report(missing * BLOCK_BYTES, self.stats.rebuilt_bytes.get())
     }
 
     /// Where the shard may go: a domain that no other shard of the segment lies in, on a disk that
-    /// holds no remains of the segment.
-    fn repair_target(&self, segment: &Segment, shard: usize) -> Option<Target> {
+    /// holds no remains of the segment; nor those that are chosen for others of its shards.
+    fn repair_target(&self, segment: &Segment, shard: usize, chosen: &[Goal]) -> Option<Target> {
         let state = self.state.borrow();
-        let mut taken = Vec::new();
+        let others = chosen.iter().filter_map(|goal| goal.target.as_ref());
+        let mut taken: Vec<u32> = others.filter_map(|t| self.disks.domain(t.disk)).collect();
         for (index, member) in segment.members.iter().enumerate() {
             if index != shard
                 && segment.missing >> index & 1 == 0
@@ -216,6 +409,7 @@ impl Head {
         self: &Rc<Self>,
         segment: &Segment,
         shard: usize,
+        urgency: Urgency,
     ) -> Result<bool, HeadError> {
         let old = segment.members[shard];
         let placeholder_gone = {
@@ -237,7 +431,7 @@ impl Head {
         let remains = held.shards.iter().find(|info| info.spec.segment == segment.id);
         if let Some(info) = remains {
             // Whatever only this shard holds would be lost with it.
-            if let Err(error) = self.others_suffice(segment, shard).await {
+            if let Err(error) = self.others_suffice(segment, shard, urgency).await {
                 self.move_elsewhere(segment.id);
                 return Err(error);
             }
@@ -264,9 +458,15 @@ impl Head {
             return Ok(false);
         };
         let target = Target { disk: old.disk, client, slot_bytes: info.slot_bytes };
-        let built = self.build(segment, shard, &target, old.creation).await;
+        let goals = vec![Goal { shard, target: Some(target), failed: None }];
+        let part = self.repair.part();
+        let built = self.build(segment, goals, old.creation, urgency, &part).await;
+        let failed = match built {
+            Ok(goals) => goals.into_iter().find_map(|goal| goal.failed),
+            Err(error) => Some(error),
+        };
         let mut state = self.state.borrow_mut();
-        if let Err(error) = built {
+        if let Some(error) = failed {
             // Whatever was created goes under this creation: the next try takes another.
             let fresh = ShardRef { disk: old.disk, creation: self.env.random_u64() };
             if let Some(entry) = state.table.segments.get_mut(&segment.id)
@@ -282,7 +482,7 @@ impl Head {
             && entry.members[shard] == old
         {
             entry.note_whole(shard);
-            add(&self.stats.rebuilt_shards, 1);
+            self.count_rebuilt(segment);
         }
         Ok(true)
     }
@@ -295,14 +495,17 @@ impl Head {
     }
 
     /// Reads everything that a shard is to hold from the others.
-    async fn others_suffice(&self, segment: &Segment, shard: usize) -> Result<(), HeadError> {
-        let (mut source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
-        source.without |= 1 << shard;
-        let mut at = 0;
-        while at < segment.blocks {
-            at += self.read_record(&source, segment, shard, at).await?.0.blocks();
-        }
-        Ok(())
+    async fn others_suffice(
+        &self,
+        segment: &Segment,
+        shard: usize,
+        urgency: Urgency,
+    ) -> Result<(), HeadError> {
+        let data = segment.scheme.data.into();
+        let _permit = self.disks.repair_permit(limits::repair_blocks(data, 1)).await;
+        let goals = vec![Goal { shard, target: None, failed: None }];
+        let part = self.repair.part();
+        Stream::new(self, segment, goals, &part, urgency, 1 << shard).run().await.map(drop)
     }
 
     /// The record at block `at` as shard `shard` is to hold it, header and payload. Copies that no
@@ -355,53 +558,79 @@ impl Head {
         Ok((header, read?))
     }
 
-    /// Creates, fills and seals a shard.
+    /// Creates, fills and seals shards, those without a failure in the answer.
+    ///
+    /// # Errors
+    /// The segment cannot be read, or no shard could be built.
     async fn build(
         &self,
         segment: &Segment,
-        shard: usize,
-        target: &Target,
+        mut goals: Vec<Goal>,
         creation: u64,
-    ) -> Result<(), HeadError> {
+        urgency: Urgency,
+        part: &Part<'_>,
+    ) -> Result<Vec<Goal>, HeadError> {
+        let held = limits::repair_blocks(segment.scheme.data.into(), goals.len());
+        let _permit = self.disks.repair_permit(held).await;
+        let creates = goals.iter().map(|goal| self.create_goal(segment, goal, creation));
+        let created = join_all(creates).await;
+        self.settle_goals(&mut goals, created)?;
+        let mut goals = Stream::new(self, segment, goals, part, urgency, 0).run().await?;
+        let patience = CONTROL_PATIENCE;
+        let seals = goals.iter().map(async |goal| match &goal.target {
+            Some(target) if goal.failed.is_none() => {
+                let seal = target.client.seal(self.authority, segment.id, segment.blocks, None);
+                let sealed = tokio::time::timeout(patience, seal).await;
+                sealed.unwrap_or(Err(ShardError::Unreachable))
+            }
+            _ => Ok(()),
+        });
+        let sealed = join_all(seals).await;
+        self.settle_goals(&mut goals, sealed)?;
+        Ok(goals)
+    }
+
+    async fn create_goal(&self, segment: &Segment, goal: &Goal, creation: u64) -> ShardResult<()> {
+        let Some(target) = &goal.target else { return Ok(()) };
         let spec = ShardSpec {
             volume: self.volume,
             segment: segment.id,
             creation,
             kind: segment.kind,
             scheme: segment.scheme,
-            index: u8::try_from(shard).expect("at most 20 shards"),
+            index: u8::try_from(goal.shard).expect("at most 20 shards"),
             members: (0..)
                 .zip(&segment.members)
-                .map(|(i, m)| if i == shard { target.disk } else { m.disk })
+                .map(|(i, m)| if i == goal.shard { target.disk } else { m.disk })
                 .collect(),
         };
-        let fail = |error: &ShardError| {
-            self.disks.report(target.disk, error);
-            HeadError::Append
-        };
-        let patience = CONTROL_PATIENCE;
         let create = target.client.create(self.authority, spec, SlotClass::Repair);
-        let created = tokio::time::timeout(patience, create).await;
-        created.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
-        let mut at = 0;
-        while at < segment.blocks {
-            let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
-            let (data, crcs) = self.rebuilt_record(&source, segment, shard, at).await?;
-            let blocks = u32::try_from(crcs.len()).expect("a record is small");
-            let append = Append {
-                authority: self.authority,
-                segment: segment.id,
-                block: at,
-                data: data.into(),
-                crcs: crcs.into(),
-            };
-            let appended = tokio::time::timeout(patience, target.client.append(append)).await;
-            appended.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))?;
-            at += blocks;
+        let created = tokio::time::timeout(CONTROL_PATIENCE, create).await;
+        created.unwrap_or(Err(ShardError::Unreachable))
+    }
+
+    /// Takes up what disks answered to goals.
+    ///
+    /// # Errors
+    /// None of them is left.
+    fn settle_goals(
+        &self,
+        goals: &mut [Goal],
+        answers: Vec<ShardResult<()>>,
+    ) -> Result<(), HeadError> {
+        for (goal, answer) in goals.iter_mut().zip(answers) {
+            if let (Err(error), Some(target)) = (answer, &goal.target) {
+                if error == ShardError::NoSpace {
+                    self.disks.refused(target.disk, SlotClass::Repair);
+                }
+                self.disks.report(target.disk, &error);
+                goal.failed.get_or_insert(HeadError::Append);
+            }
         }
-        let seal = target.client.seal(self.authority, segment.id, segment.blocks, None);
-        let sealed = tokio::time::timeout(patience, seal).await;
-        sealed.unwrap_or(Err(ShardError::Unreachable)).map_err(|e| fail(&e))
+        if goals.iter().all(|goal| goal.failed.is_some()) {
+            return Err(HeadError::Append);
+        }
+        Ok(())
     }
 
     /// The record at block `at` of shard `shard`, made from the other shards.

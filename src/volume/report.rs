@@ -21,8 +21,6 @@ pub struct HeadReport {
     pub checkpoint_sequence: u64,
     /// For how long writes have been waiting for disks; none if they do not.
     pub stalled_for: Option<Duration>,
-    /// Bytes of shards that have to be rebuilt.
-    pub missing_bytes: u64,
 }
 
 impl Head {
@@ -34,14 +32,11 @@ impl Head {
             .filter(|s| s.kind != SegmentKind::Meta)
             .map(|s| u64::from(s.live) + u64::from(s.recent))
             .sum();
-        let missing: u64 =
-            segments().map(|s| u64::from(s.missing.count_ones()) * u64::from(s.blocks)).sum();
         HeadReport {
             epoch: self.authority.epoch,
             allocated_bytes: (blocks * BLOCK_BYTES).min(state.size),
             checkpoint_sequence: state.checkpoint_place().sequence,
             stalled_for: state.stalled_since.map(|since| Instant::now() - since),
-            missing_bytes: missing * BLOCK_BYTES,
         }
     }
 

@@ -22,6 +22,7 @@ use crate::segment::checksum::raw_crcs;
 use crate::segment::fetch::FetchError;
 use crate::segment::open::OpenError;
 use crate::segment::record::Entry;
+use crate::shard::activity::Request;
 use crate::shard::{Scheme, SlotClass};
 
 /// Blocks of one operation of the log, at most: several fit into a record.
@@ -563,21 +564,21 @@ impl BlockTarget for HeadTarget {
         false
     }
     fn read(&self, offset: u64, len: usize) -> LocalFuture<'_, Result<Vec<Bytes>, TargetError>> {
-        let busy = self.0.disks.activity.begin();
+        let busy = self.0.disks.activity.begin(Request::Read(len));
         Box::pin(async move {
             let _busy = busy;
             self.0.read_bytes(offset, len).await
         })
     }
     fn write(&self, offset: u64, data: Bytes) -> LocalFuture<'_, Result<(), TargetError>> {
-        let busy = self.0.disks.activity.begin();
+        let busy = self.0.disks.activity.begin(Request::Write(data.len()));
         Box::pin(async move {
             let _busy = busy;
             self.0.write_bytes(offset, data).await
         })
     }
     fn zero(&self, offset: u64, len: u64, unmap: bool) -> LocalFuture<'_, Result<(), TargetError>> {
-        let busy = self.0.disks.activity.begin();
+        let busy = self.0.disks.activity.begin(Request::Write(0));
         Box::pin(async move {
             let _busy = busy;
             self.0.zero_bytes(offset, len, unmap).await

@@ -127,6 +127,7 @@ fn pool(request: &CreatePool) -> Pool {
         usable: 16 << 30,
         stored: 1 << 30,
         volumes: 0,
+        repair: None,
     }
 }
 
@@ -146,6 +147,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         failures: vec![],
         unrepairable: 0,
         narrowed: None,
+        repair: None,
     }
 }
 

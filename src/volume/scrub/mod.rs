@@ -15,8 +15,8 @@
 //! - A round may be dropped at any await. It goes on at its position, which the metadata store
 //!   keeps, roughly: some segments may be read twice.
 //! - A shard that was not read because its disk is away counts as unchecked, never as good.
-//! - While clients have requests under way, a window is followed by a pause many times as long as
-//!   it took, unless the round would not end within its period.
+//! - A window waits for the budget of the node ([`crate::shard::budget`]), but no longer than the
+//!   round can afford if it is to end within its period.
 
 mod layout;
 mod window;
@@ -38,6 +38,8 @@ use super::segtab::Segment;
 use crate::id::{BLOCK_BYTES, SegmentId};
 use crate::meta::{Condition, MetaError, Txn, TxnOutcome, schema};
 use crate::planted::{Bug, bug};
+use crate::shard::activity::Working;
+use crate::shard::budget::Urgency;
 
 /// How long a round may take if nothing else is said, and when the next one begins.
 pub const DEFAULT_PERIOD: Duration = Duration::from_hours(7 * 24);
@@ -45,10 +47,6 @@ pub const DEFAULT_PERIOD: Duration = Duration::from_hours(7 * 24);
 const WINDOW_BLOCKS: u32 = 64;
 /// How long one disk may take for its part of a window.
 const SHARD_PATIENCE: Duration = Duration::from_secs(2);
-/// While clients are at work, the pause after a window is so many times as long as it took.
-const BUSY_PAUSES: u32 = 19;
-/// The longest such pause.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Windows that reads found bad and that wait to be looked at; what is found beyond that is built
 /// anew.
 const SUSPECTS_MAX: usize = 4096;
@@ -345,9 +343,8 @@ impl Head {
             // It may be freed, or a shard of it replaced, at any time.
             let Some(segment) = self.sealed_segment(id).filter(|s| at < s.blocks) else { return };
             let count = WINDOW_BLOCKS.min(segment.blocks - at);
-            let requests = self.disks.activity.begun();
             let _permit = self.disks.activity.scrub_permit().await;
-            let begun = Instant::now();
+            let _working = self.window_turn(&segment, count).await;
             let (end, unchecked) =
                 self.scrub_window(&segment, (at, count), Some(&mut layout), Reason::Round).await;
             let read = u64::from(end - at) * segment.present() as u64 * BLOCK_BYTES;
@@ -358,27 +355,33 @@ impl Head {
                 round.done_bytes += read;
             }
             at = end;
-            self.pace(requests, begun.elapsed(), read).await;
+            tokio::task::yield_now().await;
         }
     }
 
-    /// Leaves the disks to clients, if there are any at work.
-    async fn pace(&self, requests: u64, took: Duration, read: u64) {
-        let activity = &self.disks.activity;
-        if activity.in_flight() == 0 && activity.begun() == requests {
-            tokio::task::yield_now().await;
-            return;
+    /// Waits until a window may be read: until the budget allows it, or the round cannot afford to
+    /// wait any longer.
+    async fn window_turn(&self, segment: &Segment, count: u32) -> Working {
+        let budget = &self.disks.budget;
+        let bytes = u64::from(count) * segment.present() as u64 * BLOCK_BYTES;
+        let take = budget.take(bytes, Urgency::Patient);
+        let Some(wait) = self.affords(bytes) else { return take.await };
+        match tokio::time::timeout(wait, take).await {
+            Ok(working) => working,
+            Err(_) => budget.work(),
         }
-        let mut pause = (took * BUSY_PAUSES).min(PAUSE_MAX);
-        if let (Some(period), Some(round)) = (self.config.scrub_period, &*self.scrub.round.borrow())
-        {
-            // No longer than the round can afford, but half of the time at least.
-            let left = (round.total_bytes - round.skipped_bytes).saturating_sub(round.done_bytes);
-            let windows = u32::try_from(left / read.max(1) + 1).unwrap_or(u32::MAX);
-            let time = period.saturating_sub(round.begun.elapsed());
-            pause = pause.min((time / windows).saturating_sub(took).max(took));
-        }
-        tokio::time::sleep(pause).await;
+    }
+
+    /// How long a window of so many bytes may wait, so that the round ends within its period; none
+    /// if there is no period.
+    fn affords(&self, bytes: u64) -> Option<Duration> {
+        let period = self.config.scrub_period?;
+        let round = self.scrub.round.borrow();
+        let round = round.as_ref()?;
+        let left = (round.total_bytes - round.skipped_bytes).saturating_sub(round.done_bytes);
+        let windows = u32::try_from(left / bytes.max(1) + 1).unwrap_or(u32::MAX);
+        // Half of the time is for reading.
+        Some(period.saturating_sub(round.begun.elapsed()) / windows / 2)
     }
 
     /// Counts the shards that were built anew since they were found bad.
