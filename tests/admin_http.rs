@@ -116,6 +116,12 @@ fn disks() {
     assert_eq!(code(client.drain_disk(disk.id)), ErrorCode::NotFound);
     assert_eq!(client.drain_disk(disk_id(1)).unwrap().state, DiskState::Draining);
     assert_eq!(client.online_disk(disk_id(0)).unwrap().state, DiskState::Online);
+    let new = AddDisk { path: "/dev/new".into(), size: None, force: false };
+    assert_eq!(code(client.replace_disk(disk.id, &new)), ErrorCode::NotFound);
+    assert_eq!(client.replace_disk(disk_id(2), &new).unwrap().path, new.path);
+    assert_eq!(client.disk(disk_id(2)).unwrap().state, DiskState::Draining);
+    let relative = AddDisk { path: "new".into(), ..new };
+    assert_eq!(code(client.replace_disk(disk_id(2), &relative)), ErrorCode::InvalidArgument);
 }
 
 #[test]

@@ -73,7 +73,8 @@ impl Machine {
     }
 
     async fn start(&self) -> Rc<Node> {
-        self.start_with(self.devices.0.borrow().len()).await
+        let disks = self.devices.0.borrow().len();
+        self.start_with(disks).await
     }
 
     /// Starts the node with its first disks.

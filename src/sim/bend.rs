@@ -48,7 +48,9 @@ pub(super) async fn spell(context: &Context, heads: &[Rc<Running>]) -> Result<()
     for &index in &gone {
         context.world.retired.borrow_mut().insert(index);
         context.world.disks.borrow_mut()[index] = None;
-        heads.iter().for_each(|running| running.head.disk_removed(context.world.ids[index]));
+        for running in heads {
+            running.head.disk_removed(context.world.ids[index]);
+        }
     }
     let left: Vec<DiskId> =
         present(context).into_iter().map(|index| context.world.ids[index]).collect();
@@ -63,7 +65,9 @@ pub(super) async fn spell(context: &Context, heads: &[Rc<Running>]) -> Result<()
         }
     }
     let away = draw(context, parity);
-    away.iter().for_each(|&index| vanish(context, index));
+    for &index in &away {
+        vanish(context, index);
+    }
     context.note(&format!("disks {away:?} are away too"));
     for running in heads {
         read_all(context, running).await?;
@@ -94,7 +98,9 @@ pub(super) fn go(context: &Context, heads: &[Rc<Running>], index: usize) {
     vanish(context, index);
     let id = context.world.ids[index];
     context.nodes.borrow().iter().for_each(|node| node.registry.forget(id));
-    heads.iter().for_each(|running| running.head.disk_lost(id));
+    for running in heads {
+        running.head.disk_lost(id);
+    }
 }
 
 /// Whether data segments are as wide as so many domains carry, and no wider.
@@ -121,7 +127,9 @@ async fn until_whole(
             return Ok(());
         }
         for running in heads {
-            gone.iter().for_each(|index| running.head.disk_lost(context.world.ids[*index]));
+            for index in gone {
+                running.head.disk_lost(context.world.ids[*index]);
+            }
         }
         sleep(LOOK).await;
     }

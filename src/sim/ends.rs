@@ -331,7 +331,9 @@ async fn settle_once(context: &Context, running: &Running) -> Result<(), String>
     }
     // As a node does, again and again: segments that nothing needed may have had shards there.
     let retired = context.world.retired.borrow().clone();
-    retired.iter().for_each(|index| head.disk_removed(context.world.ids[*index]));
+    for index in &retired {
+        head.disk_removed(context.world.ids[*index]);
+    }
     *context.world.waiting.borrow_mut() = "a checkpoint".into();
     for _ in 0..3 {
         head.checkpoint().await.map_err(|e| format!("checkpoint: {e}"))?;

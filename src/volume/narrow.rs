@@ -167,7 +167,9 @@ pub(super) async fn run(head: Rc<Head>) {
         let told = futures_util::future::select(changed, wanted);
         match look.into_iter().chain(retry).min() {
             Some(at) => drop(tokio::time::timeout_at(at, told).await),
-            None => drop(told.await),
+            None => {
+                told.await;
+            }
         }
     }
 }
