@@ -150,10 +150,14 @@ pub(super) fn repair_progress(repair: &RepairProgress) -> String {
         human_bytes(repair.bytes_per_second),
     );
     if let Some(eta) = repair.eta_s {
-        text += &format!(", about {} left", human_seconds(eta));
+        text.push_str(", about ");
+        text.push_str(&human_seconds(eta));
+        text.push_str(" left");
     }
     if let Some(limit) = repair.limit_bytes_per_second {
-        text += &format!("; clients leave {}/s of I/O", human_bytes(limit));
+        text.push_str("; clients leave ");
+        text.push_str(&human_bytes(limit));
+        text.push_str("/s of I/O");
     }
     text
 }

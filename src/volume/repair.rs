@@ -74,13 +74,16 @@ pub(super) async fn run(head: Rc<Head>) {
     }
 }
 
+/// The repair of one segment, and whether anything came of it.
+type Running<'a> = Pin<Box<dyn Future<Output = (SegmentId, bool)> + 'a>>;
+
 /// What is to be repaired, and what is being repaired.
 #[derive(Default)]
 struct Rounds<'a> {
     /// The next one first. Made anew whenever anything changes.
     queue: VecDeque<SegmentId>,
     under_way: BTreeSet<SegmentId>,
-    running: FuturesUnordered<Pin<Box<dyn Future<Output = (SegmentId, bool)> + 'a>>>,
+    running: FuturesUnordered<Running<'a>>,
     /// What could not be repaired, and when it is tried again.
     later: BTreeMap<SegmentId, Instant>,
 }
@@ -198,8 +201,8 @@ impl Head {
                 return;
             }
             // Data segments may be large and many: they are repaired while the volume is served.
-            let log = |s: &&Segment| s.kind == SegmentKind::Log && s.missing != 0;
-            if self.state.borrow().table.segments.get(&id).filter(log).is_none() {
+            let lacks = |s: &Segment| s.kind == SegmentKind::Log && s.missing != 0;
+            if !self.state.borrow().table.segments.get(&id).is_some_and(lacks) {
                 continue;
             }
             if let Err(error) = self.rebuild(id, Some(Urgency::Now)).await {
@@ -458,9 +461,21 @@ impl Head {
             return Ok(false);
         };
         let target = Target { disk: old.disk, client, slot_bytes: info.slot_bytes };
-        let goals = vec![Goal { shard, target: Some(target), failed: None }];
+        self.rebuild_in_place(segment, Goal { shard, target: Some(target), failed: None }, urgency)
+            .await
+    }
+
+    /// Builds a shard on the disk that held it, under the creation that the table names.
+    async fn rebuild_in_place(
+        self: &Rc<Self>,
+        segment: &Segment,
+        goal: Goal,
+        urgency: Urgency,
+    ) -> Result<bool, HeadError> {
+        let shard = goal.shard;
+        let old = segment.members[shard];
         let part = self.repair.part();
-        let built = self.build(segment, goals, old.creation, urgency, &part).await;
+        let built = self.build(segment, vec![goal], old.creation, urgency, &part).await;
         let failed = match built {
             Ok(goals) => goals.into_iter().find_map(|goal| goal.failed),
             Err(error) => Some(error),

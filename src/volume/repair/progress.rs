@@ -10,7 +10,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Seconds over which the rate is taken.
-const SECONDS: u64 = 10;
+const SECONDS: u64 = BUCKETS as u64;
+const BUCKETS: usize = 10;
 
 /// The repair of a volume at a glance.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -49,7 +50,7 @@ impl RepairReport {
 /// What was written in each of the last seconds.
 #[derive(Debug, Default)]
 struct Meter {
-    seconds: [u64; SECONDS as usize],
+    seconds: [u64; BUCKETS],
     /// Number of the newest second.
     newest: u64,
 }

@@ -123,7 +123,8 @@ fn all_that_a_segment_lacks_is_rebuilt_from_one_reading() {
             let needed = |s: &&Segment| s.sealed && s.missing != 0 && head.is_needed(&state, s.id);
             let segments = || state.table.segments.values().filter(needed);
             let bytes = |s: &Segment| u64::from(s.blocks) * BLOCK_BYTES;
-            let missing: u64 = segments().map(|s| bytes(s) * s.missing.count_ones() as u64).sum();
+            let missing: u64 =
+                segments().map(|s| bytes(s) * u64::from(s.missing.count_ones())).sum();
             let read: u64 = segments().map(|s| bytes(s) * u64::from(s.scheme.data)).sum();
             assert!(segments().any(|s| s.missing.count_ones() == 2), "some lack two");
             (missing, read)
