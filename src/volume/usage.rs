@@ -29,13 +29,15 @@ impl Usage {
     }
 }
 
-/// What one shard of a segment takes. Of `extra` blocks it is known besides that they are needed.
-fn shard(segment: &Segment, extra: u32) -> Usage {
+/// What one shard of a segment takes in a slot of `slot` blocks: a segment that a take-over found in
+/// the log does not say how large its slots are. Of `extra` blocks it is known besides that they are
+/// needed.
+fn shard(segment: &Segment, slot: u32, extra: u32) -> Usage {
     let blocks = |n: u32| u64::from(n) * BLOCK_BYTES;
     let references = u64::from(segment.live) + u64::from(segment.recent);
     let each = references.div_ceil(segment.scheme.data.into()) + u64::from(extra);
-    let used = blocks(segment.shard_blocks);
-    let written = blocks(segment.blocks);
+    let used = blocks(slot);
+    let written = blocks(segment.blocks).min(used);
     let live = (each * BLOCK_BYTES).min(written);
     let open = if segment.sealed { 0 } else { used - written };
     Usage { used, live, open, reclaimable: used - live - open }
@@ -62,18 +64,20 @@ impl Head {
     pub fn usage(&self) -> BTreeMap<DiskId, Usage> {
         let state = self.state.borrow();
         let mut usage: BTreeMap<DiskId, Usage> = BTreeMap::new();
+        let smallest = self.disks.slot_blocks_min();
+        let slot = |disk| self.disks.slot_blocks(disk).unwrap_or(smallest);
         for segment in state.table.segments.values() {
-            let each = shard(segment, state.table_blocks(segment));
+            let table = state.table_blocks(segment);
             for (index, member) in segment.members.iter().enumerate() {
                 let there = segment.missing >> index & 1 == 0 || segment.is_damaged(index);
                 if there && !member.disk.is_nil() {
+                    let each = shard(segment, slot(member.disk), table);
                     usage.entry(member.disk).or_default().add(each);
                 }
             }
         }
         for (_, freed) in &state.table.freed {
-            let blocks = self.disks.slot_blocks(freed.disk).unwrap_or(0);
-            let used = u64::from(blocks) * BLOCK_BYTES;
+            let used = u64::from(slot(freed.disk)) * BLOCK_BYTES;
             let each = Usage { used, reclaimable: used, ..Usage::default() };
             usage.entry(freed.disk).or_default().add(each);
         }
