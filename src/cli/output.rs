@@ -139,8 +139,8 @@ pub(super) fn human_seconds(seconds: u64) -> String {
     }
 }
 
-/// How far the restoring of redundancy is, on a line: `1 GiB of 4 GiB (25%), 100 MiB/s, about 30s
-/// left`.
+/// How far the restoring of redundancy is, on a line: `1.00GiB of 4.00GiB (25%), 100MiB/s, about
+/// 30s left`.
 pub(super) fn repair_progress(repair: &RepairProgress) -> String {
     let mut text = format!(
         "{} of {} ({}), {}/s",
@@ -210,12 +210,12 @@ mod tests {
     fn the_progress_of_a_repair() {
         let mut repair = RepairProgress { bytes_done: 1 << 30, ..RepairProgress::default() };
         repair.bytes_total = 4 << 30;
-        assert_eq!(repair_progress(&repair), "1 GiB of 4 GiB (25%), 0 B/s");
+        assert_eq!(repair_progress(&repair), "1.00GiB of 4.00GiB (25%), 0B/s");
         repair.bytes_per_second = 100 << 20;
         repair.eta_s = Some(31);
         repair.limit_bytes_per_second = Some(300 << 20);
         let text =
-            "1 GiB of 4 GiB (25%), 100 MiB/s, about 31s left; clients leave 300 MiB/s of I/O";
+            "1.00GiB of 4.00GiB (25%), 100MiB/s, about 31s left; clients leave 300MiB/s of I/O";
         assert_eq!(repair_progress(&repair), text);
         assert_eq!(bar(1, 4, 8), "[##------]");
         assert_eq!(bar(9, 4, 8), "[########]");

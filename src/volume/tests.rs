@@ -335,8 +335,8 @@ fn a_read_looks_again_when_its_shards_were_replaced() {
         running.node.link.reads_cut.set(true);
         let read = target.read(7 * BLOCK_BYTES, BLOCK_SIZE);
         let replace = async {
-            // Longer than the read waits for the first disk, shorter than for both.
-            sleep(Duration::from_millis(700)).await;
+            // Longer than the read waits until it asks another disk too, shorter than for any.
+            sleep(Duration::from_millis(300)).await;
             for segment in running.head.state.borrow_mut().table.segments.values_mut() {
                 segment.members.iter_mut().for_each(|member| member.creation ^= 1);
             }
