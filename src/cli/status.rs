@@ -13,7 +13,7 @@ use super::output::{
     repair_progress, space,
 };
 use crate::admin::client::{Client, ClientError};
-use crate::admin::types::{Capacity, HealthLevel, Status};
+use crate::admin::types::{Capacity, HealthLevel, PoolCapacity, Status};
 
 const CLEAR_SCREEN: &str = "\x1b[H\x1b[2J";
 /// Characters of the bar that shows how far repair is.
@@ -100,40 +100,45 @@ fn table(status: &Status, with_bar: bool) -> String {
         }
     }
     if !status.pools.is_empty() {
-        let mut table = Table::new(&[
-            "POOL",
-            ">RAW",
-            ">USED",
-            ">FREE",
-            ">LIVE",
-            ">RECLAIMABLE",
-            ">FULL",
-            ">WRITABLE",
-            ">THIN",
-            "FORECAST",
-        ]);
-        for pool in &status.pools {
-            let Capacity { raw, used, free } = pool.capacity;
-            table.row(vec![
-                pool.name.clone(),
-                human_bytes(raw),
-                human_bytes(used),
-                human_bytes(free),
-                human_bytes(pool.space.live),
-                human_bytes(pool.space.reclaimable),
-                format!("{}%", pool.fill.percent),
-                human_bytes(pool.fill.writable),
-                ratio(pool.fill.thin_percent),
-                pool.fill.forecast.to_string(),
-            ]);
-        }
         text += "\n";
-        text += &table.render();
-        for pool in status.pools.iter().filter(|_| status.pools.len() > 1) {
-            if let Some(repair) = &pool.repair {
-                writeln!(text, "repair of {}: {}", pool.name, repair_progress(repair))
-                    .expect("a string takes all");
-            }
+        text += &pools(&status.pools);
+    }
+    text
+}
+
+fn pools(pools: &[PoolCapacity]) -> String {
+    let mut table = Table::new(&[
+        "POOL",
+        ">RAW",
+        ">USED",
+        ">FREE",
+        ">LIVE",
+        ">RECLAIMABLE",
+        ">FULL",
+        ">WRITABLE",
+        ">THIN",
+        "FORECAST",
+    ]);
+    for pool in pools {
+        let Capacity { raw, used, free } = pool.capacity;
+        table.row(vec![
+            pool.name.clone(),
+            human_bytes(raw),
+            human_bytes(used),
+            human_bytes(free),
+            human_bytes(pool.space.live),
+            human_bytes(pool.space.reclaimable),
+            format!("{}%", pool.fill.percent),
+            human_bytes(pool.fill.writable),
+            ratio(pool.fill.thin_percent),
+            pool.fill.forecast.to_string(),
+        ]);
+    }
+    let mut text = table.render();
+    for pool in pools.iter().filter(|_| pools.len() > 1) {
+        if let Some(repair) = &pool.repair {
+            writeln!(text, "repair of {}: {}", pool.name, repair_progress(repair))
+                .expect("a string takes all");
         }
     }
     text

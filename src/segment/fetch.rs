@@ -63,6 +63,10 @@ pub enum Problem {
 }
 
 impl Problem {
+    fn is_silence(&self) -> bool {
+        *self == Self::Disk(ShardError::Unreachable)
+    }
+
     /// Whether the shard is there but its content is not what was written.
     pub fn is_of_content(&self) -> bool {
         match self {
@@ -89,6 +93,8 @@ pub enum FetchError {
         need: usize,
         /// What the last of the others said.
         problem: String,
+        /// Whether one did not answer in time: later it may.
+        silent: bool,
     },
 }
 
@@ -148,7 +154,7 @@ impl Source {
     ) -> Result<Bytes, FetchError> {
         self.direct(disks, shard, block, count)
             .await
-            .map_err(|problem| self.too_few(false, 0, &problem))
+            .map_err(|problem| self.too_few(false, 0, (&problem, problem.is_silence())))
     }
 
     /// `count` blocks from `block` of data or parity shard `shard`, verified: from its disk, or
@@ -234,7 +240,7 @@ impl Source {
         Race { source: self, disks, wanted: None, block, count }.gather(order.into(), found).await
     }
 
-    fn too_few(&self, gone: bool, have: usize, last: &Problem) -> FetchError {
+    fn too_few(&self, gone: bool, have: usize, (last, silent): (&Problem, bool)) -> FetchError {
         if gone {
             return FetchError::Gone(self.segment);
         }
@@ -246,6 +252,7 @@ impl Source {
                 Problem::Corrupt(block) => format!("block {block} is corrupt"),
                 Problem::Disk(error) => error.to_string(),
             },
+            silent,
         }
     }
 }
@@ -298,6 +305,7 @@ impl Race<'_> {
         let mut reads = FuturesUnordered::new();
         let mut field = Field { left: order, ..Field::default() };
         let (mut gone, mut last) = (true, Problem::Disk(ShardError::Gone));
+        let mut silent = false;
         let mut more = 1;
         loop {
             more = more.max(self.lacks(&field)).min(field.left.len());
@@ -308,7 +316,7 @@ impl Race<'_> {
                 });
             }
             let Some(&longest) = field.running.first() else {
-                return Err(source.too_few(gone, field.have.len(), &last));
+                return Err(source.too_few(gone, field.have.len(), (&last, silent)));
             };
             more = 0;
             let overdue = self.disks.watch().overdue_after(source.members[longest]);
@@ -334,6 +342,7 @@ impl Race<'_> {
                 }
                 Err(problem) => {
                     gone &= problem == Problem::Disk(ShardError::Gone);
+                    silent |= problem.is_silence();
                     found(Finding {
                         segment: source.segment,
                         disk: source.members[shard],

@@ -71,26 +71,14 @@ pub(super) async fn reckon(context: &Rc<Context>) {
             note_slots(context);
             context.fail(format!("full disks: {why}"));
         }
-        for running in &heads {
-            if context.failure.borrow().is_none()
-                && let Err(why) = read_all(context, running).await
-            {
-                context.fail(format!("in the end: {why}"));
-            }
-        }
+        read_heads(context, &heads, "in the end").await;
         settle_all(context, &heads).await;
         let bends = context.world.config.spares > 0 && damaged_tables(context).is_empty();
         if bends && context.failure.borrow().is_none() {
             if let Err(why) = super::bend::spell(context, &heads).await {
                 context.fail(format!("in the end: {why}"));
             }
-            for running in &heads {
-                if context.failure.borrow().is_none()
-                    && let Err(why) = read_all(context, running).await
-                {
-                    context.fail(format!("with other disks: {why}"));
-                }
-            }
+            read_heads(context, &heads, "with other disks").await;
             settle_all(context, &heads).await;
         }
     };
@@ -109,6 +97,16 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         context.fail(format!("disk {index} was given a write over another that was under way"));
     }
     context.world.stop_devices(false);
+}
+
+async fn read_heads(context: &Context, heads: &[Rc<Running>], when: &str) {
+    for running in heads {
+        if context.failure.borrow().is_none()
+            && let Err(why) = read_all(context, running).await
+        {
+            context.fail(format!("{when}: {why}"));
+        }
+    }
 }
 
 fn note_slots(context: &Context) {

@@ -541,10 +541,8 @@ impl Head {
             let bytes = count as u64 * BLOCK_BYTES * 3;
             let waits = pass.paced && !self.wants_space(&self.state.borrow());
             let budget = &self.disks.budget;
-            let _working = match waits {
-                true => Some(budget.take(bytes, Urgency::Patient).await),
-                false => None,
-            };
+            let _working =
+                if waits { Some(budget.take(bytes, Urgency::Patient).await) } else { None };
             let (readable, data, error) = self.fetch_live(&rest[..count]).await;
             unreadable = unreadable.or(error);
             if !readable.is_empty() {

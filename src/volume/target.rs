@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::dense::{Payload, Stream};
 use super::head::{Chain, Head, HeadError, Op, add};
@@ -33,6 +34,8 @@ const DENSE_SHARD_BLOCKS_MAX: usize = 256;
 const TRIM_LOOKUP_BLOCKS: u64 = 1 << 18;
 /// How often a place is looked up again because its content was moved meanwhile.
 const LOOKUPS_MAX: u32 = 100;
+/// Pause until disks that did not answer are asked again.
+const SILENCE_PAUSE: Duration = Duration::from_millis(100);
 /// Pause between two look-ups, after the first few.
 const LOOKUP_PAUSE: Duration = Duration::from_millis(5);
 
@@ -144,6 +147,21 @@ impl Head {
         if self.takes_requests() { Ok(()) } else { Err(TargetError::Stopped) }
     }
 
+    /// Reads whole blocks for a client. While too few disks answer it waits, as long as requests do:
+    /// a disk that is slow to answer is not an error yet.
+    async fn read_patiently(&self, lba: u64, len: u64) -> Result<Vec<Bytes>, TargetError> {
+        let since = Instant::now();
+        loop {
+            match self.read_blocks(lba, len).await {
+                Err(HeadError::Fetch(FetchError::TooFew { silent: true, .. }))
+                    if since.elapsed() < self.config.io_timeout && self.takes_requests() => {}
+                other => return Ok(other?),
+            }
+            tokio::time::sleep(SILENCE_PAUSE).await;
+            self.ensure_lease().await?;
+        }
+    }
+
     async fn read_bytes(&self, offset: u64, len: usize) -> Result<Vec<Bytes>, TargetError> {
         self.check_range(offset, len as u64)?;
         self.ensure_lease().await?;
@@ -151,7 +169,7 @@ impl Head {
         let end = (offset + len as u64).div_ceil(BLOCK_BYTES);
         let mut skip = usize::try_from(offset % BLOCK_BYTES).expect("below a block");
         let mut left = len;
-        let pieces = self.read_blocks(lba, end - lba).await?;
+        let pieces = self.read_patiently(lba, end - lba).await?;
         let mut out = Vec::with_capacity(pieces.len());
         for piece in pieces {
             let take = (piece.len() - skip).min(left);

@@ -349,6 +349,31 @@ fn a_read_looks_again_when_its_shards_were_replaced() {
 }
 
 #[test]
+fn a_read_waits_for_disks_that_do_not_answer() {
+    with_head(async |_, running| {
+        write(running, 7, 9).await;
+        let target = HeadTarget(running.head.clone());
+        running.node.link.reads_cut.set(true);
+        let read = target.read(7 * BLOCK_BYTES, BLOCK_SIZE);
+        let heal = async {
+            sleep(Duration::from_secs(10)).await;
+            running.node.heal();
+        };
+        let (read, ()) = tokio::join!(read, heal);
+        assert_eq!(read.expect("it is read in the end").concat(), vec![9; BLOCK_SIZE]);
+        // For ever is too long.
+        running.node.link.reads_cut.set(true);
+        let since = Instant::now();
+        let read = target.read(7 * BLOCK_BYTES, BLOCK_SIZE).await;
+        assert!(matches!(read, Err(TargetError::Io(_))), "{read:?}");
+        let waited = since.elapsed();
+        let patience = HeadConfig::default().io_timeout;
+        assert!(waited >= patience && waited < patience + Duration::from_secs(5), "{waited:?}");
+        running.node.heal();
+    });
+}
+
+#[test]
 fn a_write_behind_a_stale_move_that_does_not_fit_the_segment_goes_to_the_next() {
     with_head(async |_, running| {
         let target = HeadTarget(running.head.clone());
