@@ -1,6 +1,10 @@
 //! Garbage collection under endless overwriting: a volume in process is filled, then overwritten
 //! ten times its size in 4 KiB blocks, uniformly and skewed (Zipf 0.99), at several utilisations.
 //!
+//! Utilisation is what `sdsctl status` tells: of the slots that clients may take, nine tenths can be
+//! live, because garbage collection leaves segments in which more is. The reserves and that tenth are
+//! what the engine keeps for itself, headers of records included.
+//!
 //! Printed for each: throughput, the spread of it over time, latency, and write amplification
 //! against what greedy cleaning reaches at uniform load. `cargo bench --bench gc` does one case
 //! briefly; `-- --full` does all, `--case WHAT` those whose name contains WHAT ("copies, zipf", "85 %"),
@@ -36,6 +40,8 @@ use common::{DiskSize, Files, Pool};
 const DEPTH: u64 = 32;
 /// Size of a disk and of its slots: as many slots as a disk of 4 TiB has of the usual size, / 16.
 const DISK: DiskSize = DiskSize { bytes: 1 << 30, slot_bytes: Some(1 << 20) };
+/// Of the slots that clients may take, so much can be live, percent.
+const LIVE_PERCENT_MAX: u64 = 90;
 /// The exponent of the skewed load.
 const ZIPF: f64 = 0.99;
 
@@ -43,7 +49,7 @@ const ZIPF: f64 = 0.99;
 #[derive(Clone, Copy)]
 struct Case {
     scheme: Scheme,
-    /// Size of the volume, percent of what clients may fill.
+    /// Size of the volume, percent of what clients may fill ([`LIVE_PERCENT_MAX`]).
     utilisation: u64,
     skewed: bool,
     /// How often the volume is overwritten.
@@ -227,7 +233,7 @@ fn run(case: Case) -> Outcome {
     local.block_on(&runtime, async {
         let ring = Ring::new().expect("io_uring");
         let pool = Pool::new(&mut files, &ring, case.scheme, DISK).await;
-        let blocks = pool.client_blocks() * case.utilisation / 100;
+        let blocks = pool.client_blocks() * LIVE_PERCENT_MAX / 100 * case.utilisation / 100;
         // What may wait for a checkpoint is in proportion to the disks, as it is at full size.
         let config = HeadConfig {
             overlay_extents_max: 4 << 10,

@@ -33,6 +33,8 @@ pub enum Bug {
     /// What a shrink cuts off is not deleted.
     ForgetCut,
     RepairFromStaleShard,
+    /// Where several references to a segment go at once, one of them stays counted.
+    MiscountLive,
 }
 
 impl Bug {
@@ -63,6 +65,7 @@ impl Bug {
         Self::NeverWidens,
         Self::ForgetCut,
         Self::RepairFromStaleShard,
+        Self::MiscountLive,
     ];
 }
 

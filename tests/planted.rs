@@ -81,4 +81,5 @@ planted! {
     never_widens: NeverWidens,
     forget_cut: ForgetCut,
     repair_from_stale_shard: RepairFromStaleShard,
+    miscount_live: MiscountLive,
 }

@@ -43,6 +43,7 @@ fn config(choice: u8) -> WorldConfig {
     WorldConfig {
         scheme,
         disks: scheme.width() + 1,
+        spares: 0,
         disk_bytes: (64 << 10) * 96 + (2 << 20),
         slot_bytes: 64 << 10,
         volume_bytes: VOLUME_BYTES as u64,

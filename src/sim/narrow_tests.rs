@@ -160,3 +160,31 @@ fn a_blip_narrows_nothing_and_a_removed_disk_does_at_once() {
         assert_content(&running, |_| 1).await;
     });
 }
+
+#[test]
+fn copies_are_cleaned_with_a_domain_too_few() {
+    in_world(config(3, 3, 3), |world: Rc<World>| async move {
+        let running = serve(&world).await;
+        lose(&world, &running, 2);
+        let target = HeadTarget(running.head.clone());
+        let block = |lba: u64, byte: u64| {
+            let data = Bytes::from(vec![u8::try_from(byte % 251).expect("small"); 4096]);
+            target.write(lba * 4096, data)
+        };
+        // In each segment of the log, something stays.
+        for cold in 8..248_u64 {
+            block(cold, cold).await.expect("written");
+            for n in 0..30 {
+                block(n % 8, cold + n).await.expect("there is room once segments were cleaned");
+            }
+        }
+        assert!(running.head.stats.moved_blocks.get() > 0);
+        for cold in 8..248_u64 {
+            let read = target.read(cold * 4096, 4096).await.expect("readable").concat();
+            assert!(read == vec![u8::try_from(cold % 251).expect("small"); 4096], "block {cold}");
+        }
+        bring_back(&world, &running, 2).await;
+        until("whole again", || running.head.reduced().0 == 0).await;
+        running.head.check().await.expect("the invariants hold");
+    });
+}

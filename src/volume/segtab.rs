@@ -14,6 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::id::{BLOCK_SIZE, DiskId, Epoch, Lsn, SegmentId, VolumeId};
 use crate::limits::{DATA_SHARDS_MAX, PARITY_SHARDS_MAX};
+use crate::planted::{Bug, bug};
 use crate::shard::{Scheme, SegmentKind};
 
 /// One shard of a segment: which disk, and which creation on it.
@@ -391,6 +392,8 @@ impl SegmentTable {
     pub fn add_live(&mut self, deltas: &super::index::Deltas) {
         for (id, delta) in deltas {
             if let Some(s) = self.segments.get_mut(id) {
+                let miscounted = i64::from(*delta < -1 && bug(Bug::MiscountLive));
+                let delta = delta + miscounted;
                 let sum = i64::from(s.live) + delta;
                 debug_assert!(sum >= 0, "segment {id} has {sum} references");
                 s.live = u32::try_from(sum).unwrap_or(0);

@@ -58,8 +58,8 @@ pub(super) struct Space {
     vain: Cell<Option<(u64, u64)>>,
     /// Where the log stood, and the same version, when a round last ended.
     barren: Cell<Option<(Lsn, u64)>>,
-    /// Headroom and where delays begin, as of a version of the disks' fill.
-    known: Cell<Option<(u64, u32, u32)>>,
+    /// Headroom and where delays begin, as of a version of the disks' fill, for a width of the log.
+    known: Cell<Option<((u64, u8), u32, u32)>>,
     /// The version of the disks' fill at which a checkpoint was last asked for.
     pub(super) asked: Cell<u64>,
     /// An append to a meta segment failed: the next one is opened where the disks are sound, with the
@@ -82,12 +82,13 @@ impl Head {
     /// Log segments that clients can surely still open, and from how many on there is no hurry.
     /// While too few domains are up, space is not what is wanting.
     pub(super) fn headroom(&self, state: &State) -> (u32, u32) {
-        let version = self.disks.version();
+        let set = &state.root.set;
+        let version = (self.disks.version(), set.width());
         let known = match self.space.known.get() {
             Some((at, headroom, slow)) if at == version => (headroom, slow),
             _ => {
-                let width = self.pool.log_scheme().width();
-                let set = &state.root.set;
+                // The log may be narrower than the pool asks for.
+                let width = usize::from(set.width()).min(self.pool.log_scheme().width());
                 let allowed = |disk| set.domain_of(disk).is_some();
                 let (headroom, slow) = match self.disks.headroom(width, allowed) {
                     Some((headroom, slots)) => (headroom, slow_from(slots)),
