@@ -45,6 +45,15 @@ const RESERVE_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a write that was refused space is tried again while there seems to be some.
 pub(super) const TRIES: usize = 8;
 
+/// Headroom, and where delays begin.
+#[derive(Clone, Copy)]
+struct Known {
+    /// The version of the disks' fill and the width of the log that it holds for.
+    at: (u64, u8),
+    headroom: u32,
+    slow: u32,
+}
+
 /// What a head remembers of space.
 #[derive(Default)]
 pub(super) struct Space {
@@ -58,8 +67,7 @@ pub(super) struct Space {
     vain: Cell<Option<(u64, u64)>>,
     /// Where the log stood, and the same version, when a round last ended.
     barren: Cell<Option<(Lsn, u64)>>,
-    /// Headroom and where delays begin, as of a version of the disks' fill, for a width of the log.
-    known: Cell<Option<((u64, u8), u32, u32)>>,
+    known: Cell<Option<Known>>,
     /// The version of the disks' fill at which a checkpoint was last asked for.
     pub(super) asked: Cell<u64>,
     /// An append to a meta segment failed: the next one is opened where the disks are sound, with the
@@ -83,9 +91,9 @@ impl Head {
     /// While too few domains are up, space is not what is wanting.
     pub(super) fn headroom(&self, state: &State) -> (u32, u32) {
         let set = &state.root.set;
-        let version = (self.disks.version(), set.width());
+        let at = (self.disks.version(), set.width());
         let known = match self.space.known.get() {
-            Some((at, headroom, slow)) if at == version => (headroom, slow),
+            Some(known) if known.at == at => (known.headroom, known.slow),
             _ => {
                 // The log may be narrower than the pool asks for.
                 let width = usize::from(set.width()).min(self.pool.log_scheme().width());
@@ -94,7 +102,7 @@ impl Head {
                     Some((headroom, slots)) => (headroom, slow_from(slots)),
                     None => (u32::MAX, 0),
                 };
-                self.space.known.set(Some((version, headroom, slow)));
+                self.space.known.set(Some(Known { at, headroom, slow }));
                 (headroom, slow)
             }
         };
