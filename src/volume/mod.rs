@@ -14,6 +14,7 @@ pub mod index;
 mod log;
 pub mod narrow;
 pub mod overlay;
+mod presence;
 mod repair;
 mod report;
 pub mod root;
