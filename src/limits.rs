@@ -53,6 +53,8 @@ pub const RECORD_ENTRIES_MAX: usize = 120;
 /// Bytes a second, read and written, that repair and scrub of a node may always have, whatever
 /// clients feel: redundancy must come back.
 pub const BACKGROUND_BYTES_PER_SECOND_MIN: u64 = 8 << 20;
+/// … that they may have while a segment waits that survives no further loss …
+pub const BACKGROUND_BYTES_PER_SECOND_SOON: u64 = 64 << 20;
 /// … and at most while clients are at work.
 pub const BACKGROUND_BYTES_PER_SECOND_MAX: u64 = 16 << 30;
 /// Segments of one volume that are repaired at once.
@@ -118,7 +120,8 @@ const _: () = assert!(
     "the widest segment must be repaired within the bound"
 );
 const _: () = assert!(
-    BACKGROUND_BYTES_PER_SECOND_MIN < BACKGROUND_BYTES_PER_SECOND_MAX,
+    BACKGROUND_BYTES_PER_SECOND_MIN < BACKGROUND_BYTES_PER_SECOND_SOON
+        && BACKGROUND_BYTES_PER_SECOND_SOON < BACKGROUND_BYTES_PER_SECOND_MAX,
     "there must be a range to regulate in"
 );
 const _: () = assert!(

@@ -15,9 +15,10 @@
 //! too few requests began in one within [`GAP_EVERY`], the work pauses for [`GAP`] once it has ended.
 //!
 //! - While no client asks for anything there is no limit ([`IDLE_AFTER`]).
-//! - It never starves: [`FLOOR`] is allowed whatever clients feel, so that redundancy comes back.
-//! - What is [`Urgency::Now`] does not wait: a segment that survives no further loss.
-//! - Those that wait are let through in the order of asking.
+//! - It never starves: [`FLOOR`] is allowed whatever clients feel, so that redundancy comes back, and
+//!   [`FLOOR_SOON`] while a segment waits that survives no further loss.
+//! - What is [`Urgency::Now`] does not wait: clients wait for it.
+//! - Those that wait are let through in the order of asking, [`Urgency::Soon`] before the others.
 //!
 //! Knows neither segments nor disks. There is no task and no timer of its own: who waits, judges.
 
@@ -29,7 +30,10 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep};
 
 use super::activity::{Activity, Working};
-use crate::limits::{BACKGROUND_BYTES_PER_SECOND_MAX, BACKGROUND_BYTES_PER_SECOND_MIN};
+use crate::limits::{
+    BACKGROUND_BYTES_PER_SECOND_MAX, BACKGROUND_BYTES_PER_SECOND_MIN,
+    BACKGROUND_BYTES_PER_SECOND_SOON,
+};
 
 /// The slowdown that is aimed at, per mille.
 const AIM: u64 = 1075;
@@ -57,6 +61,7 @@ const DRAIN_MAX: Duration = Duration::from_millis(500);
 const STEP: Duration = Duration::from_millis(5);
 
 const FLOOR: u64 = BACKGROUND_BYTES_PER_SECOND_MIN;
+const FLOOR_SOON: u64 = BACKGROUND_BYTES_PER_SECOND_SOON;
 const CEILING: u64 = BACKGROUND_BYTES_PER_SECOND_MAX;
 
 /// Whether work waits for the budget.
@@ -64,8 +69,27 @@ const CEILING: u64 = BACKGROUND_BYTES_PER_SECOND_MAX;
 pub enum Urgency {
     /// It waits.
     Patient,
+    /// It waits, but before all that is patient, and for less: a segment that survives no further
+    /// loss.
+    Soon,
     /// It does not, and takes nothing from the others.
     Now,
+}
+
+/// One that is not patient and waits, as long as this lives.
+struct Hurry<'a>(&'a Cell<u32>);
+
+impl<'a> Hurry<'a> {
+    fn new(soon: &'a Cell<u32>) -> Self {
+        soon.set(soon.get() + 1);
+        Self(soon)
+    }
+}
+
+impl Drop for Hurry<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
 }
 
 /// A pause of the work, to see what requests take without it.
@@ -80,8 +104,11 @@ struct Gap {
 #[derive(Debug)]
 pub struct Budget {
     activity: Rc<Activity>,
-    /// Held by who is next.
+    /// Held by who is next, and by who is of those that are not patient.
     turn: Mutex<()>,
+    turn_soon: Mutex<()>,
+    /// How many are not patient and wait.
+    soon: Cell<u32>,
     rate: Cell<u64>,
     /// Bytes that may be taken now; below zero while what was taken is paid back.
     tokens: Cell<i64>,
@@ -113,6 +140,8 @@ impl Budget {
         Self {
             activity,
             turn: Mutex::new(()),
+            turn_soon: Mutex::new(()),
+            soon: Cell::new(0),
             rate: Cell::new(START),
             tokens: Cell::new(0),
             filled_at: Cell::new(now),
@@ -127,18 +156,35 @@ impl Budget {
     /// Waits until `bytes` may be read and written. The work counts as under way until the answer is
     /// dropped.
     pub async fn take(&self, bytes: u64, urgency: Urgency) -> Working {
-        if urgency == Urgency::Patient {
-            let _turn = self.turn.lock().await;
-            while let Some(pause) = self.pause(Instant::now()) {
-                self.waited.set(true);
-                sleep(pause).await;
-            }
-            if !self.is_open() {
-                let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-                self.tokens.set(self.tokens.get().saturating_sub(bytes));
-            }
+        let turn = match urgency {
+            Urgency::Now => return self.activity.work(),
+            Urgency::Patient => &self.turn,
+            Urgency::Soon => &self.turn_soon,
+        };
+        let _hurry = (urgency == Urgency::Soon).then(|| Hurry::new(&self.soon));
+        let _turn = turn.lock().await;
+        loop {
+            let behind = urgency == Urgency::Patient && self.soon.get() > 0;
+            let pause = if behind { Some(STEP) } else { self.pause(Instant::now()) };
+            let Some(pause) = pause else { break };
+            self.waited.set(true);
+            sleep(pause).await;
+        }
+        if !self.is_open() {
+            let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+            self.tokens.set(self.tokens.get().saturating_sub(bytes));
         }
         self.activity.work()
+    }
+
+    /// Bytes a second that are allowed whatever clients feel.
+    fn floor(&self) -> u64 {
+        if self.soon.get() > 0 { FLOOR_SOON } else { FLOOR }
+    }
+
+    /// Bytes a second that are allowed now.
+    fn rate(&self) -> u64 {
+        self.rate.get().max(self.floor())
     }
 
     /// Counts work as under way that was taken already.
@@ -148,7 +194,7 @@ impl Budget {
 
     /// What is allowed now, and how clients fare.
     pub fn report(&self) -> BudgetReport {
-        let limit = (!self.is_open()).then(|| self.rate.get());
+        let limit = (!self.is_open()).then(|| self.rate());
         BudgetReport { limit, slowdown: self.slowdown.get().filter(|_| limit.is_some()) }
     }
 
@@ -175,7 +221,7 @@ impl Budget {
         if debt == 0 {
             return None;
         }
-        let nanos = u128::from(debt) * 1_000_000_000 / u128::from(self.rate.get());
+        let nanos = u128::from(debt) * 1_000_000_000 / u128::from(self.rate());
         let pause = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
         Some(pause.clamp(Duration::from_millis(1), STEP))
     }
@@ -184,7 +230,7 @@ impl Budget {
     fn fill(&self, now: Instant) {
         let elapsed = now - self.filled_at.replace(now);
         let at = |time: Duration| {
-            let bytes = u128::from(self.rate.get()) * time.as_nanos() / 1_000_000_000;
+            let bytes = u128::from(self.rate()) * time.as_nanos() / 1_000_000_000;
             i64::try_from(bytes).unwrap_or(i64::MAX)
         };
         self.tokens.set(self.tokens.get().saturating_add(at(elapsed)).min(at(BURST)));
@@ -206,13 +252,13 @@ impl Budget {
         }
         self.slowdown.set(fared.slowdown);
         let Some(slowdown) = fared.slowdown else { return };
-        let rate = self.rate.get();
+        let rate = self.rate();
         let next = match slowdown.checked_sub(AIM) {
             Some(excess) => rate - rate.saturating_mul(excess.min(500)) / 1000,
             None if waited => rate + rate * (AIM - slowdown).min(250) / 1000,
             None => rate,
         };
-        self.rate.set(next.clamp(FLOOR, CEILING));
+        self.rate.set(next.clamp(self.floor(), CEILING));
         tracing::trace!(slowdown, requests = fared.requests, rate, next, "budget");
     }
 
@@ -328,6 +374,31 @@ mod tests {
             drop(budget.take(PIECE, Urgency::Patient).await);
         }
         assert!(since.elapsed() < Duration::from_secs(100 * PIECE / FLOOR + 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_wanted_soon_overtakes_and_has_a_floor_of_its_own() {
+        let activity = Rc::new(Activity::default());
+        let budget = Rc::new(Budget::new(activity.clone()));
+        let _hangs = activity.begin(Request::Read(4096));
+        let order = Rc::new(std::cell::RefCell::new(Vec::new()));
+        let tasks = LocalSet::new();
+        for urgency in [Urgency::Patient, Urgency::Soon] {
+            for _ in 0..64 {
+                let (budget, order) = (budget.clone(), order.clone());
+                tasks.spawn_local(async move {
+                    drop(budget.take(PIECE, urgency).await);
+                    order.borrow_mut().push(urgency);
+                });
+            }
+        }
+        let since = Instant::now();
+        tasks.await;
+        assert!(order.borrow()[1..65].iter().all(|urgency| *urgency == Urgency::Soon));
+        // Clients that get no answer leave the floors.
+        let least = 64 * PIECE * 1000 / FLOOR_SOON + 63 * PIECE * 1000 / START.max(FLOOR);
+        let took = u64::try_from(since.elapsed().as_millis()).expect("not for ever");
+        assert!(took <= least + 200, "{took} ms, at least {least}");
     }
 
     #[tokio::test(start_paused = true)]

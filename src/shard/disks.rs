@@ -18,6 +18,7 @@ use super::activity::Activity;
 use super::budget::Budget;
 use super::latency::Watch;
 use super::measured::MeasuredClient;
+use super::pace::Pace;
 use super::promise::Promise;
 use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
@@ -76,6 +77,8 @@ pub struct Disks {
     pub activity: Rc<Activity>,
     /// What garbage collection is about to free.
     pub promise: Promise,
+    /// How fast clients may write while free slots run short.
+    pub pace: Pace,
     /// What repair and scrub may ask of the disks.
     pub budget: Budget,
     /// Blocks that repairs may hold in memory.
@@ -104,6 +107,7 @@ impl Default for Disks {
             gc_passes: Arc::new(Semaphore::new(1)),
             deletes: Semaphore::new(DELETES_MAX),
             promise: Promise::default(),
+            pace: Pace::default(),
             budget: Budget::new(activity.clone()),
             activity,
             repairs: Semaphore::new(REPAIR_BYTES_MAX / BLOCK_SIZE),
@@ -138,6 +142,11 @@ impl Member {
     /// This head takes part in calls from now on.
     pub fn take_part(&self) {
         self.disks.answered.borrow_mut().insert(self.number, self.disks.calls.get());
+    }
+
+    /// Tells this head from the others that share the disks.
+    pub const fn number(&self) -> u64 {
+        self.number
     }
 
     /// Asks all other heads to give back what they can; the number of the call.

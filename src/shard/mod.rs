@@ -24,6 +24,7 @@ pub mod disks;
 pub mod latency;
 pub mod local;
 mod measured;
+pub mod pace;
 pub mod promise;
 pub mod reserve;
 

@@ -221,7 +221,7 @@ impl Head {
         let live: u64 = sealed.iter().map(|s| u64::from(s.live)).sum();
         // What dies by itself need not be moved: with room to spare, only clear waste is worth it.
         let tight = self.wants_space(&state);
-        let wasteful = used > 2 * live + 4096;
+        let wasteful = used > 3 * live + 4096;
         let logs = sealed.iter().filter(|s| s.kind == SegmentKind::Log).count();
         let uncompacted = coded && logs > 64;
         let torn = |s: &Segment| self.is_torn(s);

@@ -322,8 +322,6 @@ pub struct Head {
     pub(super) repair: super::repair::Repair,
     pub(super) dense: super::dense::Dense,
     pub(super) narrow: super::narrow::Narrow,
-    /// When it was made.
-    pub(super) started: Instant,
     pub(super) space: super::space::Space,
     /// Bounds how often it is logged that a block is bad.
     findings_told: Throttle,
@@ -539,7 +537,6 @@ impl Head {
             repair: super::repair::Repair::default(),
             dense: super::dense::Dense::default(),
             narrow,
-            started: Instant::now(),
             space: super::space::Space::default(),
             findings_told: Throttle::default(),
             scrub: super::scrub::Scrub::default(),

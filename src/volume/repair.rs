@@ -7,8 +7,8 @@
 //!
 //! Several segments are repaired at once, all that each lacks in one go ([`stream`]), so that many
 //! disks read and write. Whenever one is done, the next is the one that survives the fewest further
-//! losses *then*; one that survives none does not wait for the budget of the node
-//! ([`crate::shard::budget`]). What could not be repaired is tried again after a pause.
+//! losses *then*; one that survives none goes before all others in the budget
+//! of the node ([`crate::shard::budget`]), which leaves it more. What could not be repaired is tried again after a pause.
 //!
 //! Nothing is kept of how far repair is but the segment table, which says what is missing: a head
 //! that takes over goes on from its newest checkpoint, and checkpoints are made while it goes on.
@@ -257,7 +257,7 @@ impl Head {
             }
         };
         let urgency =
-            urgency.unwrap_or(if survives == 0 { Urgency::Now } else { Urgency::Patient });
+            urgency.unwrap_or(if survives == 0 { Urgency::Soon } else { Urgency::Patient });
         let mut goals = Vec::new();
         let mut homeless = Vec::new();
         for shard in missing {

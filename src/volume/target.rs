@@ -258,7 +258,7 @@ impl Head {
     /// Overwrites `from .. from + patch.len()` of one block.
     async fn write_part(&self, lba: u64, from: usize, patch: &[u8]) -> Result<(), TargetError> {
         self.admit().await?;
-        self.admit_write().await?;
+        self.admit_write(1).await?;
         self.state.borrow_mut().chains.entry(lba).or_default().users += 1;
         let _user = ChainUser { head: self, lba };
         for _ in 1..TRIES {
@@ -353,8 +353,8 @@ impl Head {
         scheme: Scheme,
     ) -> Result<(), TargetError> {
         self.admit().await?;
-        self.admit_write().await?;
         let blocks = u32::try_from(data.len() / BLOCK_SIZE).expect("bounded by its caller");
+        self.admit_write(self.log_equivalent(blocks, scheme)).await?;
         let crcs = raw_crcs(&data).collect();
         let payload =
             Rc::new(Payload { scheme, runs: vec![(lba, blocks)], data: vec![data.clone()], crcs });
@@ -415,7 +415,7 @@ impl Head {
         let mut tries = 0;
         loop {
             self.admit().await?;
-            self.admit_write().await?;
+            self.admit_write(blocks.into()).await?;
             tries += 1;
             let (entry, data) = (vec![entry], vec![data.clone()]);
             match wait(self.submit(entry, data, crcs.clone(), SlotClass::Client)).await {
@@ -495,7 +495,7 @@ impl Head {
         let mut tries = 0;
         loop {
             if !unmap {
-                self.admit_write().await?;
+                self.admit_write(1).await?;
             }
             tries += 1;
             match wait(self.submit(vec![entry], vec![], vec![], class)).await {
