@@ -5,7 +5,8 @@
 //! measured, in blocks that clients write, and writes are admitted one after the other at `r f(h)`:
 //!
 //! ```text
-//! h      what is free, as a share of where writes begin to be slowed
+//! h      what is free, as a share of where writes begin to be slowed; no more than what is free at
+//!        once is of a quarter of that
 //! f(h) = h / (1 - h)      so that where half of that is free, as much is written as comes back
 //! r      what was written, and by how much what is free grew, against the time that took
 //! ```
@@ -40,8 +41,10 @@ const FACTOR: std::ops::RangeInclusive<f64> = 0.01..=100.0;
 pub struct Free {
     /// Which head.
     pub head: u64,
-    /// Blocks of the log that it can still write.
+    /// Blocks of the log that it can still write, with what garbage collection has promised …
     pub blocks: f64,
+    /// … and without.
+    pub at_once: f64,
     /// Blocks from which on writes are slowed.
     pub slow_from: f64,
 }
@@ -72,7 +75,7 @@ impl Pace {
         self.taken.set(self.taken.get() + blocks);
         self.measure(now, free);
         let rate = self.rate.get()?;
-        let share = (free.blocks / free.slow_from).clamp(0.0, 1.0);
+        let share = (free.blocks.min(4.0 * free.at_once) / free.slow_from).clamp(0.0, 1.0);
         let factor = (share / (1.0 - share)).clamp(*FACTOR.start(), *FACTOR.end());
         #[expect(clippy::cast_precision_loss, reason = "a few hundred blocks")]
         let takes = Duration::from_secs_f64((blocks as f64 / (rate * factor)).min(1.0));
@@ -130,7 +133,7 @@ mod tests {
     const SLOW_FROM: f64 = 2560.0;
 
     fn free(blocks: f64) -> Free {
-        Free { head: 1, blocks, slow_from: SLOW_FROM }
+        Free { head: 1, blocks, at_once: blocks, slow_from: SLOW_FROM }
     }
 
     /// Clients write as fast as they may, `depth` at once, each in at least a tenth of a millisecond;

@@ -41,6 +41,8 @@ const VICTIMS_MAX: usize = 64;
 const VICTIMS_ENOUGH: usize = 8;
 /// Segments' worth of slots that are enough for one pass to free.
 const GAIN_ENOUGH: usize = 4;
+/// Segments that are enough for one pass to fill, if it frees one more.
+const TAKES_ENOUGH: usize = 8;
 /// For how long a volume keeps others from cleaning while it waits for its checkpoint.
 const FREE_PATIENCE: Duration = Duration::from_secs(10);
 /// Pages that one checkpoint rewrites to empty meta segments.
@@ -305,7 +307,8 @@ impl Head {
                 gain = here;
                 best = (index + 1, segments);
                 let enough = GAIN_ENOUGH * pass.scheme.width();
-                if gain >= enough && index + 1 >= VICTIMS_ENOUGH {
+                let many = segments >= TAKES_ENOUGH && gain >= pass.scheme.width();
+                if many || (gain >= enough && index + 1 >= VICTIMS_ENOUGH) {
                     break;
                 }
             }
@@ -366,9 +369,10 @@ impl Head {
     fn promise(&self, victims: &[Segment], pass: Pass) {
         let frees: usize = victims.iter().map(|victim| self.slots_held(victim)).sum();
         let takes = self.segments_for(victims, pass) * pass.scheme.width();
-        let gain = frees.saturating_sub(takes) as f64 / self.disks.ids().len().max(1) as f64;
+        let each = |slots: usize| slots as f64 / self.disks.ids().len().max(1) as f64;
         let live = victims.iter().map(|victim| u64::from(victim.live)).sum();
-        self.disks.promise.begin(gain, live);
+        *self.space.emptying.borrow_mut() = victims.iter().map(|victim| victim.id).collect();
+        self.disks.promise.begin(each(takes), each(frees), live);
     }
 
     /// Obtains what a pass takes that moves either what lies in the log or what was moved before, so

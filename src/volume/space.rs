@@ -7,7 +7,7 @@
 //! - from [`slow_from`] down, writes of clients are delayed ([`super::throttle`]); a checkpoint
 //!   and garbage collection are asked for with each segment that is opened; an overlay counts as
 //!   full at this volume's share of what the checkpoints' reserve can hold; sparse meta segments
-//!   are rewritten by every checkpoint. Garbage collection begins at twice that: the later it
+//!   are rewritten by every checkpoint. Garbage collection begins at one and a half times that: the later it
 //!   comes, the more is dead by itself. The other heads that share the disks are *called* too: what
 //!   an idle volume trimmed or overwrote is freed by its own checkpoint, and nobody else's;
 //! - at zero, a write waits until a *round* has ended in vain that began after it came: a
@@ -19,9 +19,12 @@
 //! would make room for it.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use futures_util::future::select;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::Instant;
 
@@ -60,6 +63,10 @@ pub(super) struct Space {
     /// Rounds that ended.
     rounds: Cell<u64>,
     ended: Notify,
+    /// Segments that a pass of garbage collection empties.
+    pub(super) emptying: RefCell<BTreeSet<SegmentId>>,
+    /// Told when slots came back.
+    pub(super) freed: Notify,
     /// When it last called for space though there was some.
     pub(super) called: Cell<Option<Instant>>,
     /// What the heads had acknowledged, and the version of the disks' fill, when a round last ended in
@@ -68,8 +75,8 @@ pub(super) struct Space {
     /// Where the log stood, and the same version, when a round last ended.
     barren: Cell<Option<(Lsn, u64)>>,
     known: Cell<Option<Known>>,
-    /// The version of the disks' fill at which a checkpoint was last asked for.
-    pub(super) asked: Cell<u64>,
+    /// The newest log segment when a checkpoint was last asked for.
+    pub(super) asked: Cell<Option<SegmentId>>,
     /// An append to a meta segment failed: the next one is opened where the disks are sound, with the
     /// checkpoints' reserve, though clients' slots may be free on those that are not.
     pub(super) meta_failed: Cell<bool>,
@@ -136,7 +143,7 @@ impl Head {
     /// where writes begin to be delayed.
     pub(super) fn wants_space(&self, state: &State) -> bool {
         let (headroom, slow) = self.headroom(state);
-        headroom < slow.saturating_mul(2)
+        headroom < slow.saturating_add(slow / 2)
     }
 
     /// Extents at which the overlay is full: while space is short, no more than change the index
@@ -170,7 +177,7 @@ impl Head {
         let from = self.space.rounds.get();
         let mut asked = None;
         loop {
-            let ended = self.space.ended.notified();
+            let (ended, freed) = (self.space.ended.notified(), self.space.freed.notified());
             if !self.takes_requests() {
                 return Err(TargetError::Stopped);
             }
@@ -187,8 +194,8 @@ impl Head {
             if asked.replace(self.space.rounds.get()) != Some(self.space.rounds.get()) {
                 self.checkpoint_wanted.notify_one();
             }
-            // Whichever comes first; either is a reason to look again.
-            drop(tokio::time::timeout(POLL, ended).await);
+            // Whichever comes first is a reason to look again.
+            drop(tokio::time::timeout(POLL, select(pin!(ended), pin!(freed))).await);
         }
     }
 

@@ -130,6 +130,8 @@ pub(super) async fn mirror(
 pub(super) struct Swaps {
     /// Held from the capture of a root until it is in force.
     lock: tokio::sync::Mutex<()>,
+    /// Held while what a swap freed is deleted.
+    deleting: tokio::sync::Mutex<()>,
     /// Wakes the task that makes the root name the newest checkpoint.
     pub(super) wanted: Notify,
     /// A checkpoint was wanted that can wait until the root names the last one.
@@ -188,14 +190,29 @@ impl Head {
         let swapped = self.in_task(async move { head.swap_steps(change).await }).await;
         self.swaps.failed.set(matches!(swapped, Err(HeadError::Meta(_))));
         let mut listed = swapped?;
+        // Who comes when the swap was made waits for what it freed.
+        let deleting = self.swaps.deleting.lock().await;
         listed.retain(|shard| self.state.borrow().table.freed.contains(shard));
         self.delete_freed(&listed).await;
+        drop(deleting);
+        if !listed.is_empty() {
+            self.tell_of_freed(&listed);
+        }
         self.published();
         self.gc_wanted.notify_one();
         if self.swaps.deferred.take() {
             self.checkpoint_wanted.notify_one();
         }
         Ok(())
+    }
+
+    /// Tells those who wait for slots, and who counts on them, that these came back.
+    #[expect(clippy::cast_precision_loss, reason = "a few slots")]
+    fn tell_of_freed(&self, freed: &[(SegmentId, ShardRef)]) {
+        let emptied = self.space.emptying.borrow();
+        let emptied = freed.iter().filter(|(id, _)| emptied.contains(id)).count();
+        self.disks.promise.came(emptied as f64 / self.disks.ids().len().max(1) as f64);
+        self.space.freed.notify_waiters();
     }
 
     /// Whether a checkpoint that is wanted may wait because the root does not name the last one

@@ -17,6 +17,11 @@ use crate::shard::pace::Free;
 
 /// Headroom from which on writes are slowed, at least.
 const SLOW_FROM_MIN: u32 = 8;
+/// It is three times what a pass of garbage collection takes for itself, where disks are large enough
+/// for that, …
+const SLOW_FROM: u32 = 24;
+/// … that is, of their slots this is at most one in so many.
+const SLOW_FROM_PART: u32 = 32;
 /// The same, percent of a disk's slots.
 const SLOW_FROM_PERCENT: u32 = 1;
 /// How often a head calls for space while there is some.
@@ -24,7 +29,10 @@ const CALL_EVERY: Duration = Duration::from_secs(1);
 
 /// Headroom from which on writes are slowed, where a domain has so many slots.
 pub(super) const fn slow_from(slots: u32) -> u32 {
+    let most = slots / SLOW_FROM_PART;
+    let most = if most > SLOW_FROM { SLOW_FROM } else { most };
     let part = slots / 100 * SLOW_FROM_PERCENT;
+    let part = if part > most { part } else { most };
     if part > SLOW_FROM_MIN { part } else { SLOW_FROM_MIN }
 }
 
@@ -41,7 +49,8 @@ impl Head {
         if headroom == 0 {
             return self.reclaim().await;
         }
-        if self.space.asked.replace(self.disks.version()) != self.disks.version() {
+        let newest = self.state.borrow().log.as_ref().map(|log| log.id);
+        if self.space.asked.replace(newest) != newest {
             self.checkpoint_wanted.notify_one();
             // Most of what there is to be had comes with the first call.
             if self.space.called.get().is_none_or(|at| at.elapsed() >= CALL_EVERY) {
@@ -63,10 +72,11 @@ impl Head {
             None => (0, self.disks.slot_blocks_min()),
         };
         let each = f64::from(each.max(1));
-        let segments = f64::from(headroom) - 1.0 + self.disks.promise.slots();
+        let at_once = ((f64::from(headroom) - 1.0) * each + f64::from(rest)).max(0.0);
         Free {
             head: self.member.number(),
-            blocks: (segments * each + f64::from(rest)).max(0.0),
+            blocks: at_once + self.disks.promise.slots() * each,
+            at_once,
             slow_from: f64::from(slow_from) * each,
         }
     }
