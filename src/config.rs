@@ -505,9 +505,9 @@ impl StoreConfig {
 
     fn validate(&self) -> Result<(), ConfigError> {
         let Some(options) = self.etcd()? else { return Ok(()) };
-        options.validate().or_else(|OptionsError { field, message }| {
-            refuse(format!("store.{field}"), message)
-        })
+        options
+            .validate()
+            .or_else(|OptionsError { field, message }| refuse(format!("store.{field}"), message))
     }
 }
 
@@ -632,8 +632,10 @@ mod tests {
     #[test]
     fn a_store_that_makes_no_sense_is_refused() {
         let error = |text: &str| parse(&format!("[store]\n{text}")).unwrap_err();
-        expect!["sdsd.toml:2: store.backend: unknown variant `consul`, expected `embedded` or `etcd`"]
-            .assert_eq(&error("backend = \"consul\""));
+        expect![
+            "sdsd.toml:2: store.backend: unknown variant `consul`, expected `embedded` or `etcd`"
+        ]
+        .assert_eq(&error("backend = \"consul\""));
         expect![[r#"sdsd.toml:1: store: without backend = "etcd" it has no other field"#]]
             .assert_eq(&error("endpoints = [\"http://a:1\"]"));
         let etcd = |text: &str| error(&format!("backend = \"etcd\"\n{text}"));

@@ -53,6 +53,11 @@ async fn put(store: &EtcdStore, key: &str, value: impl ToString) -> u64 {
     store.txn(txn).await.expect("it works").committed().expect("no condition")
 }
 
+/// Lets the client notice that a member hung up: what it sends before that is in doubt.
+async fn notice() {
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
+
 /// Revision and keys of the next changes.
 async fn next(watch: &mut Watch) -> Result<(u64, Vec<String>), WatchError> {
     let changes = timeout(PATIENCE, watch.next()).await.expect("a watcher is told in time")?;

@@ -7,7 +7,7 @@ use sds::meta::{Condition, MetaError, MetaStore, Txn, TxnOutcome};
 use tokio::time::sleep;
 
 use super::support::Etcd;
-use super::{client, put, run};
+use super::{client, notice, put, run};
 
 /// No request takes longer, whatever happens: a probe, the change, and some scheduling.
 const BOUND: Duration = Duration::from_secs(13);
@@ -19,6 +19,7 @@ fn a_stopped_etcd_refuses_and_a_paused_one_does_not_hang() {
         let store = client(&etcd);
         let revision = put(&store, "/a", 1).await;
         etcd.stop(0);
+        notice().await;
         let start = Instant::now();
         let refused = store.txn(Txn::new().put("/a", "2")).await;
         assert!(
@@ -61,6 +62,7 @@ fn one_of_three_members_is_not_missed() {
         let store = client(&etcd);
         for member in 0..3 {
             etcd.kill(member);
+            notice().await;
             let start = Instant::now();
             put(&store, "/a", member).await;
             assert!(start.elapsed() < BOUND, "{:?}", start.elapsed());

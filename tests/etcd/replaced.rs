@@ -8,7 +8,7 @@ use sds::meta::schema::CLUSTER_KEY;
 use sds::meta::{MetaError, MetaStore, Txn, WatchError};
 
 use super::support::Etcd;
-use super::{client, next, options, put, run};
+use super::{client, next, notice, options, put, run};
 
 fn restored(token: Option<&str>) {
     let mut etcd = Etcd::start(1);
@@ -28,6 +28,7 @@ fn restored(token: Option<&str>) {
         }
         etcd.stop(0);
         etcd.restore(&snapshot, token);
+        notice().await;
 
         let why = |error: &MetaError| match error {
             MetaError::Unavailable(why) => why.clone(),

@@ -93,7 +93,8 @@ fn a_long_list_shows_one_revision() {
                 let listing = store.list("/l/").await.expect("it works");
                 assert_eq!(listing.entries.len(), 24 * TXN_OPS_MAX + 71);
                 assert!(listing.entries.windows(2).all(|pair| pair[0].0 < pair[1].0));
-                let (first, last) = (&listing.entries[0].1, &listing.entries.last().expect("one").1);
+                let (first, last) =
+                    (&listing.entries[0].1, &listing.entries.last().expect("one").1);
                 assert_eq!(first, last, "one revision");
                 assert!(listing.revision >= last.revision);
             }
@@ -155,13 +156,22 @@ fn tls_and_a_password() {
 
         // What is not allowed was not done.
         let foreign = let_in.txn(Txn::new().put("/other", "x")).await;
-        assert!(matches!(&foreign, Err(MetaError::Unavailable(why)) if why.contains("permission denied")), "{foreign:?}");
+        assert!(
+            matches!(&foreign, Err(MetaError::Unavailable(why)) if why.contains("permission denied")),
+            "{foreign:?}"
+        );
         std::fs::write(&password, "wrong").expect("a file");
         let refused = store(&good).get("/sds/a").await;
-        assert!(matches!(&refused, Err(MetaError::Unavailable(why)) if why.contains("invalid user")), "{refused:?}");
+        assert!(
+            matches!(&refused, Err(MetaError::Unavailable(why)) if why.contains("invalid user")),
+            "{refused:?}"
+        );
         let anonymous = EtcdOptions { user: None, ..good.clone() };
         let refused = store(&anonymous).get("/sds/a").await;
-        assert!(matches!(&refused, Err(MetaError::Unavailable(why)) if why.contains("user name")), "{refused:?}");
+        assert!(
+            matches!(&refused, Err(MetaError::Unavailable(why)) if why.contains("permission denied")),
+            "{refused:?}"
+        );
         let stranger = EtcdOptions { identity: None, user: None, ..good.clone() };
         let refused = store(&stranger).get("/sds/a").await;
         assert!(matches!(refused, Err(MetaError::Unavailable(_))), "{refused:?}");

@@ -6,7 +6,7 @@ use sds::meta::{MetaStore, Txn, WATCH_LAG_MAX, WatchError};
 use tokio::time::{sleep, timeout};
 
 use super::support::{Etcd, ctl};
-use super::{client, next, put, run};
+use super::{client, next, notice, put, run};
 
 #[test]
 fn a_watch_and_a_lease_survive_a_kill() {
@@ -80,9 +80,8 @@ fn large_transactions_arrive_whole() {
         let mut live = store.watch("/w/", 0).await.expect("it works");
         // Each close to the bound of a response, all together far beyond.
         for round in 0..20 {
-            let txn = (0..100).fold(Txn::new(), |txn, key| {
-                txn.put(format!("/w/{key:02}"), vec![round; 9_000])
-            });
+            let txn = (0..100)
+                .fold(Txn::new(), |txn, key| txn.put(format!("/w/{key:02}"), vec![round; 9_000]));
             store.txn(txn).await.expect("it works");
         }
         let mut late = store.watch("/w/", from + 1).await.expect("it works");
@@ -104,6 +103,7 @@ fn a_watch_goes_on_at_another_member() {
         let mut watch = store.watch("/w/", 0).await.expect("it works");
         for member in [0, 1, 2, 0] {
             etcd.kill(member);
+            notice().await;
             revision += 1;
             assert_eq!(put(&store, "/w/a", member).await, revision);
             assert_eq!(next(&mut watch).await, Ok((revision, vec!["/w/a".into()])));

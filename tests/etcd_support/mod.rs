@@ -5,6 +5,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -49,6 +50,17 @@ fn etcdctl(args: &[&str]) -> String {
     text
 }
 
+/// Whether a member without TLS answers, and knows of a leader.
+fn is_healthy(port: u16) -> bool {
+    let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let patience = Some(Duration::from_secs(2));
+    let mut answer = String::new();
+    stream.set_read_timeout(patience).is_ok()
+        && stream.write_all(b"GET /health HTTP/1.0\r\n\r\n").is_ok()
+        && stream.read_to_string(&mut answer).is_ok()
+        && answer.contains("\"true\"")
+}
+
 fn signal(child: &Child, name: &str) {
     // The shell has it built in; the program is in a package that not every machine has.
     let command = format!("kill -{name} {}", child.id());
@@ -66,8 +78,7 @@ impl Etcd {
     pub(crate) fn start_with(members: usize, tls: Option<[PathBuf; 3]>) -> Self {
         for _ in 0..START_TRIES {
             let shm = Path::new("/dev/shm");
-            let base =
-                if shm.is_dir() { shm } else { Path::new(env!("CARGO_TARGET_TMPDIR")) };
+            let base = if shm.is_dir() { shm } else { Path::new(env!("CARGO_TARGET_TMPDIR")) };
             let dir = tempfile::Builder::new().prefix("sds-etcd-").tempdir_in(base);
             let member = |index| Member {
                 name: format!("m{index}"),
@@ -116,7 +127,7 @@ impl Etcd {
             .expect("a log");
         let mut command = Command::new("etcd");
         command
-            .args(["--name", &member.name, "--logger", "zap", "--log-level", "warn"])
+            .args(["--name", &member.name, "--logger", "zap", "--log-level", "error"])
             .arg("--data-dir")
             .arg(self.data(index))
             .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
@@ -141,7 +152,10 @@ impl Etcd {
     fn wait_for_port(&mut self, index: usize, port: u16) -> bool {
         let start = Instant::now();
         while start.elapsed() < START_PATIENCE {
-            if TcpStream::connect(("127.0.0.1", port)).is_ok() {
+            // Its socket is open long before it serves.
+            if self.tls.is_some() && TcpStream::connect(("127.0.0.1", port)).is_ok()
+                || is_healthy(port)
+            {
                 return true;
             }
             let child = self.members[index].child.as_mut().expect("it was started");

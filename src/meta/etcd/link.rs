@@ -262,19 +262,16 @@ impl Link {
 
     /// Compares what was seen before a request with what its answer shows.
     fn note(&self, before: Option<Seen>, now: Seen) {
-        let why = match before {
-            Some(before) if before.cluster != now.cluster => {
-                let (now, before) = (now.cluster, before.cluster);
-                format!("this etcd (cluster {now:x}) is not the one from before ({before:x})")
-            }
-            Some(before) if now.revision < before.revision => {
-                format!("it went back from revision {} to {}", before.revision, now.revision)
-            }
-            _ => {
-                let newest = self.seen.get().map_or(0, |seen| seen.revision).max(now.revision);
-                self.seen.set(Some(Seen { cluster: now.cluster, revision: newest }));
-                return;
-            }
+        let newest = self.seen.get().unwrap_or(now);
+        let least = before.map_or(0, |before| before.revision);
+        let why = if newest.cluster != now.cluster {
+            let (now, before) = (now.cluster, newest.cluster);
+            format!("this etcd (cluster {now:x}) is not the one from before ({before:x})")
+        } else if now.revision < least {
+            format!("it went back from revision {least} to {}", now.revision)
+        } else {
+            let revision = newest.revision.max(now.revision);
+            return self.seen.set(Some(Seen { revision, ..newest }));
         };
         if self.replaced.borrow().is_none() {
             let why = format!("{why}: its content was replaced; restart sdsd");

@@ -32,7 +32,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use etcd_client::{Client, GetOptions};
+use etcd_client::{Client, Error, GetOptions, GetResponse};
 
 use self::failure::Failure;
 use self::link::{Link, unsigned};
@@ -43,7 +43,9 @@ pub use self::options::{
 use self::request::{Keys, lease_id};
 use self::watch::Pump;
 use super::schema::CLUSTER_KEY;
-use super::state::{Outlet, check_key, check_prefix, check_size, check_ttl, check_txn, identity_of};
+use super::state::{
+    Outlet, check_key, check_prefix, check_size, check_ttl, check_txn, identity_of,
+};
 use super::{
     LeaseId, Listing, LocalFuture, MetaError, MetaResult, MetaStore, StoreIdentity, Txn,
     TxnOutcome, Versioned, WATCHERS_MAX, Watch,
@@ -106,8 +108,8 @@ fn change_error(failure: Failure, lease: Option<LeaseId>) -> MetaError {
 }
 
 impl Shared {
-    /// A key as it is now; judges by `read` whether it is the same etcd as before.
-    fn get_request(&self, key: &str) -> impl AsyncFn(Client) -> Result<Got, etcd_client::Error> {
+    /// Asks for a key as it is now.
+    fn get_request(&self, key: &str) -> impl AsyncFn(Client) -> Result<GetResponse, Error> {
         let key = self.keys.key(key);
         async move |client: Client| {
             let mut kv = client.kv_client().max_decoding_message_size(ANSWER_BYTES_MAX);
@@ -154,7 +156,8 @@ impl Shared {
     async fn watch(self: &Rc<Self>, prefix: &str, from: u64) -> MetaResult<Watch> {
         check_prefix(prefix)?;
         let count = WatcherCount::new(self)?;
-        let from = if from == 0 { self.link.prove().await.map_err(|f| f.of_read())? + 1 } else { from };
+        let from =
+            if from == 0 { self.link.prove().await.map_err(|f| f.of_read())? + 1 } else { from };
         let (outlet, watch) = Outlet::new();
         let pump = Pump::new(Rc::clone(self), prefix, from, outlet, count);
         let stream = pump.connect().await.map_err(|failure| failure.of_read())?;
@@ -178,7 +181,8 @@ impl Shared {
             let (mut keeper, mut answers) = client.lease_client().keep_alive(id).await?;
             // The client keeps the first answer for itself, and with it the time.
             keeper.keep_alive().await?;
-            Ok(answers.message().await?.map_or(0, |answer| answer.ttl()))
+            let ended = || Error::LeaseKeepAliveError("etcd ended the stream".into());
+            Ok(answers.message().await?.ok_or_else(ended)?.ttl())
         };
         let ttl = self.link.change(keep).await.map_err(|f| change_error(f, Some(lease)))?;
         if ttl <= 0 {
@@ -195,10 +199,8 @@ impl Shared {
     }
 }
 
-type Got = etcd_client::GetResponse;
-
 /// The key that was asked for.
-fn versioned(mut answer: Got) -> Option<Versioned> {
+fn versioned(mut answer: GetResponse) -> Option<Versioned> {
     let kv = answer.take_kvs().pop()?;
     let revision = unsigned(kv.mod_revision());
     Some(Versioned { value: Bytes::from(kv.into_key_value().1), revision })

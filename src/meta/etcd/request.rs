@@ -82,7 +82,7 @@ impl Keys {
             txn.conditions.iter().map(|condition| self.condition(condition)).collect();
         let ops: MetaResult<Vec<TxnOp>> = txn.ops.iter().map(|op| self.op(op)).collect();
         let (conditions, mut ops) = (conditions?, ops?);
-        let mut request = etcd_client::Txn::new().when(conditions);
+        let mut otherwise = Vec::new();
         if ops.is_empty() {
             // One without any operation is answered by the member alone, perhaps from the past.
             let read = || {
@@ -90,9 +90,9 @@ impl Keys {
                 TxnOp::get(self.key(super::CLUSTER_KEY), Some(options))
             };
             ops.push(read());
-            request = request.or_else(vec![read()]);
+            otherwise.push(read());
         }
-        Ok(request.and_then(ops))
+        Ok(etcd_client::Txn::new().when(conditions).and_then(ops).or_else(otherwise))
     }
 }
 
