@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use sds::env::Env;
 use sds::meta::etcd::{EtcdOptions, EtcdStore};
-use sds::meta::{MetaStore, Txn, Watch, WatchError};
+use sds::meta::{MetaError, MetaStore, Txn, Watch, WatchError};
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 
@@ -44,13 +44,23 @@ fn client(etcd: &Etcd) -> EtcdStore {
         let members = etcd.urls().len() as u64;
         Env::from_seed(*seed).random_below(members) == 0
     };
-    let seed = (0..).find(first).expect("a seed");
+    let seed = (0..1000).find(first).expect("a seed");
     EtcdStore::new(&options(etcd), Env::from_seed(seed)).expect("good options")
 }
 
 async fn put(store: &EtcdStore, key: &str, value: impl ToString) -> u64 {
     let txn = Txn::new().put(key, value.to_string());
     store.txn(txn).await.expect("it works").committed().expect("no condition")
+}
+
+/// Writes a key until it is said to be written: a change that was sent on to a leader who is gone
+/// is in doubt.
+async fn put_at_last(store: &EtcdStore, key: &str) {
+    let start = std::time::Instant::now();
+    while let Err(error) = store.txn(Txn::new().put(key, "x")).await {
+        let expected = matches!(error, MetaError::Unavailable(_) | MetaError::Unknown(_));
+        assert!(expected && start.elapsed() < PATIENCE, "{error}");
+    }
 }
 
 /// Lets the client notice that a member hung up: what it sends before that is in doubt.

@@ -20,7 +20,7 @@ use crate::meta::embedded::EmbeddedStore;
 use crate::meta::etcd::{EtcdOptions, EtcdStore};
 use crate::meta::record::{self, ClusterRecord};
 use crate::meta::schema::CLUSTER_KEY;
-use crate::meta::{Condition, MetaError, MetaStore, Txn, VALUE_BYTES_MAX};
+use crate::meta::{Condition, MetaError, MetaStore, Op, Txn, VALUE_BYTES_MAX};
 
 /// How long the node waits for an etcd when it starts: both may start with the machine.
 const START_PATIENCE: Duration = Duration::from_mins(1);
@@ -215,9 +215,8 @@ async fn put_surely(store: &EtcdStore, txn: Txn) -> Result<(), DaemonError> {
         match store.txn(txn.clone()).await {
             Ok(outcome) if outcome.committed().is_some() => return Ok(()),
             Ok(_) => {
-                let (key, value) = match txn.ops.last() {
-                    Some(crate::meta::Op::Put { key, value, .. }) => (key, value),
-                    _ => return fail("nothing was to be written"),
+                let Some(Op::Put { key, value, .. }) = txn.ops.last() else {
+                    return fail("nothing was to be written");
                 };
                 let found = store.get(key).await.map_err(error)?;
                 // The last one is in conflict with itself if it was made after all.

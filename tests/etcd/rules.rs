@@ -122,7 +122,7 @@ fn tls_and_a_password() {
     identity.write(&clients);
     let (client_certificate, client_key) =
         (clients.join("client-cert.pem"), clients.join("client-key.pem"));
-    let etcd = Etcd::start_with(1, Some([certificate, key, authority.clone()]));
+    let etcd = Etcd::start_with(1, Some(&[certificate, key, authority.clone()]));
     let address = etcd.urls()[0].clone();
     let [ca, certificate, key] =
         [&authority, &client_certificate, &client_key].map(|path| path.display().to_string());

@@ -3,7 +3,11 @@
 //! Needs Debian's etcd-server and etcd-client (`tools/setup` installs them); where they are
 //! missing, tests fail and say so. Data lies in a directory that goes away with it.
 
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(
+    dead_code,
+    clippy::print_stderr,
+    reason = "each test binary uses its part, and failures are told"
+)]
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -75,7 +79,7 @@ impl Etcd {
     }
 
     /// The same with TLS: certificate, key and the authority of clients, PEM files.
-    pub(crate) fn start_with(members: usize, tls: Option<[PathBuf; 3]>) -> Self {
+    pub(crate) fn start_with(members: usize, tls: Option<&[PathBuf; 3]>) -> Self {
         for _ in 0..START_TRIES {
             let shm = Path::new("/dev/shm");
             let base = if shm.is_dir() { shm } else { Path::new(env!("CARGO_TARGET_TMPDIR")) };
@@ -90,7 +94,7 @@ impl Etcd {
                 dir: dir.expect("a directory for etcd"),
                 members: (0..members).map(member).collect(),
                 token: "first".into(),
-                tls: tls.clone(),
+                tls: tls.cloned(),
             };
             for index in 0..members {
                 etcd.launch(index, etcd.members[index].client_port);

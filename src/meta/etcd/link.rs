@@ -25,8 +25,9 @@ use crate::env::Env;
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// How long one member may take for a read before the next is asked.
 const MEMBER_PATIENCE: Duration = Duration::from_secs(2);
-/// How long an answer proves that a member is there.
-const PROVEN_FOR: Duration = Duration::from_secs(1);
+/// How long an answer proves that a member is there, and is what it was: less than an etcd takes to
+/// be stopped, restored from an old copy and started again.
+const PROVEN_FOR: Duration = Duration::from_millis(200);
 /// Proofs before a change, if members answer and are lost again.
 const PROOFS_MAX: usize = 3;
 /// Pauses after all members failed.
@@ -158,11 +159,15 @@ impl Link {
         request: &impl AsyncFn(Client) -> Result<T, Error>,
     ) -> Result<T, Failure> {
         let start = Instant::now();
-        let client = match timeout(patience, self.client(at)).await {
-            Ok(client) => client?,
-            Err(_) => {
-                self.abandon(at);
-                return Err(Failure::Elsewhere(format!("no connection in {patience:?}")));
+        let Ok(client) = timeout(patience, self.client(at)).await else {
+            self.abandon(at);
+            return Err(Failure::Elsewhere(format!("no connection in {patience:?}")));
+        };
+        let client = match client {
+            Ok(client) => client,
+            Err(failure) => {
+                self.leave(at);
+                return Err(failure);
             }
         };
         match timeout(patience.saturating_sub(start.elapsed()), request(client)).await {

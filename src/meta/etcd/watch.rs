@@ -265,7 +265,7 @@ mod tests {
 
     fn response(revision: i64, fragment: bool, events: &[(&str, i64)]) -> PbWatchResponse {
         let event = |(key, at): &(&str, i64)| PbEvent {
-            r#type: if key.ends_with('-') { 1 } else { 0 },
+            r#type: i32::from(key.ends_with('-')),
             kv: Some(PbKeyValue {
                 key: format!("/east{key}").into_bytes(),
                 mod_revision: *at,
