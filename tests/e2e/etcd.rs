@@ -67,20 +67,21 @@ fn a_node_on_etcd_outlives_its_outages() {
     let mut image = vec![0; 32 << 20];
     let mut client = Client::attach(&node.nbd, "p/v").expect("it is served");
     churn(&mut client, &mut noise, &mut image, 200);
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "write -P 5 64M 56M"]);
 
     // Writes go far beyond what one checkpoint covers, and nothing can be freed meanwhile.
     etcd.stop(0);
     churn(&mut client, &mut noise, &mut image, 1500);
+    run("qemu-io", &["-f", "raw", &node.uri, "-c", "discard 64M 56M"]);
     let (ok, said) = node.ctl_raw(&["volume", "create", "p/w", "--size", "16M"]);
     assert!(!ok && said.contains("the metadata store is unavailable"), "{said}");
     churn(&mut client, &mut noise, &mut image, 100);
     let taken = used(&node);
     etcd.restart(0);
 
-    // All by itself: what was overwritten is freed, which takes a root that names a checkpoint.
-    churn(&mut client, &mut noise, &mut image, 100);
+    // All by itself: what was discarded is freed, which takes a root that names a checkpoint.
     let freed = || {
-        churn(&mut client, &mut noise, &mut image, 5);
+        churn(&mut client, &mut noise, &mut image, 1);
         used(&node) < taken
     };
     assert!(eventually(freed), "{} are taken, {taken} before", used(&node));
