@@ -214,11 +214,14 @@ impl Link {
     ) -> Result<T, Failure> {
         let deadline = Instant::now() + PATIENCE;
         let mut pause = PAUSE.0;
+        let mut last = Failure::Elsewhere("no member was asked".into());
         loop {
-            let mut last = Failure::Elsewhere("no member was asked".into());
             for _ in 0..self.members.len() {
                 let at = self.current.get();
                 let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(last);
+                }
                 match self.ask(at, left.min(MEMBER_PATIENCE), &request).await {
                     Err(Failure::Elsewhere(why) | Failure::Unknown(why)) => {
                         last = Failure::Elsewhere(format!("{}: {why}", self.members[at].url));
@@ -228,9 +231,6 @@ impl Link {
                         last = Failure::Refused(format!("{}: {why}", self.members[at].url));
                     }
                     result => return result,
-                }
-                if Instant::now() >= deadline {
-                    return Err(last);
                 }
             }
             if matches!(last, Failure::Refused(_)) || Instant::now() + pause >= deadline {
