@@ -5,6 +5,15 @@
 //! data_dir = "/var/lib/sds"
 //! disks = ["/dev/sdb", "/dev/sdc"]
 //!
+//! [store]
+//! backend = "etcd"
+//! endpoints = ["https://10.0.0.1:2379", "https://10.0.0.2:2379", "https://10.0.0.3:2379"]
+//! ca = "/etc/sds/etcd-ca.pem"
+//! certificate = "/etc/sds/etcd-client.pem"
+//! key = "/etc/sds/etcd-client-key.pem"
+//! user = "sds"
+//! password_file = "/etc/sds/etcd-password"
+//!
 //! [nbd]
 //! addresses = ["0.0.0.0:10809"]
 //! socket = "/run/sds/nbd.sock"
@@ -41,6 +50,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
 
+use crate::meta::etcd::{EtcdOptions, OptionsError};
 use crate::meta::record::check_name;
 use crate::units::{ByteSize, TimeSpan};
 use crate::volume::SCRUB_PERIOD;
@@ -101,10 +111,12 @@ pub enum ConfigError {
 pub struct Config {
     /// Name of this node in the cluster.
     pub node: String,
-    /// Where the metadata store lies.
+    /// Where the embedded metadata store lies, and the lock of the node.
     pub data_dir: PathBuf,
     /// Disks to use: block devices, or files that were formatted.
     pub disks: Vec<PathBuf>,
+    /// The metadata store.
+    pub store: StoreConfig,
     /// The NBD server.
     pub nbd: NbdConfig,
     /// The admin HTTP API.
@@ -119,6 +131,39 @@ pub struct Config {
     pub care: CareConfig,
     /// What is logged.
     pub log: LogConfig,
+}
+
+/// What keeps the metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreBackend {
+    /// A file in [`Config::data_dir`], for one node.
+    #[default]
+    Embedded,
+    /// An etcd.
+    Etcd,
+}
+
+/// The metadata store. All but the backend is for etcd.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreConfig {
+    /// What keeps it.
+    pub backend: StoreBackend,
+    /// URLs of the members of the etcd: `http://HOST:PORT` or `https://HOST:PORT`.
+    pub endpoints: Vec<String>,
+    /// What stands before `/sds/` in all keys, for an etcd that several clusters share.
+    pub prefix: String,
+    /// Authority of the members' certificates, PEM file; needed for `https`.
+    pub ca: Option<PathBuf>,
+    /// Certificate to show to the members, PEM file.
+    pub certificate: Option<PathBuf>,
+    /// Its private key, PEM file.
+    pub key: Option<PathBuf>,
+    /// User of the etcd.
+    pub user: Option<String>,
+    /// File with the user's password.
+    pub password_file: Option<PathBuf>,
 }
 
 /// Where NBD is served.
@@ -213,6 +258,7 @@ impl Default for Config {
             node: "node0".into(),
             data_dir: "/var/lib/sds".into(),
             disks: Vec::new(),
+            store: StoreConfig::default(),
             nbd: NbdConfig::default(),
             admin: AdminConfig::default(),
             cache: CacheConfig::default(),
@@ -363,6 +409,7 @@ impl Config {
             return refuse("data_dir", "the path is empty");
         }
         self.validate_disks()?;
+        self.store.validate()?;
         self.nbd.validate(self.admin.address)?;
         if self.cache.index.0 < INDEX_CACHE_BYTES_MIN {
             let least = ByteSize(INDEX_CACHE_BYTES_MIN);
@@ -410,6 +457,57 @@ impl Config {
             }
         }
         Ok(())
+    }
+}
+
+impl StoreConfig {
+    /// The etcd, if it is one.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`]: fields that do not go together.
+    pub fn etcd(&self) -> Result<Option<EtcdOptions>, ConfigError> {
+        if self.backend == StoreBackend::Embedded {
+            if *self == Self::default() {
+                return Ok(None);
+            }
+            return refuse("store", "without backend = \"etcd\" it has no other field");
+        }
+        for (field, path) in [
+            ("store.ca", &self.ca),
+            ("store.certificate", &self.certificate),
+            ("store.key", &self.key),
+            ("store.password_file", &self.password_file),
+        ] {
+            if path.as_ref().is_some_and(|path| path.as_os_str().is_empty()) {
+                return refuse(field, "the path is empty");
+            }
+        }
+        let identity = match (&self.certificate, &self.key) {
+            (Some(certificate), Some(key)) => Some((certificate.clone(), key.clone())),
+            (None, None) => None,
+            (Some(_), None) => return refuse("store.certificate", "without store.key"),
+            (None, Some(_)) => return refuse("store.key", "without store.certificate"),
+        };
+        let user = match (&self.user, &self.password_file) {
+            (Some(user), Some(file)) => Some((user.clone(), file.clone())),
+            (None, None) => None,
+            (Some(_), None) => return refuse("store.user", "without store.password_file"),
+            (None, Some(_)) => return refuse("store.password_file", "without store.user"),
+        };
+        Ok(Some(EtcdOptions {
+            endpoints: self.endpoints.clone(),
+            prefix: self.prefix.clone(),
+            authority: self.ca.clone(),
+            identity,
+            user,
+        }))
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        let Some(options) = self.etcd()? else { return Ok(()) };
+        options
+            .validate()
+            .or_else(|OptionsError { field, message }| refuse(format!("store.{field}"), message))
     }
 }
 
@@ -486,6 +584,7 @@ mod tests {
         assert_eq!(config.cache.index, ByteSize(64 << 20));
         assert!(config.nbd.tls.unwrap().required);
         assert_eq!(config.disks.len(), 2);
+        assert_eq!(config.store.etcd().unwrap().unwrap().endpoints.len(), 3);
     }
 
     #[test]
@@ -528,6 +627,32 @@ mod tests {
         assert!(error("node = ").starts_with("sdsd.toml:1: "));
         assert!(error("\n\n[log]\nlevel = 3").starts_with("sdsd.toml:4: "));
         assert!(error("[log]\nlevel = \"sds=loud\"").starts_with("sdsd.toml:2: log.level: "));
+    }
+
+    #[test]
+    fn a_store_that_makes_no_sense_is_refused() {
+        let error = |text: &str| parse(&format!("[store]\n{text}")).unwrap_err();
+        expect![
+            "sdsd.toml:2: store.backend: unknown variant `consul`, expected `embedded` or `etcd`"
+        ]
+        .assert_eq(&error("backend = \"consul\""));
+        expect![[r#"sdsd.toml:1: store: without backend = "etcd" it has no other field"#]]
+            .assert_eq(&error("endpoints = [\"http://a:1\"]"));
+        let etcd = |text: &str| error(&format!("backend = \"etcd\"\n{text}"));
+        expect!["sdsd.toml:1: store.endpoints: an etcd has 1 to 16 members, 0 are named"]
+            .assert_eq(&etcd(""));
+        expect!["sdsd.toml:3: store.endpoints: 'a:1': the scheme is neither http nor https: a member of etcd is written http://HOST:PORT or https://HOST:PORT"]
+            .assert_eq(&etcd("endpoints = [\"a:1\"]"));
+        let good = "endpoints = [\"http://a:1\"]\n";
+        let with = |text: &str| etcd(&format!("{good}{text}"));
+        expect!["sdsd.toml:4: store.user: without store.password_file"]
+            .assert_eq(&with("user = \"u\""));
+        expect!["sdsd.toml:4: store.key: without store.certificate"]
+            .assert_eq(&with("key = \"/k\""));
+        expect!["sdsd.toml:4: store.ca: TLS needs endpoints that begin with https://"]
+            .assert_eq(&with("ca = \"/c\""));
+        expect!["sdsd.toml:4: store.ca: the path is empty"].assert_eq(&with("ca = \"\""));
+        assert!(with("user_name = \"u\"").contains("unknown field `user_name`"));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! A node as its users see it: `sdsd dev` as a process, and the clients of others against it.
 //!
-//! Needs qemu-utils, libnbd-bin and fio (`tools/test` installs them); a test whose tool is
-//! missing fails and says so. Disks are small files in `/dev/shm` or `target/tmp`.
+//! Needs qemu-utils, libnbd-bin, fio, etcd-server and etcd-client (`tools/test` installs them); a
+//! test whose tool is missing fails and says so. Disks are small files in `/dev/shm` or
+//! `target/tmp`.
 
 #![allow(clippy::disallowed_methods, reason = "these tests live in real time")]
 
@@ -13,6 +14,10 @@ mod control;
 mod crash;
 #[path = "e2e/daemon.rs"]
 mod daemon;
+#[path = "e2e/etcd.rs"]
+mod etcd;
+#[path = "etcd_support/mod.rs"]
+mod etcd_support;
 #[path = "e2e/faults.rs"]
 mod faults;
 #[path = "nbd_threaded/identity.rs"]

@@ -125,16 +125,15 @@ fn run(path: &std::path::Path) -> Result<(), String> {
 
 fn recover(args: &Recover) -> Result<(), String> {
     sds::obs::log::init("warn").map_err(|error| error.to_string())?;
-    let (dir, paths) = match (&args.dir, &args.config) {
-        (Some(dir), _) => (dir.clone(), disk_files(dir)),
-        (None, Some(file)) => {
-            let config = Config::load(file).map_err(|error| error.to_string())?;
-            (config.data_dir, config.disks)
+    let config = match (&args.dir, &args.config) {
+        (Some(dir), _) => {
+            Config { data_dir: dir.clone(), disks: disk_files(dir), ..Config::default() }
         }
+        (None, Some(file)) => Config::load(file).map_err(|error| error.to_string())?,
         (None, None) => return Err("--dir or --config says where the disks are".into()),
     };
     let missing = args.missing_disk.iter().copied().collect();
-    let rebuilt = daemon::recover(&dir, &paths, &missing).map_err(|error| error.to_string())?;
+    let rebuilt = daemon::recover(&config, &missing).map_err(|error| error.to_string())?;
     for note in &rebuilt.notes {
         println!("note: {note}");
     }

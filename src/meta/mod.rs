@@ -1,8 +1,8 @@
 //! The metadata store: few, small keys that change rarely (disks, pools, volumes, roots).
 //!
 //! [`MetaStore`] is the seam. Its semantics are those of etcd, so that a backend for etcd is a
-//! translation and nothing more; [`embedded`] keeps the keys of one node in a file, [`memory`] is
-//! the simulation's. [`conformance`] holds what every backend must do. The typed records that sds
+//! translation and nothing more; [`embedded`] keeps the keys of one node in a file, [`etcd`] those
+//! of a cluster in one, [`memory`] is the simulation's. [`conformance`] holds what every backend must do. The typed records that sds
 //! keeps in a store are in [`schema`], the bytes around each of them in [`envelope`].
 //!
 //! # Invariants
@@ -25,6 +25,7 @@ pub mod catalog;
 pub mod conformance;
 pub mod embedded;
 pub mod envelope;
+pub mod etcd;
 pub mod memory;
 pub mod record;
 pub mod schema;

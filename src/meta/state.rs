@@ -49,7 +49,44 @@ pub(super) struct Lease {
 struct Watcher {
     prefix: String,
     from: u64,
-    sender: mpsc::Sender<Result<Arc<Changes>, WatchError>>,
+    outlet: Outlet,
+}
+
+/// The store's end of a [`Watch`].
+#[derive(Debug)]
+pub(super) struct Outlet(mpsc::Sender<Result<Arc<Changes>, WatchError>>);
+
+impl Outlet {
+    /// Both ends.
+    pub(super) fn new() -> (Self, Watch) {
+        // One place more than the lag allowed: the last one is for the reason of the end.
+        let (sender, receiver) = mpsc::channel(WATCH_LAG_MAX + 1);
+        (Self(sender), Watch { receiver, ended: None })
+    }
+
+    /// Hands changes over; whether the watch goes on.
+    pub(super) fn send(&self, changes: &Arc<Changes>) -> bool {
+        if self.0.capacity() <= 1 {
+            self.end(WatchError::Lagged);
+            return false;
+        }
+        self.0.try_send(Ok(Arc::clone(changes))).is_ok()
+    }
+
+    /// Says why the watch ends, after which nothing may follow.
+    pub(super) fn end(&self, error: WatchError) {
+        // It fails only if the watcher is gone, who then needs no reason.
+        self.0.try_send(Err(error)).ok();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// Returns when nobody listens any more.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
+    }
 }
 
 /// What a snapshot keeps: all but watchers, history and what is under way.
@@ -142,13 +179,7 @@ impl State {
     pub(super) fn identity(&self) -> MetaResult<StoreIdentity> {
         let entry =
             self.content.entries.get(schema::CLUSTER_KEY).ok_or(MetaError::Uninitialised)?;
-        let cluster: record::ClusterRecord = record::decode(&entry.value)
-            .map_err(|error| MetaError::Corrupt(format!("{}: {error}", schema::CLUSTER_KEY)))?;
-        Ok(StoreIdentity {
-            cluster: cluster.id,
-            incarnation: cluster.incarnation,
-            revision: self.content.revision,
-        })
+        identity_of(&entry.value, self.content.revision)
     }
 
     /// Makes the changes if the conditions hold. On an error nothing changed.
@@ -224,9 +255,7 @@ impl State {
     }
 
     pub(super) fn lease_grant(&mut self, ttl: Duration, now: Instant) -> MetaResult<LeaseId> {
-        if ttl.is_zero() || ttl > LEASE_TTL_MAX {
-            return Err(MetaError::Invalid(format!("a lease of {ttl:?}")));
-        }
+        check_ttl(ttl)?;
         check_size("leases", self.content.leases.len() + 1, LEASES_MAX)?;
         self.content.lease_last += 1;
         let id = LeaseId(self.content.lease_last);
@@ -266,18 +295,17 @@ impl State {
 
     pub(super) fn watch(&mut self, prefix: &str, from: u64) -> MetaResult<Watch> {
         check_prefix(prefix)?;
-        self.watchers.retain(|watcher| !watcher.sender.is_closed());
+        self.watchers.retain(|watcher| !watcher.outlet.is_closed());
         check_size("watchers", self.watchers.len() + 1, WATCHERS_MAX)?;
-        // One place more than the lag allowed: the last one is for the reason of the end.
-        let (sender, receiver) = mpsc::channel(WATCH_LAG_MAX + 1);
+        let (outlet, watch) = Outlet::new();
         let from = if from == 0 { self.content.revision + 1 } else { from };
-        let watcher = Watcher { prefix: prefix.to_owned(), from, sender };
+        let watcher = Watcher { prefix: prefix.to_owned(), from, outlet };
         if from <= self.compacted {
-            watcher.end(WatchError::Compacted(self.compacted + 1));
+            watcher.outlet.end(WatchError::Compacted(self.compacted + 1));
         } else if self.history.iter().all(|changes| watcher.send(changes)) {
             self.watchers.push(watcher);
         }
-        Ok(Watch { receiver, ended: None })
+        Ok(watch)
     }
 
     /// Tells watchers what changed; to be called when it is durable.
@@ -330,23 +358,14 @@ impl Watcher {
         let seen = |event: &&Event| event.key.starts_with(&self.prefix);
         let events: Vec<Event> = changes.events.iter().filter(seen).cloned().collect();
         if events.is_empty() {
-            return !self.sender.is_closed();
-        }
-        if self.sender.capacity() <= 1 {
-            self.end(WatchError::Lagged);
-            return false;
+            return !self.outlet.is_closed();
         }
         let changes = if events.len() == changes.events.len() {
             Arc::clone(changes)
         } else {
             Arc::new(Changes { revision: changes.revision, events })
         };
-        self.sender.try_send(Ok(changes)).is_ok()
-    }
-
-    fn end(&self, error: WatchError) {
-        // It fails only if the watcher is gone, who then needs no reason.
-        self.sender.try_send(Err(error)).ok();
+        self.outlet.send(&changes)
     }
 }
 
@@ -355,11 +374,12 @@ fn changes_bytes(changes: &Changes) -> usize {
     changes.events.iter().map(bytes).sum()
 }
 
-fn check_size(what: &'static str, size: usize, max: usize) -> MetaResult<()> {
+/// Whether something is within its bound.
+pub(super) fn check_size(what: &'static str, size: usize, max: usize) -> MetaResult<()> {
     if size > max { Err(MetaError::TooLarge { what, size, max }) } else { Ok(()) }
 }
 
-fn check_prefix(prefix: &str) -> MetaResult<()> {
+pub(super) fn check_prefix(prefix: &str) -> MetaResult<()> {
     check_size("a key, in bytes,", prefix.len(), KEY_BYTES_MAX)?;
     if prefix.contains('\0') {
         return Err(MetaError::Invalid(format!("the key {prefix:?} contains a NUL")));
@@ -372,6 +392,21 @@ pub(super) fn check_key(key: &str) -> MetaResult<()> {
         return Err(MetaError::Invalid("the key is empty".into()));
     }
     check_prefix(key)
+}
+
+/// Whether a lease may last so long.
+pub(super) fn check_ttl(ttl: Duration) -> MetaResult<()> {
+    if ttl.is_zero() || ttl > LEASE_TTL_MAX {
+        return Err(MetaError::Invalid(format!("a lease of {ttl:?}")));
+    }
+    Ok(())
+}
+
+/// The identity of a store at `revision` whose cluster key has this value.
+pub(super) fn identity_of(value: &[u8], revision: u64) -> MetaResult<StoreIdentity> {
+    let cluster: record::ClusterRecord = record::decode(value)
+        .map_err(|error| MetaError::Corrupt(format!("{}: {error}", schema::CLUSTER_KEY)))?;
+    Ok(StoreIdentity { cluster: cluster.id, incarnation: cluster.incarnation, revision })
 }
 
 /// Whether a transaction is within all bounds and makes sense.

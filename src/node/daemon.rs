@@ -1,7 +1,8 @@
 //! The process around a node: its directory, sockets, signals and threads.
 //!
-//! Threads: the calling thread is the core (runtime, ring, disks, heads, NBD); the metadata
-//! store and the admin HTTP server have one each. Nothing of the data path waits for either.
+//! Threads: the calling thread is the core (runtime, ring, disks, heads, NBD, the client of an
+//! etcd); an embedded metadata store and the admin HTTP server have one each. Nothing of the data
+//! path waits for either.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -19,21 +20,18 @@ use tokio::task::LocalSet;
 
 use super::care::Care;
 use super::dev::DevOptions;
-use super::opener::{DeviceOpener, OpenFailure, UringOpener, open_patiently};
+use super::opener::{DeviceOpener, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
 use super::space::SpaceLevels;
-use super::{Exports, Node, NodeOptions, descriptors};
+use super::{Exports, Node, NodeOptions, descriptors, store};
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
+use crate::disk::Disk;
 use crate::disk::uring::Ring;
-use crate::disk::{Disk, probe_superblock};
 use crate::env::Env;
 use crate::export::nbd::{self, Server, TlsMode, UnixSocket};
-use crate::id::{ClusterId, DiskId};
-use crate::meta::embedded::EmbeddedStore;
-use crate::meta::record::{self, ClusterRecord};
-use crate::meta::schema::CLUSTER_KEY;
+use crate::id::DiskId;
 use crate::shard::local::LocalClient;
 use crate::units::TimeSpan;
 use crate::volume::head::HeadConfig;
@@ -161,7 +159,7 @@ async fn run_local(
         Some(dev) => dev.prepare(&*opener).await?,
         None => absolute(&config.disks)?,
     };
-    let store = open_store(&config.data_dir, &*opener, &env, &paths).await?;
+    let store = store::open(config, &*opener, &env, &paths).await?;
     let TimeSpan(period) = config.scrub.period;
     let head = HeadConfig {
         overlay_extents_max: config.cache.overlay_extents,
@@ -172,7 +170,7 @@ async fn run_local(
     let options = NodeOptions {
         name: config.node.clone(),
         env,
-        store: Rc::new(store),
+        store,
         opener,
         head,
         space: SpaceLevels {
@@ -337,37 +335,28 @@ impl AdminThread {
     }
 }
 
-/// Rebuilds the lost metadata store in `dir` from the disks at `paths`, and at the paths that
+/// Rebuilds the lost metadata store from the disks of the configuration, and at the paths that
 /// these name. `missing`: disks that are gone, by the operator's word.
 ///
 /// # Errors
 /// [`DaemonError`]: a store exists, or [`recover::RecoverError`].
-pub fn recover(
-    dir: &Path,
-    paths: &[PathBuf],
-    missing: &BTreeSet<DiskId>,
-) -> Result<Rebuilt, DaemonError> {
+pub fn recover(config: &Config, missing: &BTreeSet<DiskId>) -> Result<Rebuilt, DaemonError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|why| error(format!("cannot start the runtime: {why}")))?;
-    LocalSet::new().block_on(&runtime, recover_local(dir, absolute(paths)?, missing))
+    let paths = absolute(&config.disks)?;
+    LocalSet::new().block_on(&runtime, recover_local(config, paths, missing))
 }
 
 async fn recover_local(
-    dir: &Path,
+    config: &Config,
     mut paths: Vec<String>,
     missing: &BTreeSet<DiskId>,
 ) -> Result<Rebuilt, DaemonError> {
-    let _lock = DirectoryLock::take(dir)?;
-    let store = dir.join(STORE_FILE);
-    if store.exists() {
-        return fail(format!(
-            "there is a metadata store at {}: it is recovered only when it is lost; move it away \
-             if it is not usable",
-            store.display()
-        ));
-    }
+    let _lock = DirectoryLock::take(&config.data_dir)?;
+    let env = Env::from_entropy();
+    store::check_lost(config, &env).await?;
     let ring = Ring::new().map_err(|why| error(format!("io_uring is not available: {why}")))?;
     let opener = UringOpener::new(ring);
     let mut found = BTreeMap::new();
@@ -385,9 +374,8 @@ async fn recover_local(
             paths.retain(|path| !tried.contains(path));
         }
     }
-    let env = Env::from_entropy();
     let rebuilt = recover::rebuild(&env, &found, missing).await.map_err(error)?;
-    drop(EmbeddedStore::create(&store, rebuilt.content.clone()).map_err(error)?);
+    store::put_back(config, &env, rebuilt.content.clone()).await?;
     Ok(rebuilt)
 }
 
@@ -397,38 +385,6 @@ async fn open_for_recovery(opener: &UringOpener, path: &str) -> Result<Found, St
     let (size_bytes, slot_bytes) = (disk.geometry().size_bytes, disk.geometry().slot_bytes);
     let client = Rc::new(LocalClient::new(disk));
     Ok(Found { client, path: path.to_owned(), size_bytes, slot_bytes })
-}
-
-/// Opens the metadata store, or creates that of a new cluster where nothing is yet.
-async fn open_store(
-    dir: &Path,
-    opener: &dyn DeviceOpener,
-    env: &Env,
-    paths: &[String],
-) -> Result<EmbeddedStore, DaemonError> {
-    let path = dir.join(STORE_FILE);
-    if path.exists() {
-        return EmbeddedStore::open(&path).map_err(error);
-    }
-    for disk in paths {
-        let device = match open_patiently(opener, disk).await {
-            Ok(device) => device,
-            Err(OpenFailure::NotFound(_)) => continue,
-            Err(why) => return fail(format!("{why}: nobody can tell whether it holds data")),
-        };
-        if let Ok(info) = probe_superblock(&*device).await {
-            return fail(format!(
-                "there is no metadata store in {}, but {disk} is disk {} of cluster {}: \
-                 `sdsd recover` rebuilds the store from the disks",
-                dir.display(),
-                info.disk,
-                info.cluster
-            ));
-        }
-    }
-    let cluster = ClusterRecord { id: ClusterId::from_bytes(env.random_bytes()), incarnation: 1 };
-    let value = record::encode(&cluster).map_err(error)?;
-    EmbeddedStore::create(&path, vec![(CLUSTER_KEY.to_owned(), value.into())]).map_err(error)
 }
 
 /// Paths as the admin API shows them, whatever directory the daemon was started in.

@@ -38,6 +38,7 @@ mod samples;
 mod scrubs;
 mod smart;
 pub mod space;
+mod store;
 #[cfg(test)]
 mod tests;
 mod views;
