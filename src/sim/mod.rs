@@ -13,6 +13,7 @@ mod ends;
 mod narrow_tests;
 mod nemesis;
 pub mod oracle;
+pub mod pipe;
 mod resize;
 mod rivals;
 pub mod run;
