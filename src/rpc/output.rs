@@ -240,11 +240,6 @@ impl<K: PartialEq, T: Copy> Output<K, T> {
         Self { version, urgent, bulk, wire, spare: Vec::new() }
     }
 
-    /// The version that frames carry.
-    pub(super) fn version(&self) -> u16 {
-        self.version
-    }
-
     /// From now on, frames carry this version.
     pub(super) fn set_version(&mut self, version: u16) {
         self.version = version;

@@ -20,6 +20,7 @@ pub mod run;
 mod slow;
 #[cfg(test)]
 mod width_tests;
+mod wire;
 pub mod world;
 
 pub use clock::simulate;

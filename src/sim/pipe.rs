@@ -30,7 +30,7 @@ pub struct PipeFaults {
     /// A write takes at most so many bytes; a random number below if there is randomness.
     pub write_max: Cell<Option<usize>>,
     /// Where the randomness comes from.
-    pub env: Option<Env>,
+    env: Option<Env>,
     /// Nothing arrives.
     held: Cell<bool>,
     written: Cell<u64>,
@@ -39,6 +39,11 @@ pub struct PipeFaults {
 }
 
 impl PipeFaults {
+    /// None yet; what is random comes from `env`.
+    pub fn random(env: Env) -> Self {
+        Self { env: Some(env), ..Self::default() }
+    }
+
     /// Breaks the connection: what is under way is lost, both sides get errors.
     pub fn cut(&self) {
         self.broken.set(true);

@@ -273,11 +273,8 @@ impl State {
 
     /// A connection has come.
     pub(super) fn up(&mut self, version: u16, window: WindowSize) {
-        if self.output.version() != version {
-            // What waits was written for another version.
-            self.fail_queued();
-            self.output.set_version(version);
-        }
+        // Control parts are the same in every version so far: what waits need not be written anew.
+        self.output.set_version(version);
         self.window = Some(Window::new(window));
         (self.ping, self.pongs, self.goodbye) = (None, 0, None);
     }

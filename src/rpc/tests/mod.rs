@@ -2,6 +2,7 @@
 
 mod conformance;
 mod faults;
+mod golden;
 mod limits;
 mod roundtrip;
 mod sessions;
