@@ -54,11 +54,7 @@ impl ShardClient for Memory {
     fn info(&self) -> LocalFuture<'_, ShardResult<DiskInfo>> {
         no()
     }
-    fn fence(
-        &self,
-        _: Authority,
-        _: Option<Mirror>,
-    ) -> LocalFuture<'_, ShardResult<VolumeOnDisk>> {
+    fn fence(&self, _: Authority, _: Option<Mirror>) -> LocalFuture<'_, ShardResult<VolumeOnDisk>> {
         no()
     }
     fn probe(&self, _: Authority) -> LocalFuture<'_, ShardResult<()>> {
@@ -67,12 +63,7 @@ impl ShardClient for Memory {
     fn mirror(&self, _: Authority, _: Mirror) -> LocalFuture<'_, ShardResult<()>> {
         no()
     }
-    fn create(
-        &self,
-        _: Authority,
-        _: ShardSpec,
-        _: SlotClass,
-    ) -> LocalFuture<'_, ShardResult<()>> {
+    fn create(&self, _: Authority, _: ShardSpec, _: SlotClass) -> LocalFuture<'_, ShardResult<()>> {
         no()
     }
     fn append(&self, append: Append) -> LocalFuture<'_, ShardResult<()>> {
@@ -301,8 +292,7 @@ async fn measure() {
     tokio::task::spawn_local(async move { server.serve_tcp(listener).await });
     let target = Target { node: None, core: 0 };
     let dial = TcpDial { address };
-    let peer =
-        Peer::spawn("store", identity("head", 1), target, dial, config, Env::from_seed(1));
+    let peer = Peer::spawn("store", identity("head", 1), target, dial, config, Env::from_seed(1));
     let disk = Rc::new(RemoteDisk::new(id, peer));
 
     if let Some(name) = argument("--case") {

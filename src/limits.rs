@@ -108,7 +108,7 @@ const _: () = assert!(
 );
 const _: () = assert!(
     RPC_FRAME_BYTES_MAX.is_multiple_of(BLOCK_SIZE)
-        && RPC_MESSAGE_BYTES_MAX >= (SLOT_BYTES_MAX as usize) / BLOCK_SIZE * 4,
+        && RPC_MESSAGE_BYTES_MAX as u64 >= SLOT_BYTES_MAX / BLOCK_SIZE as u64 * 4,
     "frames hold whole blocks; the checksums of a slot fit a message"
 );
 const _: () = assert!(

@@ -37,7 +37,9 @@ impl Put<'_> {
 
     pub(super) fn u32s(&mut self, values: &[u32]) -> &mut Self {
         self.0.reserve(values.len() * 4);
-        values.iter().for_each(|value| self.0.extend_from_slice(&value.to_le_bytes()));
+        for value in values {
+            self.0.extend_from_slice(&value.to_le_bytes());
+        }
         self
     }
 }

@@ -158,8 +158,7 @@ fn text(rest: &mut &[u8], len: U16) -> Result<String, HandshakeError> {
         .split_at_checked(usize::from(len.get()))
         .ok_or(HandshakeError::Malformed("it ends within a text"))?;
     *rest = tail;
-    let clean: String =
-        String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).collect();
+    let clean: String = String::from_utf8_lossy(text).chars().filter(|c| !c.is_control()).collect();
     Ok(clean)
 }
 

@@ -432,7 +432,7 @@ fn answer<'a, T: 'a>(
     Box::pin(async move { request.await.map(wrap) })
 }
 
-fn done<'a>(request: LocalFuture<'a, ShardResult<()>>) -> LocalFuture<'a, AnswerResult> {
+fn done(request: LocalFuture<'_, ShardResult<()>>) -> LocalFuture<'_, AnswerResult> {
     answer(request, |()| Answer::Done)
 }
 
@@ -540,9 +540,7 @@ impl ReplyHead {
             }
             Opcode::Fence | Opcode::List => Head::OnDisk,
             Opcode::Volumes => Head::Fences,
-            Opcode::GetCatalog => {
-                Head::Catalog { incarnation: get.u32()?, revision: get.u64()? }
-            }
+            Opcode::GetCatalog => Head::Catalog { incarnation: get.u32()?, revision: get.u64()? },
             _ => Head::Whole(Ok(Answer::Done)),
         };
         get.end()?;

@@ -10,8 +10,8 @@ use std::collections::VecDeque;
 use std::io::IoSlice;
 
 use bytes::Bytes;
-use zerocopy::byteorder::little_endian::U32;
 use zerocopy::IntoBytes;
+use zerocopy::byteorder::little_endian::U32;
 
 use super::frame::{FRAME_HEADER_BYTES, FrameHeader, Kind, flag};
 use super::message::Payload;
@@ -164,7 +164,7 @@ struct Lane<K, T> {
 }
 
 struct Lanes<K, T> {
-    lanes: Vec<Lane<K, T>>,
+    all: Vec<Lane<K, T>>,
     /// Whose turn it is.
     turn: usize,
     unused: Vec<VecDeque<Outgoing<T>>>,
@@ -172,19 +172,19 @@ struct Lanes<K, T> {
 
 impl<K: PartialEq, T> Lanes<K, T> {
     fn push(&mut self, key: K, message: Outgoing<T>) {
-        if let Some(lane) = self.lanes.iter_mut().find(|lane| lane.key == key) {
+        if let Some(lane) = self.all.iter_mut().find(|lane| lane.key == key) {
             lane.queue.push_back(message);
             return;
         }
         let mut queue = self.unused.pop().unwrap_or_default();
         queue.push_back(message);
-        self.lanes.push(Lane { key, queue });
+        self.all.push(Lane { key, queue });
     }
 
     fn remove_if_empty(&mut self, index: usize) -> bool {
-        let empty = self.lanes[index].queue.is_empty();
+        let empty = self.all[index].queue.is_empty();
         if empty {
-            let lane = self.lanes.swap_remove(index);
+            let lane = self.all.swap_remove(index);
             if self.unused.len() < SPARE_MAX {
                 self.unused.push(lane.queue);
             }
@@ -194,10 +194,10 @@ impl<K: PartialEq, T> Lanes<K, T> {
 
     /// Takes the next frame that may go; false if there is none.
     fn take(&mut self, mut one: impl FnMut(&mut Outgoing<T>) -> Option<bool>) -> bool {
-        let count = self.lanes.len();
+        let count = self.all.len();
         for step in 0..count {
             let index = (self.turn + step) % count;
-            let queue = &mut self.lanes[index].queue;
+            let queue = &mut self.all[index].queue;
             let Some(last) = queue.front_mut().and_then(&mut one) else { continue };
             let message = if last { queue.pop_front() } else { None };
             drop(message);
@@ -208,10 +208,10 @@ impl<K: PartialEq, T> Lanes<K, T> {
     }
 
     fn retain(&mut self, keep: &mut impl FnMut(&Outgoing<T>) -> bool) {
-        for lane in &mut self.lanes {
+        for lane in &mut self.all {
             lane.queue.retain(&mut *keep);
         }
-        for index in (0..self.lanes.len()).rev() {
+        for index in (0..self.all.len()).rev() {
             self.remove_if_empty(index);
         }
     }
@@ -219,7 +219,7 @@ impl<K: PartialEq, T> Lanes<K, T> {
 
 impl<K, T> Default for Lanes<K, T> {
     fn default() -> Self {
-        Self { lanes: Vec::new(), turn: 0, unused: Vec::new() }
+        Self { all: Vec::new(), turn: 0, unused: Vec::new() }
     }
 }
 
@@ -263,7 +263,7 @@ impl<K: PartialEq, T: Copy> Output<K, T> {
 
     /// Whether nothing is left to be sent.
     pub(super) fn is_empty(&self) -> bool {
-        self.unsent() == 0 && self.urgent.lanes.is_empty() && self.bulk.lanes.is_empty()
+        self.unsent() == 0 && self.urgent.all.is_empty() && self.bulk.all.is_empty()
     }
 
     /// Hands frames over until a batch is full. `admit` judges (urgent or not) the messages of which

@@ -99,7 +99,7 @@ pub struct PipeEnd {
 }
 
 /// A connection with these faults.
-pub fn pipe(faults: Rc<PipeFaults>) -> (PipeEnd, PipeEnd) {
+pub fn pipe(faults: &Rc<PipeFaults>) -> (PipeEnd, PipeEnd) {
     let (one, other) = (Rc::<RefCell<Half>>::default(), Rc::<RefCell<Half>>::default());
     let end = |input: &Rc<RefCell<Half>>, output: &Rc<RefCell<Half>>| PipeEnd {
         input: input.clone(),
@@ -194,7 +194,8 @@ impl AsyncWrite for PipeEnd {
             });
             room = room.min(some);
         }
-        let mut data: Vec<u8> = bufs.iter().flat_map(|buf| buf.iter().copied()).take(room).collect();
+        let mut data: Vec<u8> =
+            bufs.iter().flat_map(|buf| buf.iter().copied()).take(room).collect();
         let begin = faults.written.get();
         let end = begin + data.len() as u64;
         if let Some(at) = faults.flip_at.get()

@@ -49,7 +49,7 @@ impl Dial for Rc<Line> {
         let faults = Rc::new(PipeFaults::random(self.env.clone()));
         faults.write_max.set(self.env.chance(1, 2).then_some(20_000));
         *self.present.borrow_mut() = faults.clone();
-        let (ours, theirs) = pipe(faults);
+        let (ours, theirs) = pipe(&faults);
         let server = self.server.clone();
         tokio::task::spawn_local(async move { server.serve_stream(theirs, "pipe").await });
         Box::pin(std::future::ready(Ok(ours)))
@@ -171,7 +171,7 @@ pub(super) async fn run(context: Rc<Context>) {
         let nodes = context.nodes.borrow().clone();
         let Some(newest) = nodes.len().checked_sub(1) else { continue };
         let which = usize::try_from(env.random_below(nodes.len() as u64)).unwrap_or(newest);
-        let struck = nodes[which].wires.as_ref().and_then(|wires| wires.strike());
+        let struck = nodes[which].wires.as_ref().and_then(Wires::strike);
         if let Some(what) = struck {
             context.disturbed();
             context.cover_noted(what);

@@ -6,6 +6,7 @@ use std::task::{Context, Poll, Waker};
 use bytes::Bytes;
 use tokio::time::Instant;
 
+use crate::id::{DiskId, VolumeId};
 use crate::limits::RPC_QUEUE_MAX;
 use crate::rpc::frame::{FrameHeader, Kind, Opcode, Violation};
 use crate::rpc::handshake::WindowSize;
@@ -14,7 +15,6 @@ use crate::rpc::message::{AnswerResult, Call, Expected, Payload, ReplyHead};
 use crate::rpc::metrics::{PeerMetrics, add};
 use crate::rpc::output::{Outgoing, Output};
 use crate::rpc::window::{Share, Window};
-use crate::id::{DiskId, VolumeId};
 use crate::shard::ShardError;
 
 /// Tag of messages that belong to no request.
@@ -177,7 +177,8 @@ impl State {
         if let Some(index) = self.free.pop() {
             let place = &mut self.slots[index as usize];
             // An id is not used again before 2^32 requests of the same slot.
-            *place = Slot { generation: place.generation.wrapping_add(1) & (u32::MAX >> 1), ..slot };
+            *place =
+                Slot { generation: place.generation.wrapping_add(1) & (u32::MAX >> 1), ..slot };
             return index;
         }
         let index = u32::try_from(self.slots.len()).expect("bounded by window and queue");

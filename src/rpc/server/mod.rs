@@ -238,10 +238,7 @@ impl Server {
 
     /// Hears who connects and makes room for it. What an older connection of the same process has not
     /// delivered by now never will be.
-    async fn meet<S>(
-        &self,
-        stream: &mut S,
-    ) -> Result<(Caller, WindowSize, Rc<Cut>), HandshakeError>
+    async fn meet<S>(&self, stream: &mut S) -> Result<(Caller, WindowSize, Rc<Cut>), HandshakeError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {

@@ -313,7 +313,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         let Self { mut link, mut intake, running, .. } = self;
         intake.begun.clear();
         let farewell = async move {
-            let speaks = matches!(end, LinkEnd::Violation(_) | LinkEnd::Stopped | LinkEnd::Replaced);
+            let speaks =
+                matches!(end, LinkEnd::Violation(_) | LinkEnd::Stopped | LinkEnd::Replaced);
             if speaks {
                 intake.push_control(Kind::Goodbye, 0, end.to_string().as_bytes());
                 let said = poll_fn(|cx| {

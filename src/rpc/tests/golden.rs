@@ -141,7 +141,7 @@ fn conversation(version: u16) -> String {
     simulate(async {
         let config = RpcConfig {
             versions: version..=version,
-            ping_interval: Duration::from_secs(3600),
+            ping_interval: Duration::from_hours(1),
             ..RpcConfig::default()
         };
         let net = Net::new(config.clone());

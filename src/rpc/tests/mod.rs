@@ -109,7 +109,7 @@ impl Dial for Wire {
         }
         let faults = net.next.borrow_mut().pop_front().unwrap_or_default();
         net.pipes.borrow_mut().push(faults.clone());
-        let (ours, theirs) = pipe(faults);
+        let (ours, theirs) = pipe(&faults);
         let server = net.server.clone();
         tokio::task::spawn_local(async move { server.serve_stream(theirs, "pipe").await });
         Box::pin(std::future::ready(Ok(ours)))
@@ -126,7 +126,7 @@ pub(super) async fn until_up(peer: &Peer) {
 pub(super) async fn until_down(peer: &Peer, why: &str) {
     let mut connection = peer.connection();
     let down = |state: &ConnectionState| matches!(state, ConnectionState::Down { reason, .. } if reason.contains(why));
-    tokio::time::timeout(Duration::from_secs(60), connection.wait_for(down))
+    tokio::time::timeout(Duration::from_mins(1), connection.wait_for(down))
         .await
         .unwrap_or_else(|_| panic!("never down for {why}: {:?}", *peer.connection().borrow()))
         .unwrap();

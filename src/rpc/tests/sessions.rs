@@ -26,8 +26,7 @@ async fn refused(own: Identity, target: Target, ours: RpcConfig, theirs: RpcConf
 fn refusals_say_why() {
     simulate(async {
         let config = RpcConfig::default;
-        let stranger =
-            Identity { cluster: ClusterId::from_bytes([9; 16]), ..identity("head", 1) };
+        let stranger = Identity { cluster: ClusterId::from_bytes([9; 16]), ..identity("head", 1) };
         let why = "refused by store: this is cluster c1c1c1c1-";
         refused(stranger, ANY, config(), config(), why).await;
         let other = Target { node: Some(NodeId::from_bytes([8; 16])), core: 0 };
