@@ -21,11 +21,11 @@ use tokio::sync::watch;
 const HANG: Duration = Duration::from_secs(900);
 const DISK: DiskId = DiskId::from_bytes([1; 16]);
 
-struct None;
+struct NoDisks;
 
-impl DiskDirectory for None {
+impl DiskDirectory for NoDisks {
     fn disk(&self, _: DiskId) -> Option<Rc<dyn ShardClient>> {
-        Option::None
+        None
     }
 }
 
@@ -67,10 +67,10 @@ fn frames(mut data: &[u8], first_id: u64) -> Vec<u8> {
 fn to_server(bytes: &[u8], greeted: bool) {
     simulate(async {
         let (_stop, stopped) = watch::channel(false);
-        let server = Server::new(identity(2), Rc::new(None), RpcConfig::default(), stopped);
+        let server = Server::new(identity(2), Rc::new(NoDisks), RpcConfig::default(), stopped);
         let (mut ours, theirs) = duplex(64 << 10);
         let talk = async {
-            let target = Target { node: Option::None, core: 0 };
+            let target = Target { node: None, core: 0 };
             let attempt = Attempt { instance: 1, number: 1 };
             if greeted {
                 connect(&mut ours, &identity(1), &(1..=1), target, attempt).await.expect("met");
@@ -109,10 +109,9 @@ fn to_client(bytes: &[u8], greeted: bool) {
     simulate(async {
         let (mut ours, theirs) = duplex(64 << 10);
         let once = Once(Cell::new(Some(theirs)));
-        let target = Target { node: Option::None, core: 0 };
+        let target = Target { node: None, core: 0 };
         let env = Env::from_seed(1);
-        let peer =
-            Peer::spawn("fuzz", identity(1), target, once, RpcConfig::default(), env);
+        let peer = Peer::spawn("fuzz", identity(1), target, once, RpcConfig::default(), env);
         let disk = RemoteDisk::new(DISK, peer);
         let volume = VolumeId::from_bytes([3; 16]);
         let asked = async {
