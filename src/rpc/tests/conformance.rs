@@ -54,7 +54,8 @@ async fn one(client: &dyn ShardClient, env: &Env) -> String {
             told(&client.create(who, spec, SlotClass::Client).await)
         }
         6..=9 => {
-            let mut append = append(epoch, segment, block, 0x40 + u8::try_from(block % 8).unwrap(), 2);
+            let mut append =
+                append(epoch, segment, block, 0x40 + u8::try_from(block % 8).unwrap(), 2);
             if env.chance(1, 9) {
                 append.crcs = Rc::from([1, 2, 3]);
             }
