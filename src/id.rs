@@ -69,6 +69,10 @@ uuid_id!(
     /// A metadata store; a rebuilt store keeps the id and raises the incarnation.
     ClusterId
 );
+uuid_id!(
+    /// A node: a member of a cluster that runs one daemon.
+    NodeId
+);
 
 /// Number of a segment within its volume; never used again. At most 36 bits.
 #[derive(

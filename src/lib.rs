@@ -27,6 +27,7 @@ pub mod meta;
 pub mod node;
 pub mod obs;
 pub mod planted;
+pub mod rpc;
 pub mod segment;
 pub mod shard;
 #[cfg(any(test, feature = "simulation"))]

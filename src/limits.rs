@@ -86,6 +86,33 @@ pub const NBD_EXTENTS_MAX: usize = 4096;
 /// Bytes that one call of a target reads for an NBD request; longer reads are split.
 pub const NBD_READ_PIECE_BYTES: usize = 4 << 20;
 
+/// Payload of one message between nodes, bytes: the largest write that a client may make.
+pub const RPC_MESSAGE_BYTES_MAX: usize = REQUEST_BYTES_MAX;
+/// Payload of one frame of it, bytes: what a small message may have to wait for.
+pub const RPC_FRAME_BYTES_MAX: usize = 128 << 10;
+/// Control part of a message between nodes, bytes: it holds a checksum for each block of a payload.
+pub const RPC_CONTROL_BYTES_MAX: usize = 64 << 10;
+/// Requests of one connection between nodes that are under way at once.
+pub const RPC_REQUESTS_MAX: u32 = 512;
+/// Requests that wait at one node for another to take them; further ones fail.
+pub const RPC_QUEUE_MAX: usize = 16 << 10;
+/// Bytes of one such connection under way at once: appends taken up, reads not yet sent. What is
+/// larger than half of it counts as half.
+pub const RPC_WINDOW_BYTES_MAX: usize = 16 << 20;
+/// The least that a connection is given; it is refused if there is not so much.
+pub const RPC_WINDOW_BYTES_MIN: usize = 1 << 20;
+/// Bytes that the windows of all connections of a server of disks have together.
+pub const RPC_SERVER_BYTES_MAX: usize = 512 << 20;
+
+const _: () = assert!(
+    RPC_CONTROL_BYTES_MAX >= RPC_MESSAGE_BYTES_MAX / BLOCK_SIZE * 4 + 4096,
+    "the checksums of the largest append must fit"
+);
+const _: () = assert!(
+    RPC_FRAME_BYTES_MAX.is_multiple_of(BLOCK_SIZE)
+        && RPC_MESSAGE_BYTES_MAX as u64 >= SLOT_BYTES_MAX / BLOCK_SIZE as u64 * 4,
+    "frames hold whole blocks; the checksums of a slot fit a message"
+);
 const _: () = assert!(
     DATA_SHARDS_MAX as u64 * SLOT_BYTES_MAX / BLOCK_SIZE as u64 <= 1 << SEGMENT_BLOCK_BITS,
     "a block's address in a segment must fit its bits"

@@ -121,6 +121,7 @@ fn sample() -> Sample {
             ..VolumeSample::default()
         }],
         nbd: NbdSample { connections: 2, requests: 11, ..NbdSample::default() },
+        ..Sample::default()
     }
 }
 

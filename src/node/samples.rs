@@ -6,7 +6,8 @@ use crate::admin::health;
 use crate::admin::types::{RepairProgress, Space};
 use crate::export::nbd::wire::{Command, Errno};
 use crate::obs::sample::{
-    DiskSample, NbdSample, NodeSample, PoolSample, Sample, ScrubSample, VolumeSample,
+    DiskSample, NbdSample, NodeSample, PoolSample, RpcServerSample, Sample, ScrubSample,
+    VolumeSample,
 };
 use crate::volume::head::HeadStats;
 
@@ -50,6 +51,9 @@ impl Node {
                 .map(|slot| sample_volume(slot, Self::volume_space(&usages, slot.id)))
                 .collect(),
             nbd: self.sample_nbd(),
+            // A node has no disks of others yet.
+            rpc_peers: Vec::new(),
+            rpc_server: RpcServerSample::default(),
         }
     }
 

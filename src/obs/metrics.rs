@@ -8,7 +8,10 @@ use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, Metr
 use prometheus::{Counter, CounterVec, Encoder, Gauge, GaugeVec, Opts, Registry, TextEncoder};
 
 use super::histogram::{BUCKET_BOUNDS_US, LatencySample};
-use super::sample::{DiskSample, NbdSample, NodeSample, PoolSample, Sample, VolumeSample};
+use super::sample::{
+    DiskSample, NbdSample, NodeSample, PoolSample, RpcPeerSample, RpcServerSample, Sample,
+    VolumeSample,
+};
 use crate::admin::types::{DiskState, DiskTiming, Forecast, HealthLevel, Space};
 
 const MICROSECOND: f64 = 1e-6;
@@ -166,6 +169,28 @@ declare! {
         protocol_errors: Counter "sds_nbd_protocol_errors_total" []
             "Connections closed because the client broke the protocol.";
     }
+    struct RpcMetrics {
+        up: GaugeVec "sds_rpc_peer_up" ["peer"] "1 while there is a connection to the node.";
+        in_flight: GaugeVec "sds_rpc_peer_requests_in_flight" ["peer"] "Requests under way.";
+        requests: CounterVec "sds_rpc_peer_requests_total" ["peer"] "Requests made.";
+        unreachable: CounterVec "sds_rpc_peer_unreachable_total" ["peer"]
+            "Requests whose outcome stayed unknown.";
+        bytes: CounterVec "sds_rpc_peer_bytes_total" ["peer", "direction"]
+            "Bytes sent and received.";
+        connects: CounterVec "sds_rpc_peer_connects_total" ["peer"] "Connections made.";
+        violations: CounterVec "sds_rpc_peer_protocol_errors_total" ["peer"]
+            "Connections given up because the peer broke the protocol.";
+        round_trip: GaugeVec "sds_rpc_peer_round_trip_seconds" ["peer"]
+            "Round trip of pings, smoothed.";
+        connections: Gauge "sds_rpc_server_connections" [] "Connections of other nodes.";
+        refused: Counter "sds_rpc_server_refused_total" [] "Connections of nodes that were refused.";
+        running: Gauge "sds_rpc_server_requests_running" [] "Requests of other nodes that run.";
+        served: Counter "sds_rpc_server_requests_total" [] "Requests of other nodes answered.";
+        errors: Counter "sds_rpc_server_request_errors_total" []
+            "Requests of other nodes answered with an error.";
+        broken: Counter "sds_rpc_server_protocol_errors_total" []
+            "Connections closed because a node broke the protocol.";
+    }
 }
 
 const READ_LATENCY: (&str, &str) =
@@ -183,6 +208,7 @@ pub struct Metrics {
     volumes: VolumeMetrics,
     scrubs: ScrubMetrics,
     nbd: NbdMetrics,
+    rpc: RpcMetrics,
 }
 
 impl Metrics {
@@ -203,6 +229,7 @@ impl Metrics {
             volumes: VolumeMetrics::register(&registry)?,
             scrubs: ScrubMetrics::register(&registry)?,
             nbd: NbdMetrics::register(&registry)?,
+            rpc: RpcMetrics::register(&registry)?,
             registry,
         })
     }
@@ -218,6 +245,7 @@ impl Metrics {
         self.set_volumes(&sample.volumes);
         self.set_scrubs(&sample.volumes);
         self.set_nbd(&sample.nbd);
+        self.set_rpc(&sample.rpc_peers, &sample.rpc_server);
         let mut families = self.registry.gather();
         if !sample.volumes.is_empty() {
             let volumes = &sample.volumes;
@@ -358,6 +386,31 @@ impl Metrics {
             count_up(&metrics.found, &labels, scrub.found as f64);
             count_up(&metrics.repaired, &labels, scrub.repaired as f64);
         }
+    }
+
+    fn set_rpc(&self, peers: &[RpcPeerSample], server: &RpcServerSample) {
+        let metrics = &self.rpc;
+        metrics.reset();
+        for s in peers {
+            let labels = [s.peer.as_str()];
+            metrics.up.with_label_values(&labels).set(f64::from(u8::from(s.up)));
+            metrics.in_flight.with_label_values(&labels).set(s.in_flight as f64);
+            count_up(&metrics.requests, &labels, s.requests as f64);
+            count_up(&metrics.unreachable, &labels, s.unreachable as f64);
+            count_up(&metrics.bytes, &[labels[0], "sent"], s.sent_bytes as f64);
+            count_up(&metrics.bytes, &[labels[0], "received"], s.received_bytes as f64);
+            count_up(&metrics.connects, &labels, s.connects as f64);
+            count_up(&metrics.violations, &labels, s.violations as f64);
+            if let Some(us) = s.round_trip_us {
+                metrics.round_trip.with_label_values(&labels).set(us as f64 * MICROSECOND);
+            }
+        }
+        metrics.connections.set(server.connections as f64);
+        metrics.refused.inc_by(server.refused as f64);
+        metrics.running.set(server.running as f64);
+        metrics.served.inc_by(server.requests as f64);
+        metrics.errors.inc_by(server.errors as f64);
+        metrics.broken.inc_by(server.violations as f64);
     }
 
     fn set_nbd(&self, sample: &NbdSample) {

@@ -20,6 +20,10 @@ pub struct Sample {
     pub volumes: Vec<VolumeSample>,
     /// The NBD server.
     pub nbd: NbdSample,
+    /// Connections to cores of other nodes.
+    pub rpc_peers: Vec<RpcPeerSample>,
+    /// The server of disks for other nodes.
+    pub rpc_server: RpcServerSample,
 }
 
 /// The node.
@@ -190,4 +194,81 @@ pub struct NbdSample {
     pub request_errors: u64,
     /// Connections that broke the protocol.
     pub protocol_errors: u64,
+}
+
+/// The connection to one core of another node.
+#[derive(Debug, Clone, Default)]
+pub struct RpcPeerSample {
+    /// Name of the node, and the core: label `peer`.
+    pub peer: String,
+    /// Whether requests pass.
+    pub up: bool,
+    /// Requests under way.
+    pub in_flight: u64,
+    /// Requests made.
+    pub requests: u64,
+    /// Of these, those whose outcome stayed unknown.
+    pub unreachable: u64,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+    /// Bytes received.
+    pub received_bytes: u64,
+    /// Connections made.
+    pub connects: u64,
+    /// Connections given up because the peer broke the protocol.
+    pub violations: u64,
+    /// Round trip of pings, microseconds; none before the first.
+    pub round_trip_us: Option<u64>,
+}
+
+impl RpcPeerSample {
+    /// What a connection counts now.
+    pub fn of(peer: &crate::rpc::Peer) -> Self {
+        let counts = peer.metrics();
+        let us = |time: std::time::Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Self {
+            peer: peer.label().to_owned(),
+            up: matches!(*peer.connection().borrow(), crate::rpc::ConnectionState::Up { .. }),
+            in_flight: counts.in_flight.get(),
+            requests: counts.requests.get(),
+            unreachable: counts.unreachable.get(),
+            sent_bytes: counts.sent_bytes.get(),
+            received_bytes: counts.received_bytes.get(),
+            connects: counts.connects.get(),
+            violations: counts.violations.get(),
+            round_trip_us: counts.round_trip.get().map(us),
+        }
+    }
+}
+
+/// The server of disks for other nodes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RpcServerSample {
+    /// Connections now.
+    pub connections: u64,
+    /// Connections refused.
+    pub refused: u64,
+    /// Requests that run.
+    pub running: u64,
+    /// Requests answered.
+    pub requests: u64,
+    /// Of these, by an error.
+    pub errors: u64,
+    /// Connections closed because the peer broke the protocol.
+    pub violations: u64,
+}
+
+impl RpcServerSample {
+    /// What a server counts now.
+    pub fn of(server: &crate::rpc::Server) -> Self {
+        let counts = server.metrics();
+        Self {
+            connections: counts.connections.get(),
+            refused: counts.refused.get(),
+            running: counts.running.get(),
+            requests: counts.requests.get(),
+            errors: counts.errors.get(),
+            violations: counts.violations.get(),
+        }
+    }
 }

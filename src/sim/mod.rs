@@ -13,12 +13,14 @@ mod ends;
 mod narrow_tests;
 mod nemesis;
 pub mod oracle;
+pub mod pipe;
 mod resize;
 mod rivals;
 pub mod run;
 mod slow;
 #[cfg(test)]
 mod width_tests;
+mod wire;
 pub mod world;
 
 pub use clock::simulate;

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::client::{FaultyClient, Link};
 use super::device::{SimConfig, SimDevice};
 use super::oracle::{Oracle, SECTOR};
+use super::wire::Wires;
 use crate::disk::Disk;
 use crate::disk::FormatOptions;
 use crate::disk::device::BlockDevice;
@@ -20,8 +21,8 @@ use crate::id::{ClusterId, DiskId, VolumeId};
 use crate::meta::memory::{Faults, MemoryStore};
 use crate::meta::record::ClusterRecord;
 use crate::meta::{MetaStore, Txn, schema};
-use crate::shard::Scheme;
 use crate::shard::disks::Disks;
+use crate::shard::{Scheme, ShardClient};
 use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
 use crate::volume::rules::{LogSet, Member, log_domains};
@@ -112,6 +113,9 @@ pub struct World {
     pub ending: Cell<bool>,
     /// What is being waited for, should it be for ever.
     pub waiting: RefCell<String>,
+    /// Disks are reached through the RPC; what is random there comes from here.
+    pub wires: Option<Env>,
+    cluster: ClusterId,
 }
 
 /// What one node reaches: disks and store, each over a way of its own.
@@ -123,6 +127,8 @@ pub struct Node {
     pub link: Rc<Link>,
     /// Faults between its head and the store.
     pub faults: Rc<Faults>,
+    /// The way to the disks, where they are on other nodes.
+    pub wires: Option<Wires>,
     /// When each disk was connected last.
     connected: RefCell<BTreeMap<DiskId, Instant>>,
 }
@@ -132,6 +138,7 @@ impl Node {
     pub fn heal(&self) {
         self.link.heal();
         self.faults.heal();
+        self.wires.iter().for_each(Wires::heal);
     }
 
     fn connected_since(&self, since: Instant) -> Vec<DiskId> {
@@ -227,6 +234,8 @@ impl World {
             spares: RefCell::new(spares),
             ending: Cell::new(false),
             waiting: RefCell::default(),
+            wires: None,
+            cluster,
         }
     }
 
@@ -252,7 +261,9 @@ impl World {
 
     /// A node that reaches every open disk.
     pub fn node(&self) -> Rc<Node> {
-        let node = Rc::new(Node::default());
+        let fork = |env: &Env| Wires::new(Env::from_seed(env.random_u64()), self.cluster);
+        let wires = self.wires.as_ref().map(fork);
+        let node = Rc::new(Node { wires, ..Node::default() });
         if self.env.chance(1, 3) {
             node.link.usual_delay.set(Duration::from_millis(1 + self.env.random_below(15)));
             node.link.heal();
@@ -280,8 +291,13 @@ impl World {
         let Some(disk) = self.disk(index) else { return };
         let Ok(info) = disk.info() else { return };
         let domain = u32::try_from(index).expect("a few disks");
-        let client = FaultyClient::new(disk, node.link.clone(), self.env.clone());
-        node.registry.add(Rc::new(client), domain, info);
+        let client: Rc<dyn ShardClient> =
+            Rc::new(FaultyClient::new(disk, node.link.clone(), self.env.clone()));
+        let client = match &node.wires {
+            Some(wires) => wires.reach(client),
+            None => client,
+        };
+        node.registry.add(client, domain, info);
         node.connected.borrow_mut().insert(self.ids[index], Instant::now());
     }
 

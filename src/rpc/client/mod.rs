@@ -1,0 +1,365 @@
+//! The connection to one core of another node, and the requests that go over it.
+//!
+//! A [`Peer`] connects by itself, again and again, as long as it or a disk behind it exists. All
+//! requests share the one connection; the task that owns it reads, writes and tells who waits.
+
+mod session;
+mod state;
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::RpcConfig;
+use super::frame::Kind;
+use super::handshake::{
+    Attempt, HandshakeError, Identity, PeerIdentity, Target, WindowSize, connect,
+};
+use super::link::LinkEnd;
+use super::message::{AnswerResult, Call, Payload};
+use super::metrics::{PeerMetrics, add};
+use super::window::Share;
+use crate::env::Env;
+use crate::id::DiskId;
+use crate::limits::RPC_MESSAGE_BYTES_MAX;
+use crate::obs::throttle::Throttle;
+use crate::shard::{LocalFuture, ShardError};
+use session::Session;
+use state::{Made, State};
+
+/// How often deadlines are looked at while requests are under way.
+const TICK: Duration = Duration::from_millis(50);
+/// First pause between attempts to connect; doubled each time.
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+/// A connection that lasted so long was a good one: the next attempt is made at once.
+const LASTED: Duration = Duration::from_secs(1);
+/// Bytes of a request's control part that are not checksums, at most.
+const CONTROL_REST_MAX: usize = 8 << 10;
+
+/// Makes streams to one core of another node.
+pub trait Dial {
+    /// What it makes.
+    type Stream: AsyncRead + AsyncWrite + Unpin + 'static;
+
+    /// Makes another one.
+    fn dial(&self) -> LocalFuture<'_, io::Result<Self::Stream>>;
+}
+
+/// How a connection is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ConnectionState {
+    /// Requests pass.
+    Up {
+        /// Since when.
+        since: Instant,
+        /// Who is there, and the version that is spoken.
+        peer: PeerIdentity,
+    },
+    /// There is none.
+    Down {
+        /// Since when.
+        since: Instant,
+        /// Why: what the last attempt said.
+        reason: String,
+    },
+}
+
+struct Shared {
+    label: String,
+    config: RpcConfig,
+    own: Identity,
+    target: Target,
+    env: Env,
+    state: RefCell<State>,
+    metrics: Rc<PeerMetrics>,
+    connection: watch::Sender<ConnectionState>,
+    closed: Notify,
+    /// Whether deadlines are being looked at, and the wish that they be.
+    ticking: Cell<bool>,
+    tick: Notify,
+    log: Throttle,
+}
+
+/// Closes the connection when the last holder is gone.
+struct Holder(Rc<Shared>);
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.0.closed.notify_one();
+        self.0.tick.notify_one();
+    }
+}
+
+/// A connection to one core of another node. Clones share it; it is closed when the last one and
+/// the last [`super::RemoteDisk`] is dropped.
+#[derive(Clone)]
+pub struct Peer(Rc<Holder>);
+
+impl Peer {
+    /// Keeps a connection to `target` over streams that `dial` makes. Must be called within a
+    /// [`tokio::task::LocalSet`]. `label` names the peer in logs and metrics.
+    pub fn spawn(
+        label: &str,
+        own: Identity,
+        target: Target,
+        dial: impl Dial + 'static,
+        config: RpcConfig,
+        env: Env,
+    ) -> Self {
+        let metrics: Rc<PeerMetrics> = Rc::default();
+        let down = ConnectionState::Down {
+            since: Instant::now(),
+            reason: "there was no connection yet".into(),
+        };
+        let shared = Rc::new(Shared {
+            label: label.to_owned(),
+            state: RefCell::new(State::new(*config.versions.end(), metrics.clone())),
+            config,
+            own,
+            target,
+            env,
+            metrics,
+            connection: watch::Sender::new(down),
+            closed: Notify::new(),
+            ticking: Cell::new(false),
+            tick: Notify::new(),
+            log: Throttle::default(),
+        });
+        let holder = Rc::new(Holder(shared.clone()));
+        let weak = Rc::downgrade(&holder);
+        tokio::task::spawn_local(keep(shared.clone(), dial));
+        tokio::task::spawn_local(watch_deadlines(shared, weak));
+        Self(holder)
+    }
+
+    /// What was said when it was made.
+    pub fn label(&self) -> &str {
+        &self.0.0.label
+    }
+
+    /// What is counted.
+    pub fn metrics(&self) -> &Rc<PeerMetrics> {
+        &self.0.0.metrics
+    }
+
+    /// How the connection is, now and whenever that changes.
+    pub fn connection(&self) -> watch::Receiver<ConnectionState> {
+        self.0.0.connection.subscribe()
+    }
+
+    /// Makes a request to a disk. It is on its way when this returns.
+    pub(super) fn request(
+        &self,
+        disk: DiskId,
+        share: &Rc<Share>,
+        call: &Call,
+        payload: Payload,
+    ) -> Result<Request, ShardError> {
+        let shared = &self.0.0;
+        let long = |what: &str| Err(ShardError::Invalid(format!("{what} of one request")));
+        if payload.len() > RPC_MESSAGE_BYTES_MAX || call.reads_too_much() {
+            return long("more bytes than a message holds");
+        }
+        let fields = match call {
+            Call::Append { crcs, .. } if crcs.len() > RPC_MESSAGE_BYTES_MAX >> 12 => usize::MAX,
+            Call::Create { spec, .. } => spec.members.len() * 16,
+            Call::Mirror { mirror, .. } | Call::Fence { mirror: Some(mirror), .. } => {
+                mirror.data.len()
+            }
+            _ => 0,
+        };
+        if fields > CONTROL_REST_MAX - 1024 {
+            return long("more fields than a message holds");
+        }
+        let config = &shared.config;
+        let mut state = shared.state.borrow_mut();
+        let now = Instant::now();
+        if !state.is_up() && now - state.down_since >= config.down_patience {
+            add(&shared.metrics.requests, 1);
+            add(&shared.metrics.unreachable, 1);
+            return Err(ShardError::Unreachable);
+        }
+        let patience = match call {
+            Call::DropVolume { .. } => config.long_deadline,
+            _ => config.deadline,
+        };
+        let checked = match call {
+            Call::Append { .. } | Call::Mend { .. } => config.checked_payload,
+            _ => true,
+        };
+        let deadline = now + patience;
+        let id = state.make(Made { disk, share, call, payload, checked, deadline })?;
+        if !shared.ticking.replace(true) {
+            shared.tick.notify_one();
+        }
+        Ok(Request { peer: self.clone(), id })
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.0.0.state.borrow().is_idle()
+    }
+}
+
+/// A request on its way; a future of what comes of it. Dropped, the request goes on by itself.
+pub(super) struct Request {
+    peer: Peer,
+    id: u64,
+}
+
+impl Future for Request {
+    type Output = AnswerResult;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<AnswerResult> {
+        self.peer.0.0.state.borrow_mut().poll(self.id, cx)
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        self.peer.0.0.state.borrow_mut().abandon(self.id);
+    }
+}
+
+/// Ends the waiting of requests whose time is over, while there are any.
+async fn watch_deadlines(shared: Rc<Shared>, holder: std::rc::Weak<Holder>) {
+    while holder.strong_count() > 0 {
+        {
+            let mut state = shared.state.borrow_mut();
+            if state.pending() == 0 {
+                shared.ticking.set(false);
+            }
+            let now = Instant::now();
+            if !state.is_up() && now - state.down_since >= shared.config.down_patience {
+                state.fail_queued();
+            }
+            state.expire(now);
+        }
+        if shared.ticking.get() {
+            sleep(TICK).await;
+        } else {
+            shared.tick.notified().await;
+        }
+    }
+}
+
+/// Connects, moves frames, and connects again, until nobody needs the connection.
+async fn keep(shared: Rc<Shared>, dial: impl Dial) {
+    let instance = shared.env.random_u64();
+    let mut failures = 0;
+    for number in 1.. {
+        let attempt = Attempt { instance, number };
+        let connected = tokio::select! {
+            biased;
+            () = shared.closed.notified() => return,
+            connected = reach(&shared, &dial, attempt) => connected,
+        };
+        let reason = match connected {
+            Ok((stream, peer, window)) => {
+                let began = Instant::now();
+                let end = hold(&shared, stream, peer, window).await;
+                if matches!(end, LinkEnd::Stopped) {
+                    return;
+                }
+                if began.elapsed() >= LASTED {
+                    failures = 0;
+                }
+                end.to_string()
+            }
+            Err(error) => {
+                add(&shared.metrics.connects_failed, 1);
+                failures = failures.max(1);
+                error.to_string()
+            }
+        };
+        shared.note_down(reason);
+        if failures > 0 {
+            let ceiling = BACKOFF_MIN.saturating_mul(1 << (failures - 1).min(16));
+            let ceiling = ceiling.min(shared.config.backoff_max);
+            let us = u64::try_from(ceiling.as_micros()).unwrap_or(u64::MAX).max(2);
+            let pause = Duration::from_micros(us / 2 + shared.env.random_below(us / 2));
+            tokio::select! {
+                biased;
+                () = shared.closed.notified() => return,
+                () = sleep(pause) => {}
+            }
+        }
+        failures += 1;
+    }
+}
+
+async fn reach<D: Dial>(
+    shared: &Shared,
+    dial: &D,
+    attempt: Attempt,
+) -> Result<(D::Stream, PeerIdentity, WindowSize), HandshakeError> {
+    let patience = shared.config.connect_timeout;
+    let reached = timeout(patience, async {
+        let mut stream = dial.dial().await?;
+        let versions = &shared.config.versions;
+        let (peer, window) =
+            connect(&mut stream, &shared.own, versions, shared.target, attempt).await?;
+        Ok((stream, peer, window))
+    });
+    reached.await.unwrap_or(Err(HandshakeError::TimedOut(patience)))
+}
+
+async fn hold<S: AsyncRead + AsyncWrite + Unpin>(
+    shared: &Rc<Shared>,
+    stream: S,
+    peer: PeerIdentity,
+    window: WindowSize,
+) -> LinkEnd {
+    let label = &shared.label;
+    if shared.log.passes("connections to nodes") {
+        let (node, name, version) = (peer.node, &peer.name, peer.version);
+        tracing::info!(peer = label, %node, name, version, "connected to a node");
+    }
+    add(&shared.metrics.connects, 1);
+    let version = peer.version;
+    shared.state.borrow_mut().up(version, window);
+    shared.connection.send_replace(ConnectionState::Up { since: Instant::now(), peer });
+    let mut session = Session::new(shared.clone(), stream, version);
+    let end = tokio::select! {
+        biased;
+        () = shared.closed.notified() => LinkEnd::Stopped,
+        end = session.run() => end,
+    };
+    let text = end.to_string();
+    let broken = matches!(end, LinkEnd::Violation(_));
+    if broken {
+        add(&shared.metrics.violations, 1);
+    }
+    if shared.log.passes("connections to nodes") {
+        if broken {
+            tracing::warn!(peer = label, reason = text, "connection to a node closed");
+        } else {
+            tracing::info!(peer = label, reason = text, "connection to a node ended");
+        }
+    }
+    if broken || matches!(end, LinkEnd::Stopped) {
+        session.farewell(&text).await;
+    }
+    shared.state.borrow_mut().down();
+    end
+}
+
+impl Shared {
+    fn note_down(&self, reason: String) {
+        let since = self.state.borrow().down_since;
+        tracing::debug!(peer = self.label, reason, "no connection to a node");
+        self.connection.send_replace(ConnectionState::Down { since, reason });
+    }
+
+    fn goodbye(&self, text: &str) {
+        self.state.borrow_mut().push_control(Kind::Goodbye, 0, text.as_bytes());
+    }
+}

@@ -1,0 +1,133 @@
+//! Client and server against each other over pipes in memory, on simulated disks.
+
+mod conformance;
+mod faults;
+mod golden;
+mod limits;
+mod roundtrip;
+mod sessions;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::handshake::Target;
+use super::{ConnectionState, Dial, DiskDirectory, Identity, Peer, RemoteDisk, RpcConfig, Server};
+use crate::disk::conformance::{DISK, format_options};
+use crate::disk::{Disk, FormatOptions};
+use crate::env::Env;
+use crate::id::{ClusterId, DiskId, NodeId};
+use crate::shard::ShardClient;
+use crate::shard::local::LocalClient;
+use crate::sim::device::{SimConfig, SimDevice};
+use crate::sim::pipe::{PipeEnd, PipeFaults, pipe};
+
+pub(super) const CLUSTER: ClusterId = ClusterId::from_bytes([0xc1; 16]);
+pub(super) const OTHER_DISK: DiskId = DiskId::from_bytes([0xd2; 16]);
+
+/// Who a core of these tests is.
+pub(super) fn identity(name: &str, byte: u8) -> Identity {
+    let node = NodeId::from_bytes([byte; 16]);
+    Identity { cluster: CLUSTER, node, name: name.to_owned(), core: 0 }
+}
+
+/// The disks of the server.
+#[derive(Default)]
+pub(super) struct Directory(RefCell<BTreeMap<DiskId, Rc<dyn ShardClient>>>);
+
+impl DiskDirectory for Directory {
+    fn disk(&self, id: DiskId) -> Option<Rc<dyn ShardClient>> {
+        self.0.borrow().get(&id).cloned()
+    }
+}
+
+/// A server and the way to it.
+pub(super) struct Net {
+    pub(super) directory: Rc<Directory>,
+    pub(super) server: Server,
+    /// Nobody can connect.
+    pub(super) unplugged: Cell<bool>,
+    /// Faults of the connections to come; none after those.
+    pub(super) next: RefCell<VecDeque<Rc<PipeFaults>>>,
+    /// Faults of all connections so far.
+    pub(super) pipes: RefCell<Vec<Rc<PipeFaults>>>,
+    pub(super) stop: watch::Sender<bool>,
+}
+
+impl Net {
+    pub(super) fn new(config: RpcConfig) -> Rc<Self> {
+        let directory: Rc<Directory> = Rc::default();
+        let (stop, stopped) = watch::channel(false);
+        let server = Server::new(identity("store", 2), directory.clone(), config, stopped);
+        let (unplugged, next, pipes) = Default::default();
+        Rc::new(Self { directory, server, unplugged, next, pipes, stop })
+    }
+
+    /// Formats a disk of the server.
+    pub(super) async fn disk(&self, id: DiskId) -> (SimDevice, Rc<Disk>) {
+        let (device, disk) = fresh_disk(id).await;
+        let client: Rc<dyn ShardClient> = Rc::new(LocalClient::new(disk.clone()));
+        self.directory.0.borrow_mut().insert(id, client);
+        (device, disk)
+    }
+
+    pub(super) fn peer(self: &Rc<Self>, config: RpcConfig) -> Peer {
+        let target = Target { node: None, core: 0 };
+        let env = Env::from_seed(1);
+        Peer::spawn("store", identity("head", 1), target, Wire(self.clone()), config, env)
+    }
+
+    /// The server's disks over a connection.
+    pub(super) fn remote(self: &Rc<Self>, config: RpcConfig) -> RemoteDisk {
+        RemoteDisk::new(DISK, self.peer(config))
+    }
+}
+
+pub(super) async fn fresh_disk(id: DiskId) -> (SimDevice, Rc<Disk>) {
+    let latency = Duration::from_millis(1)..Duration::from_millis(3);
+    let config = SimConfig { size_bytes: 16 << 20, latency };
+    let device = SimDevice::new(Env::from_seed(7), config);
+    Disk::format(&device, FormatOptions { disk: id, ..format_options() }).await.unwrap();
+    let disk = Disk::open(Rc::new(device.clone())).await.unwrap();
+    (device, disk)
+}
+
+/// Connects to the server of a net.
+pub(super) struct Wire(pub(super) Rc<Net>);
+
+impl Dial for Wire {
+    type Stream = PipeEnd;
+
+    fn dial(&self) -> crate::shard::LocalFuture<'_, io::Result<PipeEnd>> {
+        let net = &self.0;
+        if net.unplugged.get() {
+            return Box::pin(std::future::ready(Err(io::ErrorKind::ConnectionRefused.into())));
+        }
+        let faults = net.next.borrow_mut().pop_front().unwrap_or_default();
+        net.pipes.borrow_mut().push(faults.clone());
+        let (ours, theirs) = pipe(&faults);
+        let server = net.server.clone();
+        tokio::task::spawn_local(async move { server.serve_stream(theirs, "pipe").await });
+        Box::pin(std::future::ready(Ok(ours)))
+    }
+}
+
+/// Waits until the connection is up.
+pub(super) async fn until_up(peer: &Peer) {
+    let mut connection = peer.connection();
+    connection.wait_for(|state| matches!(state, ConnectionState::Up { .. })).await.unwrap();
+}
+
+/// Waits until the connection is down for a reason that holds this text.
+pub(super) async fn until_down(peer: &Peer, why: &str) {
+    let mut connection = peer.connection();
+    let down = |state: &ConnectionState| matches!(state, ConnectionState::Down { reason, .. } if reason.contains(why));
+    tokio::time::timeout(Duration::from_mins(1), connection.wait_for(down))
+        .await
+        .unwrap_or_else(|_| panic!("never down for {why}: {:?}", *peer.connection().borrow()))
+        .unwrap();
+}
