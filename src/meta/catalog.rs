@@ -15,7 +15,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::envelope::{self, Encoding, EnvelopeError, Kind};
-use super::schema::{CLUSTER_KEY, ROOT_PREFIX};
+use super::schema::{CLUSTER_KEY, NODE_KEY, ROOT_PREFIX};
 use super::{KEY_BYTES_MAX, MetaResult, MetaStore};
 
 /// Version of the run of entries.
@@ -34,14 +34,18 @@ fn bad(reason: &str) -> EnvelopeError {
     EnvelopeError::Payload { kind: Kind::Catalog, reason: reason.into() }
 }
 
-/// The keys to be mirrored, with the revision of the store they show: all of sds but the roots.
+/// The keys to be mirrored, with the revision of the store they show: all of sds but the roots and
+/// who uses the store.
 ///
 /// # Errors
 /// Those of [`MetaStore::list`].
 pub async fn collect(store: &dyn MetaStore) -> MetaResult<(u64, Vec<(String, Bytes)>)> {
     let root_of_all = CLUSTER_KEY.trim_end_matches("cluster");
     let listing = store.list(root_of_all).await?;
-    let entries = listing.entries.into_iter().filter(|(key, _)| !key.starts_with(ROOT_PREFIX));
+    let entries = listing
+        .entries
+        .into_iter()
+        .filter(|(key, _)| !key.starts_with(ROOT_PREFIX) && key != NODE_KEY);
     Ok((listing.revision, entries.map(|(key, found)| (key, found.value)).collect()))
 }
 

@@ -54,11 +54,13 @@ pub enum Kind {
     Root = 6,
     /// Keys and values of a store, as mirrored to disks.
     Catalog = 7,
+    /// [`super::record::NodeRecord`].
+    Node = 8,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Cluster,
         Self::Disk,
         Self::Pool,
@@ -66,6 +68,7 @@ impl Kind {
         Self::VolumeName,
         Self::Root,
         Self::Catalog,
+        Self::Node,
     ];
 
     /// The kind with this number.

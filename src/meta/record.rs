@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::envelope::{self, Encoding, EnvelopeError, Kind};
-use crate::id::{BLOCK_BYTES, ClusterId, DiskId, PoolId, VolumeId};
+use crate::id::{BLOCK_BYTES, ClusterId, DiskId, NodeId, PoolId, VolumeId};
 use crate::limits;
 use crate::shard::Scheme;
 
@@ -114,6 +114,27 @@ impl Record for ClusterRecord {
         }
         if self.incarnation >= 1 << 24 {
             return Err(format!("incarnation {} does not fit an epoch", self.incarnation));
+        }
+        Ok(())
+    }
+}
+
+/// The node that uses a store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeRecord {
+    /// The node.
+    pub id: NodeId,
+    /// Name of its host when it first used the store, for people.
+    pub host: String,
+}
+
+impl Record for NodeRecord {
+    const KIND: Kind = Kind::Node;
+    const VERSION: u16 = 1;
+    fn validate(&self) -> Result<(), String> {
+        if self.id.is_nil() {
+            return Err("the node's id is nil".into());
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! | key | record |
 //! | --- | --- |
 //! | `/sds/cluster` | [`ClusterRecord`] |
+//! | `/sds/node` | [`NodeRecord`](record::NodeRecord): the one node that uses the store, if that is shared |
 //! | `/sds/disk/<disk id>` | [`DiskRecord`] |
 //! | `/sds/pool/<name>` | [`PoolRecord`] |
 //! | `/sds/volume/<volume id>` | [`VolumeRecord`]; in state `deleting` the volume's tombstone |
@@ -31,6 +32,8 @@ use crate::id::{DiskId, VolumeId};
 
 /// Key of the [`ClusterRecord`].
 pub const CLUSTER_KEY: &str = "/sds/cluster";
+/// Key of the [`NodeRecord`](record::NodeRecord).
+pub const NODE_KEY: &str = "/sds/node";
 /// Prefix of the keys of disks.
 pub const DISK_PREFIX: &str = "/sds/disk/";
 /// Prefix of the keys of pools.

@@ -3,6 +3,8 @@
 //! A store that is missing while a disk holds data was lost, and is never made anew here: that is
 //! for `sdsd recover`, which [`put_back`] stores the outcome of.
 
+use std::fs::File;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -15,17 +17,19 @@ use super::opener::{DeviceOpener, OpenFailure, open_patiently};
 use crate::config::Config;
 use crate::disk::probe_superblock;
 use crate::env::Env;
-use crate::id::ClusterId;
+use crate::id::{ClusterId, NodeId};
 use crate::meta::embedded::EmbeddedStore;
 use crate::meta::etcd::{EtcdOptions, EtcdStore};
-use crate::meta::record::{self, ClusterRecord};
-use crate::meta::schema::CLUSTER_KEY;
+use crate::meta::record::{self, ClusterRecord, NodeRecord};
+use crate::meta::schema::{CLUSTER_KEY, NODE_KEY};
 use crate::meta::{Condition, MetaError, MetaStore, Op, Txn, VALUE_BYTES_MAX};
 
 /// How long the node waits for an etcd when it starts: both may start with the machine.
 const START_PATIENCE: Duration = Duration::from_mins(1);
 /// Pause between two tries.
 const START_PAUSE: Duration = Duration::from_millis(500);
+/// In the data directory: the record of the node.
+const NODE_FILE: &str = "node";
 /// What all keys of sds begin with.
 const ALL_KEYS: &str = "/sds/";
 /// Keys of one transaction when a store is put back.
@@ -43,7 +47,11 @@ pub(super) async fn open(
 ) -> Result<Rc<dyn MetaStore>, DaemonError> {
     match config.store.etcd().map_err(error)? {
         None => open_embedded(&config.data_dir, opener, env, paths).await,
-        Some(options) => open_etcd(&options, opener, env, paths).await,
+        Some(options) => {
+            let store = open_etcd(&options, opener, env, paths).await?;
+            claim(&*store, &node_record(&config.data_dir, env)?, &options).await?;
+            Ok(store)
+        }
     }
 }
 
@@ -129,6 +137,74 @@ async fn open_etcd(
         if Instant::now() >= deadline {
             let why = store.identity().await.err().map_or_else(String::new, |e| e.to_string());
             return fail(format!("no metadata store {place}: {why}"));
+        }
+        sleep(START_PAUSE).await;
+    }
+}
+
+/// Who this node is: made when it is first asked.
+fn node_record(data_dir: &Path, env: &Env) -> Result<NodeRecord, DaemonError> {
+    let path = data_dir.join(NODE_FILE);
+    let bad = |why: &dyn std::fmt::Display| error(format!("{}: {why}", path.display()));
+    match std::fs::read(&path) {
+        Ok(bytes) => return record::decode(&bytes).map_err(|why| bad(&why)),
+        Err(why) if why.kind() == ErrorKind::NotFound => {}
+        Err(why) => return Err(bad(&why)),
+    }
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let node = NodeRecord { id: NodeId::from_bytes(env.random_bytes()), host: host.trim().into() };
+    let write = || {
+        let draft = path.with_extension("new");
+        let mut file = File::create(&draft)?;
+        file.write_all(&record::encode(&node).map_err(std::io::Error::other)?)?;
+        file.sync_all()?;
+        std::fs::rename(&draft, &path)?;
+        File::open(data_dir)?.sync_all()
+    };
+    write().map_err(|why| bad(&why))?;
+    Ok(node)
+}
+
+/// Sees to it that no other node uses the store: each would take the volumes from the other, whose
+/// disks it cannot reach.
+async fn claim(
+    store: &dyn MetaStore,
+    node: &NodeRecord,
+    options: &EtcdOptions,
+) -> Result<(), DaemonError> {
+    let bytes = Bytes::from(record::encode(node).map_err(error)?);
+    let deadline = Instant::now() + START_PATIENCE;
+    loop {
+        match store.get(NODE_KEY).await {
+            Ok(Some(found)) => {
+                let user: NodeRecord = record::decode(&found.value)
+                    .map_err(|why| error(format!("{NODE_KEY}: {why}")))?;
+                if user.id == node.id {
+                    return Ok(());
+                }
+                return fail(format!(
+                    "the etcd at {} is used by the node on host {:?} ({}), and several nodes cannot \
+                     share one yet; if that node is gone for good, `etcdctl del {}{NODE_KEY}` lets \
+                     this one take its place",
+                    options.endpoints.join(", "),
+                    user.host,
+                    user.id,
+                    options.prefix
+                ));
+            }
+            Ok(None) => {
+                let none_yet = Txn::new().when(Condition::KeyMissing(NODE_KEY.into()));
+                match store.txn(none_yet.put(NODE_KEY, bytes.clone())).await {
+                    Ok(_) => continue,
+                    Err(MetaError::Unavailable(_) | MetaError::Unknown(_)) => {}
+                    Err(why) => return fail(why),
+                }
+            }
+            Err(MetaError::Unavailable(_) | MetaError::Unknown(_)) => {}
+            Err(why) => return fail(why),
+        }
+        if Instant::now() >= deadline {
+            return fail("etcd does not answer");
         }
         sleep(START_PAUSE).await;
     }

@@ -88,6 +88,12 @@ fn a_node_on_etcd_outlives_its_outages() {
     node.ctl(&["volume", "create", "p/w", "--size", "16M"]);
     node.wait_json("healthy", &["status"], |status| status["health"] == "ok");
 
+    // Another node would take the volumes from this one.
+    let other = dir.path().join("other");
+    std::fs::create_dir(&other).expect("a directory");
+    let said = refused(&["--config", configure(&other, &etcd.urls(), "").to_str().expect("UTF-8")]);
+    assert!(said.contains("several nodes cannot share one yet"), "{said}");
+
     // A kill in the midst of it, and a restart of the node.
     etcd.kill(0);
     churn(&mut client, &mut noise, &mut image, 50);
