@@ -276,9 +276,19 @@ impl State {
         if SILENCE_EVENTFD {
             self.uring.completion().enable_eventfd();
             fence(Ordering::SeqCst);
-            let queue = self.uring.submission();
-            if queue.taskrun() || queue.cq_overflow() {
-                return outcome.map(|_| false);
+            let flagged = {
+                let queue = self.uring.submission();
+                queue.taskrun() || queue.cq_overflow()
+            };
+            // What came before the event was enabled is done now. If there was nothing, the flag is
+            // stale, and what comes after raises the event.
+            let before = self.in_flight;
+            if flagged {
+                let entered = self.enter(0);
+                self.reap(completed);
+                if entered.is_err() || self.in_flight != before {
+                    return outcome.map(|_| false);
+                }
             }
         }
         outcome.map(|done| done && self.uring.completion().is_empty())
@@ -295,9 +305,13 @@ impl State {
                 self.reap(completed);
                 return Ok(true);
             }
+            let before = self.in_flight;
             let entered = self.enter(u32::try_from(queued).unwrap_or(u32::MAX));
             self.reap(completed);
             match entered.map_err(|error| (error.raw_os_error(), error)) {
+                // Another thread of the kernel raises the flag after it has added its work, which may
+                // be done by then: the flag stays, and there is nothing to do.
+                Ok(()) if queued == 0 && self.in_flight == before => return Ok(true),
                 Ok(()) | Err((Some(libc::EINTR), _)) => {}
                 Err((Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM), _)) => return Ok(false),
                 Err((_, error)) => return Err(error),
