@@ -29,6 +29,8 @@ pub struct ClusterConfig {
     pub credentials: Option<PathBuf>,
     /// Directory with `ca.pem` and `ca.key`, where this node may sign for nodes that join.
     pub authority: Option<PathBuf>,
+    /// How long a node may be away before what is on its disks is rebuilt elsewhere, seconds.
+    pub out_after_seconds: u64,
     /// Nodes talk without TLS; for tests, on loopback addresses only.
     pub insecure: bool,
 }
@@ -41,6 +43,7 @@ impl Default for ClusterConfig {
             rack: "default".into(),
             credentials: None,
             authority: None,
+            out_after_seconds: 60,
             insecure: false,
         }
     }

@@ -15,6 +15,7 @@ use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::envelope::{self, Encoding, EnvelopeError, Kind};
+use super::members::{ALIVE_PREFIX, MANAGER_KEY};
 use super::schema::{CLUSTER_KEY, NODE_KEY, ROOT_PREFIX};
 use super::{KEY_BYTES_MAX, MetaResult, MetaStore};
 
@@ -45,8 +46,16 @@ pub async fn collect(store: &dyn MetaStore) -> MetaResult<(u64, Vec<(String, Byt
     let entries = listing
         .entries
         .into_iter()
-        .filter(|(key, _)| !key.starts_with(ROOT_PREFIX) && key != NODE_KEY);
+        .filter(|(key, _)| !passing(key));
     Ok((listing.revision, entries.map(|(key, found)| (key, found.value)).collect()))
+}
+
+/// What is mirrored otherwise, or lives no longer than a lease.
+fn passing(key: &str) -> bool {
+    key == NODE_KEY
+        || key == MANAGER_KEY
+        || key.starts_with(ROOT_PREFIX)
+        || key.starts_with(ALIVE_PREFIX)
 }
 
 /// Encodes keys and values for a disk.

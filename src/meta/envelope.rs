@@ -56,11 +56,19 @@ pub enum Kind {
     Catalog = 7,
     /// [`super::record::NodeRecord`].
     Node = 8,
+    /// [`super::members::MemberRecord`].
+    Member = 9,
+    /// [`super::members::AliveRecord`].
+    Alive = 10,
+    /// [`super::members::PlaceRecord`].
+    Place = 11,
+    /// [`super::members::ManagerRecord`].
+    Manager = 12,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 12] = [
         Self::Cluster,
         Self::Disk,
         Self::Pool,
@@ -69,6 +77,10 @@ impl Kind {
         Self::Root,
         Self::Catalog,
         Self::Node,
+        Self::Member,
+        Self::Alive,
+        Self::Place,
+        Self::Manager,
     ];
 
     /// The kind with this number.

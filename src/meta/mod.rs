@@ -26,6 +26,8 @@ pub mod conformance;
 pub mod embedded;
 pub mod envelope;
 pub mod etcd;
+pub mod follow;
+pub mod members;
 pub mod memory;
 pub mod record;
 pub mod schema;

@@ -213,7 +213,7 @@ impl Schema {
         self.update(&disk_key(id), || format!("disk {id}"), change).await
     }
 
-    async fn update<R: Record + Clone + PartialEq>(
+    pub(super) async fn update<R: Record + Clone + PartialEq>(
         &self,
         key: &str,
         name: impl Fn() -> String,
@@ -416,6 +416,7 @@ impl Schema {
                 .put(volume_key(id), encode(&tombstone)?)
                 .delete(volume_name_key(&tombstone.pool, &tombstone.name))
                 .delete(root_key(id))
+                .delete(super::members::place_key(id))
                 .delete(scrub_key(id));
             if self.commit(txn).await? {
                 return Ok(tombstone);

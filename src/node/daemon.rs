@@ -19,6 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::LocalSet;
 
 use super::care::Care;
+use super::cluster::process::{Door, Told};
 use super::dev::DevOptions;
 use super::opener::{DeviceOpener, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
@@ -152,6 +153,7 @@ async fn run_local(
     let _lock = DirectoryLock::take(&config.data_dir)?;
     let tls = config.nbd.tls.as_ref().map(load_tls).transpose()?;
     let sockets = Sockets::bind(config).await?;
+    let door = Door::open(config).await?;
     let ring = Ring::new().map_err(|why| error(format!("io_uring is not available: {why}")))?;
     let opener: Rc<dyn DeviceOpener> = Rc::new(UringOpener::new(ring));
     let env = Env::from_entropy();
@@ -167,11 +169,20 @@ async fn run_local(
         unix_seconds,
         ..HeadConfig::default()
     };
+    let cluster = match &door {
+        None => None,
+        Some(door) => {
+            let node = store::node_record(&config.data_dir, &env)?;
+            let (admin, exports) = (sockets.addresses.admin, uris(&sockets.addresses));
+            Some(door.options(config, &env, &node, Told { admin, exports }))
+        }
+    };
     let options = NodeOptions {
         name: config.node.clone(),
         env,
         store,
         opener,
+        cluster,
         head,
         space: SpaceLevels {
             warning_percent: config.space.warning_percent,
@@ -187,6 +198,7 @@ async fn run_local(
     };
     let listed = if dev.is_some_and(DevOptions::is_made) { &[][..] } else { &paths };
     let node = Node::start(options, listed).await.map_err(error)?;
+    let others = door.map(|door| door.serve(&node));
     let (backend, commands) = backend::channel(COMMANDS_WAITING_MAX, COMMAND_TIMEOUT);
     let admin = AdminThread::start(sockets.admin, backend)?;
     tokio::task::spawn_local(node.clone().serve(commands));
@@ -210,6 +222,7 @@ async fn run_local(
     exports.stop().await;
     admin.stop();
     node.stop().await;
+    drop(others);
     prepared
 }
 

@@ -26,6 +26,7 @@ use crate::disk::{
     Disk, DiskOpenError, FormatOptions, Geometry, SuperblockInfo, probe_superblock, trial_write,
 };
 use crate::id::DiskId;
+use crate::meta::members::fold;
 use crate::meta::record::{DiskRecord, DiskState};
 use crate::shard::local::LocalClient;
 use crate::shard::reserve;
@@ -100,6 +101,11 @@ impl DiskSlot {
         self.client.borrow().as_ref().filter(|_| self.is_online()).map(|client| client.current())
     }
 
+    /// Its client, if it serves.
+    pub(super) fn local(&self) -> Option<Rc<LocalClient>> {
+        self.client.borrow().clone().filter(|_| self.is_online())
+    }
+
     /// The disk as it was last open, for its counters.
     pub(super) fn last_disk(&self) -> Option<Rc<Disk>> {
         self.client.borrow().as_ref().map(|client| client.current())
@@ -149,8 +155,12 @@ impl Node {
     pub(super) async fn open_disks(self: &Rc<Self>, paths: &[String]) -> Result<(), NodeError> {
         for stored in self.schema.disks().await? {
             let record = stored.record;
-            let next = self.next_domain.get().max(record.domain + 1);
+            let next = self.next_domain.get().max(record.domain.saturating_add(1));
             self.next_domain.set(next);
+            self.slot_bytes.set(Some(record.slot_bytes));
+            if self.cluster.is_some() && record.node != self.options.name {
+                continue;
+            }
             if record.state == DiskState::Removed {
                 self.removed.borrow_mut().insert(record.id);
                 continue;
@@ -181,7 +191,7 @@ impl Node {
             }
             let record = slot.record.borrow();
             if record.state != DiskState::Draining && !record.removing {
-                self.registry.expect(slot.id, record.domain);
+                self.registry.expect(slot.id, self.domains_of(&record));
             }
         }
         Ok(())
@@ -264,7 +274,13 @@ impl Node {
 
     /// Size of the slots of the disks there are; none if there are none.
     fn slot_bytes(&self) -> Option<u64> {
-        self.slots().first().map(|slot| slot.record.borrow().slot_bytes)
+        let own = self.slots().first().map(|slot| slot.record.borrow().slot_bytes);
+        own.or(self.slot_bytes.get().filter(|_| self.cluster.is_some()))
+    }
+
+    /// The failure domains of a disk.
+    pub(super) fn domains_of(&self, record: &DiskRecord) -> u32 {
+        record.domain
     }
 
     /// Whether a disk of this geometry can be used with disks that have slots of `slot_bytes`: a
@@ -335,7 +351,11 @@ impl Node {
             return refused(Shown::Failed, reason);
         }
         Self::check_geometry(&probe.geometry, self.slot_bytes()).map_err(failed)?;
-        let domain = self.next_domain.get();
+        // Nodes of a cluster do not ask each other which numbers are taken.
+        let domain = match self.cluster {
+            Some(_) => fold(&probe.disk.to_bytes()),
+            None => self.next_domain.get(),
+        };
         let record = DiskRecord {
             id: probe.disk,
             path: path.to_owned(),
@@ -349,7 +369,7 @@ impl Node {
             heir: None,
         };
         self.schema.add_disk(&record).await.map_err(|e| failed(e.to_string()))?;
-        self.next_domain.set(domain + 1);
+        self.next_domain.set(domain.saturating_add(1));
         let slot = Rc::new(DiskSlot::new(record));
         self.disks.borrow_mut().insert(slot.id, slot.clone());
         self.problems.borrow_mut().remove(path);
@@ -396,9 +416,9 @@ impl Node {
         slot.up_since.set(Instant::now());
         slot.told_lost.set(false);
         slot.failed_writes.set(0);
-        let domain = slot.record.borrow().domain;
-        self.registry.add(client, domain, info);
-        tracing::info!(disk = %slot.id, path = slot.path(), domain, "disk online");
+        let domains = self.domains_of(&slot.record.borrow());
+        self.registry.add(client, domains, info);
+        tracing::info!(disk = %slot.id, path = slot.path(), "disk online");
         if slot.record.borrow().state == DiskState::Draining {
             self.begin_draining(slot);
         }

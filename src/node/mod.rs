@@ -21,6 +21,7 @@
 
 pub mod care;
 mod catalog;
+pub mod cluster;
 mod commands;
 mod counts;
 pub mod daemon;
@@ -52,6 +53,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use self::cluster::{Cluster, ClusterOptions};
 use self::disks::DiskSlot;
 use self::opener::DeviceOpener;
 use self::volumes::VolumeSlot;
@@ -83,6 +85,8 @@ pub struct NodeOptions {
     pub store: Rc<dyn MetaStore>,
     /// Opens its devices.
     pub opener: Rc<dyn DeviceOpener>,
+    /// The cluster that it is a node of; none if it is alone with its store.
+    pub cluster: Option<ClusterOptions>,
     /// Tuning of the heads.
     pub head: HeadConfig,
     /// What is done for sick disks.
@@ -125,12 +129,15 @@ pub struct Node {
     schema: Schema,
     identity: StoreIdentity,
     registry: Rc<Disks>,
+    cluster: Option<Cluster>,
     disks: RefCell<BTreeMap<DiskId, Rc<DiskSlot>>>,
     /// Disks that were removed; what was on them is rebuilt.
     removed: RefCell<BTreeSet<DiskId>>,
     /// Paths that cannot be used, with the reason.
     problems: RefCell<BTreeMap<String, String>>,
     next_domain: Cell<u32>,
+    /// Size of the slots of some disk of the cluster.
+    slot_bytes: Cell<Option<u64>>,
     pools: RefCell<BTreeMap<String, PoolRecord>>,
     volumes: RefCell<BTreeMap<VolumeId, Rc<VolumeSlot>>>,
     deleting: RefCell<BTreeMap<VolumeId, VolumeRecord>>,
@@ -154,17 +161,28 @@ impl Node {
     ///
     /// # Errors
     /// [`NodeError`]. Disks and volumes that cannot be used are no error.
-    pub async fn start(options: NodeOptions, paths: &[String]) -> Result<Rc<Self>, NodeError> {
+    pub async fn start(mut options: NodeOptions, paths: &[String]) -> Result<Rc<Self>, NodeError> {
         let identity = options.store.identity().await?;
+        let schema = Schema::new(options.store.clone());
+        let cluster = match options.cluster.take() {
+            None => None,
+            Some(cluster) => {
+                let now = (options.unix_seconds)();
+                let (id, name) = (identity.cluster, &options.name);
+                Some(Cluster::join(cluster, &schema, id, name, now).await?)
+            }
+        };
         let node = Rc::new(Self {
-            schema: Schema::new(options.store.clone()),
+            schema,
             identity,
             options,
+            cluster,
             registry: Rc::default(),
             disks: RefCell::default(),
             removed: RefCell::default(),
             problems: RefCell::default(),
             next_domain: Cell::new(0),
+            slot_bytes: Cell::default(),
             pools: RefCell::default(),
             volumes: RefCell::default(),
             deleting: RefCell::default(),
@@ -182,7 +200,10 @@ impl Node {
         for pool in node.schema.pools().await? {
             node.pools.borrow_mut().insert(pool.record.name.clone(), pool.record);
         }
-        node.load_volumes().await?;
+        if node.cluster.is_none() {
+            node.load_volumes().await?;
+        }
+        node.start_cluster();
         node.mirror_catalog().await;
         tokio::task::spawn_local(node.clone().watch());
         tokio::task::spawn_local(node.registry.clone().exercise());
@@ -213,6 +234,7 @@ impl Node {
         if tokio::time::timeout(RELEASE_PATIENCE, all).await.is_err() {
             tracing::warn!("not every volume was released in time: the next start recovers them");
         }
+        self.leave().await;
         self.close_disks().await;
     }
 

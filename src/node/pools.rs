@@ -47,28 +47,12 @@ impl Node {
         request.check()?;
         let _lock = self.changes.lock().await;
         self.check_slot_sizes()?;
-        let width = u32::from(request.scheme.width());
-        let disks = u32::try_from(self.disks.borrow().len()).unwrap_or(u32::MAX);
         let failure_domain = match request.failure_domain {
-            Wanted::Disk if width <= disks => FailureDomain::Disk,
-            Wanted::Disk => {
-                return Err(ApiError::no_space(format!(
-                    "{} needs {width} disks, the node has {disks}",
-                    request.scheme
-                ))
-                .with_hint("add disks, or choose a narrower scheme"));
-            }
-            wanted if width > 1 => {
-                return Err(ApiError::no_space(format!(
-                    "{} over failure domains of kind {wanted} needs {width} of them, and this \
-                     cluster is one node",
-                    request.scheme
-                ))
-                .with_hint("use --failure-domain disk"));
-            }
+            Wanted::Disk => FailureDomain::Disk,
             Wanted::Node => FailureDomain::Node,
             Wanted::Rack => FailureDomain::Rack,
         };
+        self.check_width(request.scheme, failure_domain)?;
         let record = PoolRecord {
             id: PoolId::from_bytes(self.options.env.random_bytes()),
             min_size: request.effective_min_size(),
@@ -80,6 +64,39 @@ impl Node {
         self.pools.borrow_mut().insert(record.name.clone(), record.clone());
         self.mirror_catalog().await;
         Ok(self.view_pool(&record))
+    }
+
+    /// Refuses a pool that is wider than there are failure domains.
+    fn check_width(&self, scheme: PoolScheme, domain: FailureDomain) -> Result<(), ApiError> {
+        let (width, have) = (usize::from(scheme.width()), self.domain_count(domain));
+        if width <= have {
+            return Ok(());
+        }
+        Err(match (domain, &self.cluster) {
+            (FailureDomain::Disk, None) => {
+                ApiError::no_space(format!("{scheme} needs {width} disks, the node has {have}"))
+                    .with_hint("add disks, or choose a narrower scheme")
+            }
+            (_, None) => ApiError::no_space(format!(
+                "{scheme} over failure domains of kind {domain} needs {width} of them, and this \
+                 cluster is one node"
+            ))
+            .with_hint("use --failure-domain disk"),
+            (_, Some(_)) => ApiError::no_space(format!(
+                "{scheme} over failure domains of kind {domain} needs {width} of them, and the \
+                 cluster has disks in {have}"
+            ))
+            .with_hint("add some, or choose a narrower scheme or --failure-domain disk"),
+        })
+    }
+
+    /// Failure domains of a kind that have disks.
+    pub(super) fn domain_count(&self, domain: FailureDomain) -> usize {
+        let own = self.slots().into_iter().map(|slot| self.domains_of(&slot.record.borrow()));
+        let far = self.far_disks();
+        let far = far.iter().map(|disk| self.domains_of(&disk.record.borrow()));
+        let numbers = own.chain(far).map(|domains| domains.at(level_of(domain)));
+        numbers.collect::<BTreeSet<u32>>().len()
     }
 
     /// Refuses a pool over disks whose slots differ: a shard is moved to any of them. A node does

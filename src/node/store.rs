@@ -20,6 +20,7 @@ use crate::env::Env;
 use crate::id::{ClusterId, NodeId};
 use crate::meta::embedded::EmbeddedStore;
 use crate::meta::etcd::{EtcdOptions, EtcdStore};
+use crate::meta::members::MEMBER_PREFIX;
 use crate::meta::record::{self, ClusterRecord, NodeRecord};
 use crate::meta::schema::{CLUSTER_KEY, NODE_KEY};
 use crate::meta::{Condition, MetaError, MetaStore, Op, Txn, VALUE_BYTES_MAX};
@@ -49,7 +50,9 @@ pub(super) async fn open(
         None => open_embedded(&config.data_dir, opener, env, paths).await,
         Some(options) => {
             let store = open_etcd(&options, opener, env, paths).await?;
-            claim(&*store, &node_record(&config.data_dir, env)?, &options).await?;
+            if config.cluster.address.is_none() {
+                claim(&*store, &node_record(&config.data_dir, env)?, &options).await?;
+            }
             Ok(store)
         }
     }
@@ -143,7 +146,7 @@ async fn open_etcd(
 }
 
 /// Who this node is: made when it is first asked.
-fn node_record(data_dir: &Path, env: &Env) -> Result<NodeRecord, DaemonError> {
+pub(super) fn node_record(data_dir: &Path, env: &Env) -> Result<NodeRecord, DaemonError> {
     let path = data_dir.join(NODE_FILE);
     let bad = |why: &dyn std::fmt::Display| error(format!("{}: {why}", path.display()));
     match std::fs::read(&path) {
@@ -173,6 +176,13 @@ async fn claim(
     options: &EtcdOptions,
 ) -> Result<(), DaemonError> {
     let bytes = Bytes::from(record::encode(node).map_err(error)?);
+    if store.list(MEMBER_PREFIX).await.is_ok_and(|listing| !listing.entries.is_empty()) {
+        return fail(format!(
+            "the etcd at {} is that of a cluster: this node needs an address in [cluster] to be one \
+             of its nodes",
+            options.endpoints.join(", ")
+        ));
+    }
     let deadline = Instant::now() + START_PATIENCE;
     loop {
         match store.get(NODE_KEY).await {
@@ -183,8 +193,8 @@ async fn claim(
                     return Ok(());
                 }
                 return fail(format!(
-                    "the etcd at {} is used by the node on host {:?} ({}), and several nodes cannot \
-                     share one yet; if that node is gone for good, `etcdctl del {}{NODE_KEY}` lets \
+                    "the etcd at {} is used by the node on host {:?} ({}), and only the nodes of a \
+                     cluster share one: give each an address in [cluster]; if that node is gone for good, `etcdctl del {}{NODE_KEY}` lets \
                      this one take its place",
                     options.endpoints.join(", "),
                     user.host,
@@ -193,7 +203,9 @@ async fn claim(
                 ));
             }
             Ok(None) => {
-                let none_yet = Txn::new().when(Condition::KeyMissing(NODE_KEY.into()));
+                let none_yet = Txn::new()
+                    .when(Condition::KeyMissing(NODE_KEY.into()))
+                    .when(Condition::PrefixEmpty(MEMBER_PREFIX.into()));
                 match store.txn(none_yet.put(NODE_KEY, bytes.clone())).await {
                     Ok(_) => continue,
                     Err(MetaError::Unavailable(_) | MetaError::Unknown(_)) => {}

@@ -84,6 +84,7 @@ impl Machine {
             env: self.env.clone(),
             store: Rc::new(self.store.client(Rc::default())),
             opener: self.devices.clone(),
+            cluster: None,
             head: HeadConfig::default(),
             index_cache_bytes: 16 << 20,
             care: super::care::Care::default(),

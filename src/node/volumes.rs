@@ -138,7 +138,7 @@ impl VolumeSlot {
         }
     }
 
-    fn close(&self) -> Option<Rc<Head>> {
+    pub(super) fn close(&self) -> Option<Rc<Head>> {
         self.closing.set(true);
         if let Some(task) = self.task.borrow_mut().take() {
             task.abort();
@@ -203,7 +203,7 @@ impl Node {
     }
 
     /// Starts the task of a volume.
-    fn adopt(self: &Rc<Self>, record: VolumeRecord, pool: PoolRecord) {
+    pub(super) fn adopt(self: &Rc<Self>, record: VolumeRecord, pool: PoolRecord) {
         let slot = VolumeSlot::new(record, pool);
         self.volumes.borrow_mut().insert(slot.id, slot.clone());
         let task = tokio::task::spawn_local(self.clone().keep(slot.clone()));
@@ -256,6 +256,9 @@ impl Node {
             .iter()
             .filter(|slot| !slot.is_online())
             .map(|slot| format!("{} (domain {})", slot.path(), slot.record.borrow().domain))
+            .chain(self.far_disks().iter().filter(|disk| !disk.is_up()).map(|disk| {
+                format!("{} (domain {})", disk.label(), disk.record.borrow().domain)
+            }))
             .collect();
         if down.is_empty() { why.to_owned() } else { format!("{why}; down: {}", down.join(", ")) }
     }
@@ -283,6 +286,20 @@ impl Node {
                 tokio::task::spawn_local(async move { head.disk_returned(disk).await });
             }
         }
+        for disk in self.far_disks() {
+            if !disk.is_up() || disk.is_draining() {
+                head.disk_lost(disk.id);
+            } else if disk.up_since.get() >= since {
+                let (head, disk) = (head.clone(), disk.id);
+                tokio::task::spawn_local(async move { head.disk_returned(disk).await });
+            }
+        }
+    }
+
+    /// Ids of all disks of the cluster, as far as is known.
+    fn all_disks(&self) -> Vec<DiskId> {
+        let own = self.slots().into_iter().map(|slot| slot.id);
+        own.chain(self.far_disks().into_iter().map(|disk| disk.id)).collect()
     }
 
     /// Creates a volume and waits until it is served.
@@ -309,7 +326,10 @@ impl Node {
             let set = self.new_log_set(&pool)?;
             let root = Root::fresh(record.id, set, description(&record, &pool));
             self.schema.create_volume(&record, Some(&root.encode())).await.map_err(api_error)?;
-            self.adopt(record.clone(), pool);
+            self.place_here(record.id).await?;
+            if !self.volumes.borrow().contains_key(&record.id) {
+                self.adopt(record.clone(), pool);
+            }
             self.mirror_catalog().await;
             self.volumes.borrow().get(&record.id).cloned()
         };
@@ -382,7 +402,7 @@ impl Node {
     }
 
     /// Drops a deleted volume from every disk, in the background.
-    fn reap(self: &Rc<Self>, record: VolumeRecord) {
+    pub(super) fn reap(self: &Rc<Self>, record: VolumeRecord) {
         let id = record.id;
         self.deleting.borrow_mut().insert(id, record);
         let node = self.clone();
@@ -392,24 +412,24 @@ impl Node {
     async fn reap_until_done(self: Rc<Self>, id: VolumeId) {
         let mut confirmed: Vec<DiskId> = Vec::new();
         loop {
-            for slot in self.slots() {
-                if confirmed.contains(&slot.id) {
+            for disk in self.all_disks() {
+                if confirmed.contains(&disk) {
                     continue;
                 }
-                let Some(client) = self.registry.client(slot.id) else { continue };
+                let Some(client) = self.registry.client(disk) else { continue };
                 match timeout(DROP_PATIENCE, client.drop_volume(id)).await {
                     Ok(Ok(())) => {
-                        confirmed.push(slot.id);
+                        confirmed.push(disk);
                         // What came back is known to those who want space.
                         self.registry.refresh().await;
                     }
                     Ok(Err(error)) => {
-                        tracing::debug!(disk = %slot.id, volume = %id, %error, "not dropped");
+                        tracing::debug!(%disk, volume = %id, %error, "not dropped");
                     }
                     Err(_) => {}
                 }
             }
-            if self.slots().iter().all(|slot| confirmed.contains(&slot.id))
+            if self.all_disks().iter().all(|disk| confirmed.contains(disk))
                 && self.forget(id, &confirmed).await
             {
                 let record = self.deleting.borrow_mut().remove(&id);

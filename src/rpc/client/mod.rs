@@ -145,6 +145,11 @@ impl Peer {
         &self.0.0.label
     }
 
+    /// Whether both share one connection.
+    pub fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
     /// What is counted.
     pub fn metrics(&self) -> &Rc<PeerMetrics> {
         &self.0.0.metrics

@@ -1,0 +1,175 @@
+//! A copy of the keys with some prefixes, kept up to date: what a node knows of its cluster.
+//!
+//! One task per prefix lists, watches from there on, and begins again whenever the watch ends. While the
+//! store is away the copy stays as it was, and says since when it may be old.
+//!
+//! # Invariants
+//!
+//! - The keys of one prefix are those of one revision; different prefixes may be of different ones.
+//! - A copy that lacks a prefix altogether says so ([`Follower::is_complete`]): what is not there is not
+//!   known to be missing.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{MetaError, MetaResult, MetaStore, Versioned, WatchError};
+
+/// Pause after the store did not answer.
+const PAUSE: Duration = Duration::from_millis(200);
+/// How often a store that has nothing to tell is asked whether it is there.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long the store may take to answer that.
+const LOOK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The copy.
+pub struct Follower {
+    keys: RefCell<BTreeMap<String, Versioned>>,
+    listed: RefCell<BTreeMap<&'static str, bool>>,
+    /// Since when the store has answered without a break.
+    answers_since: Cell<Option<Instant>>,
+    /// Told whenever a key changes.
+    pub changed: Notify,
+}
+
+impl Follower {
+    /// Follows `prefixes` of `store` until the copy is dropped.
+    pub fn follow(store: &Rc<dyn MetaStore>, prefixes: &[&'static str]) -> Rc<Self> {
+        let copy = Rc::new(Self {
+            keys: RefCell::default(),
+            listed: RefCell::new(prefixes.iter().map(|prefix| (*prefix, false)).collect()),
+            answers_since: Cell::default(),
+            changed: Notify::new(),
+        });
+        for &prefix in prefixes {
+            let (weak, store) = (Rc::downgrade(&copy), store.clone());
+            tokio::task::spawn_local(async move {
+                while weak.upgrade().is_some() {
+                    if let Err(error) = Self::follow_once(&weak, &*store, prefix).await {
+                        tracing::debug!(prefix, %error, "the store is not followed");
+                    }
+                    sleep(PAUSE).await;
+                }
+            });
+        }
+        let (weak, store) = (Rc::downgrade(&copy), store.clone());
+        tokio::task::spawn_local(async move {
+            while let Some(copy) = weak.upgrade() {
+                let answer = timeout(LOOK_PATIENCE, store.identity()).await;
+                let away = |error: &MetaError| {
+                    matches!(error, MetaError::Unavailable(_) | MetaError::Unknown(_))
+                };
+                copy.note_answer(answer.is_ok_and(|answer| !answer.is_err_and(|e| away(&e))));
+                drop(copy);
+                sleep(LOOK_EVERY).await;
+            }
+        });
+        copy
+    }
+
+    fn note_answer(&self, answered: bool) {
+        let since = self.answers_since.get();
+        self.answers_since.set(answered.then(|| since.unwrap_or_else(Instant::now)));
+    }
+
+    async fn follow_once(
+        weak: &std::rc::Weak<Self>,
+        store: &dyn MetaStore,
+        prefix: &'static str,
+    ) -> MetaResult<()> {
+        let listing = store.list(prefix).await?;
+        let mut watch = store.watch(prefix, listing.revision + 1).await?;
+        {
+            let Some(copy) = weak.upgrade() else { return Ok(()) };
+            let mut keys = copy.keys.borrow_mut();
+            keys.retain(|key, _| !key.starts_with(prefix));
+            keys.extend(listing.entries);
+            drop(keys);
+            copy.listed.borrow_mut().insert(prefix, true);
+            copy.changed.notify_waiters();
+        }
+        loop {
+            let changes = match watch.next().await {
+                Ok(changes) => changes,
+                Err(WatchError::Lagged | WatchError::Compacted(_) | WatchError::Closed) => {
+                    return Ok(());
+                }
+            };
+            let Some(copy) = weak.upgrade() else { return Ok(()) };
+            let mut keys = copy.keys.borrow_mut();
+            for event in &changes.events {
+                match &event.value {
+                    Some(value) => {
+                        let new = Versioned { value: value.clone(), revision: changes.revision };
+                        keys.insert(event.key.clone(), new);
+                    }
+                    None => drop(keys.remove(&event.key)),
+                }
+            }
+            drop(keys);
+            copy.changed.notify_waiters();
+        }
+    }
+
+    /// Whether every prefix was listed at least once.
+    pub fn is_complete(&self) -> bool {
+        self.listed.borrow().values().all(|listed| *listed)
+    }
+
+    /// How long the store has answered without a break; none while it does not.
+    pub fn answers_for(&self) -> Option<Duration> {
+        self.answers_since.get().map(|since| since.elapsed())
+    }
+
+    /// Calls `each` with the keys that start with `prefix`, without it, sorted.
+    pub fn each(&self, prefix: &str, mut each: impl FnMut(&str, &Versioned)) {
+        let keys = self.keys.borrow();
+        let from = keys.range(prefix.to_owned()..);
+        for (key, found) in from.take_while(|(key, _)| key.starts_with(prefix)) {
+            each(&key[prefix.len()..], found);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::env::Env;
+    use crate::meta::Txn;
+    use crate::meta::memory::MemoryStore;
+    use tokio::task::LocalSet;
+
+    fn names(copy: &Follower, prefix: &str) -> Vec<(String, Vec<u8>)> {
+        let mut found = Vec::new();
+        copy.each(prefix, |key, value| found.push((key.to_owned(), value.value.to_vec())));
+        found
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_copy_is_what_the_store_holds() {
+        let local = LocalSet::new();
+        local
+            .run_until(async {
+                let memory = MemoryStore::new(Env::from_seed(1));
+                let store: Rc<dyn MetaStore> = Rc::new(memory.client(Rc::default()));
+                store.txn(Txn::new().put("/a/1", "x").put("/b/1", "y")).await.expect("made");
+                let copy = Follower::follow(&store, &["/a/", "/b/"]);
+                assert!(!copy.is_complete());
+                sleep(Duration::from_secs(3)).await;
+                assert!(copy.is_complete() && copy.answers_for().is_some());
+                let txn = Txn::new().put("/a/2", "z").delete("/b/1").put("/c/1", "not followed");
+                store.txn(txn).await.expect("made");
+                sleep(Duration::from_secs(1)).await;
+                assert_eq!(
+                    names(&copy, "/a/"),
+                    [("1".into(), b"x".to_vec()), ("2".into(), b"z".to_vec())]
+                );
+                assert!(names(&copy, "/b/").is_empty() && names(&copy, "/c/").is_empty());
+            })
+            .await;
+    }
+}

@@ -1,0 +1,393 @@
+//! What a cluster's nodes say of themselves in the store, and where heads are to be.
+//!
+//! | key | record | lives |
+//! | --- | --- | --- |
+//! | `/sds/member/<name>` | [`MemberRecord`] | from the node's first start until it is removed |
+//! | `/sds/alive/<name>` | [`AliveRecord`] | as long as the node keeps its lease |
+//! | `/sds/manager` | [`ManagerRecord`] | as long as that node keeps its lease |
+//! | `/sds/place/<volume id>` | [`PlaceRecord`] | as long as the volume |
+//!
+//! # Invariants
+//!
+//! - A name belongs to one node id for ever, or until an operator removes the node.
+//! - All of this is advice: who has a volume is decided by its root and its fences alone. A node that is
+//!   wrongly thought dead loses heads, never data.
+
+use serde::{Deserialize, Serialize};
+
+use super::envelope::Kind;
+use super::record::{self, Record, check_name};
+use super::schema::{NODE_KEY, Schema, SchemaError, SchemaResult};
+use super::{Condition, LeaseId, Txn};
+use crate::id::{NodeId, VolumeId};
+
+/// Prefix of the keys of nodes.
+pub const MEMBER_PREFIX: &str = "/sds/member/";
+/// Prefix of the keys of nodes that run.
+pub const ALIVE_PREFIX: &str = "/sds/alive/";
+/// Prefix of the keys that say where heads are to be.
+pub const PLACE_PREFIX: &str = "/sds/place/";
+/// Key of the [`ManagerRecord`].
+pub const MANAGER_KEY: &str = "/sds/manager";
+/// Longest address, bytes.
+const ADDRESS_BYTES_MAX: usize = 256;
+
+/// Key of a node.
+pub fn member_key(name: &str) -> String {
+    format!("{MEMBER_PREFIX}{name}")
+}
+/// Key of a node that runs.
+pub fn alive_key(name: &str) -> String {
+    format!("{ALIVE_PREFIX}{name}")
+}
+/// Key of where a volume's head is to be.
+pub fn place_key(id: VolumeId) -> String {
+    format!("{PLACE_PREFIX}{id}")
+}
+
+/// What an operator wants of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemberState {
+    /// It serves heads and its disks take shards.
+    Active,
+    /// Heads and shards leave it.
+    Draining,
+}
+
+/// A node of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberRecord {
+    /// The node.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Name of its host, for people.
+    pub host: String,
+    /// Name of its rack.
+    pub rack: String,
+    /// What an operator wants of it.
+    pub state: MemberState,
+    /// When it joined: seconds since 1970, for people only.
+    pub joined_at_unix_s: u64,
+}
+
+impl MemberRecord {
+    /// The number of the failure domain that the node is. Two nodes share one by accident so rarely
+    /// that it does no harm: they then never hold two shards of one segment.
+    pub fn node_domain(&self) -> u32 {
+        fold(&self.id.to_bytes())
+    }
+
+    /// The number of the failure domain that its rack is.
+    pub fn rack_domain(&self) -> u32 {
+        crc32fast::hash(self.rack.as_bytes())
+    }
+}
+
+/// A number of 32 bits for 16 random bytes.
+pub fn fold(id: &[u8; 16]) -> u32 {
+    crc32fast::hash(id)
+}
+
+impl Record for MemberRecord {
+    const KIND: Kind = Kind::Member;
+    const VERSION: u16 = 1;
+    fn validate(&self) -> Result<(), String> {
+        check_name("node", &self.name)?;
+        check_name("rack", &self.rack)?;
+        if self.id.is_nil() {
+            return Err("the node's id is nil".into());
+        }
+        Ok(())
+    }
+}
+
+/// A node that runs, and where it is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AliveRecord {
+    /// The node.
+    pub id: NodeId,
+    /// Random number of this run.
+    pub instance: u64,
+    /// `host:port` of its RPC.
+    pub address: String,
+    /// `host:port` of its admin API.
+    pub admin: String,
+    /// Where it serves NBD: around the name of an export, the text before and after it.
+    pub exports: Vec<(String, String)>,
+    /// Its version, for people.
+    pub version: String,
+}
+
+impl Record for AliveRecord {
+    const KIND: Kind = Kind::Alive;
+    const VERSION: u16 = 1;
+    fn validate(&self) -> Result<(), String> {
+        if self.id.is_nil() {
+            return Err("the node's id is nil".into());
+        }
+        if self.address.is_empty() || self.address.len() > ADDRESS_BYTES_MAX {
+            return Err(format!("an address of {} bytes", self.address.len()));
+        }
+        Ok(())
+    }
+}
+
+/// The node that does what needs a single actor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManagerRecord {
+    /// Its name.
+    pub node: String,
+}
+
+impl Record for ManagerRecord {
+    const KIND: Kind = Kind::Manager;
+    const VERSION: u16 = 1;
+    fn validate(&self) -> Result<(), String> {
+        check_name("node", &self.node)
+    }
+}
+
+/// Where the head of a volume is to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlaceRecord {
+    /// Name of the node that serves it, or is to take it over.
+    pub node: String,
+    /// Where it is to go: `node` releases the volume and then makes this `node`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+impl Record for PlaceRecord {
+    const KIND: Kind = Kind::Place;
+    const VERSION: u16 = 1;
+    fn validate(&self) -> Result<(), String> {
+        check_name("node", &self.node)?;
+        self.next.as_ref().map_or(Ok(()), |next| check_name("node", next))
+    }
+}
+
+fn encode<R: Record>(record: &R) -> SchemaResult<Vec<u8>> {
+    record::encode(record).map_err(|error| SchemaError::Invalid(error.to_string()))
+}
+
+impl Schema {
+    /// Makes the node one of the cluster, or finds it there; its host and rack are brought up to
+    /// date.
+    ///
+    /// # Errors
+    /// [`SchemaError::Invalid`] if the name is another node's, or the store belongs to a node that
+    /// shares it with nobody; [`SchemaError::Busy`], [`SchemaError::Store`], [`SchemaError::Record`].
+    pub async fn join(&self, member: &MemberRecord) -> SchemaResult<MemberRecord> {
+        let key = member_key(&member.name);
+        if let Some(alone) = self.store().get(NODE_KEY).await? {
+            let node: record::NodeRecord = record::decode(&alone.value)
+                .map_err(|source| SchemaError::Record { key: NODE_KEY.into(), source })?;
+            if node.id != member.id {
+                return Err(SchemaError::Invalid(format!(
+                    "the store belongs to the node on host {:?} ({}), which is not in a cluster: \
+                     give that one an address in [cluster] and start it first",
+                    node.host, node.id
+                )));
+            }
+        }
+        let found = self.store().get(&key).await?;
+        let (condition, record) = match &found {
+            None => (Condition::KeyMissing(key.clone()), member.clone()),
+            Some(found) => {
+                let old: MemberRecord = record::decode(&found.value)
+                    .map_err(|source| SchemaError::Record { key: key.clone(), source })?;
+                if old.id != member.id {
+                    return Err(SchemaError::Invalid(format!(
+                        "the name '{}' is that of node {} on host {:?}: this node needs another \
+                         one, or that one is removed with `sdsctl node rm`",
+                        member.name, old.id, old.host
+                    )));
+                }
+                let (state, joined_at_unix_s) = (old.state, old.joined_at_unix_s);
+                let record = MemberRecord { state, joined_at_unix_s, ..member.clone() };
+                (Condition::KeyAt(key.clone(), found.revision), record)
+            }
+        };
+        let txn = Txn::new().when(condition).put(key, encode(&record)?).delete(NODE_KEY);
+        match self.store().txn(txn).await?.committed() {
+            Some(_) => Ok(record),
+            None => Err(SchemaError::Busy(format!("node '{}'", member.name))),
+        }
+    }
+
+    /// Says that the node runs, as long as `lease` is kept.
+    ///
+    /// # Errors
+    /// [`SchemaError::Store`], [`SchemaError::NotFound`] if the node was removed.
+    pub async fn set_alive(
+        &self,
+        name: &str,
+        alive: &AliveRecord,
+        lease: LeaseId,
+    ) -> SchemaResult<()> {
+        let txn = Txn::new()
+            .when(Condition::KeyExists(member_key(name)))
+            .put_leased(alive_key(name), encode(alive)?, lease);
+        match self.store().txn(txn).await?.committed() {
+            Some(_) => Ok(()),
+            None => Err(SchemaError::NotFound(format!("node '{name}'"))),
+        }
+    }
+
+    /// Makes the node the manager, as long as `lease` is kept, if there is none; whether it is.
+    ///
+    /// # Errors
+    /// [`SchemaError::Store`].
+    pub async fn stand_for_manager(&self, name: &str, lease: LeaseId) -> SchemaResult<bool> {
+        let record = encode(&ManagerRecord { node: name.to_owned() })?;
+        let txn = Txn::new()
+            .when(Condition::KeyMissing(MANAGER_KEY.into()))
+            .put_leased(MANAGER_KEY, record, lease);
+        Ok(self.store().txn(txn).await?.committed().is_some())
+    }
+
+    /// Says where the head of an active volume is to be, if nobody said otherwise since `revision`
+    /// (none: nobody ever did); whether it was so.
+    ///
+    /// # Errors
+    /// [`SchemaError::Store`], [`SchemaError::Invalid`].
+    pub async fn set_place(
+        &self,
+        id: VolumeId,
+        place: &PlaceRecord,
+        revision: Option<u64>,
+    ) -> SchemaResult<bool> {
+        let key = place_key(id);
+        let condition = match revision {
+            Some(revision) => Condition::KeyAt(key.clone(), revision),
+            None => Condition::KeyMissing(key.clone()),
+        };
+        // A volume that was deleted has no root, and leaves no place behind.
+        let txn = Txn::new()
+            .when(condition)
+            .when(Condition::KeyExists(super::schema::root_key(id)))
+            .put(key, encode(place)?);
+        Ok(self.store().txn(txn).await?.committed().is_some())
+    }
+
+    /// Changes what an operator wants of a node.
+    ///
+    /// # Errors
+    /// [`SchemaError::NotFound`], [`SchemaError::Busy`], [`SchemaError::Store`],
+    /// [`SchemaError::Record`].
+    pub async fn set_member_state(
+        &self,
+        name: &str,
+        state: MemberState,
+    ) -> SchemaResult<MemberRecord> {
+        check_name("node", name).map_err(SchemaError::Invalid)?;
+        let change = |member: &mut MemberRecord| {
+            member.state = state;
+            Ok(())
+        };
+        self.update(&member_key(name), || format!("node '{name}'"), change).await
+    }
+
+    /// Removes a node that neither runs nor has disks.
+    ///
+    /// # Errors
+    /// [`SchemaError::NotFound`], [`SchemaError::Invalid`] while it runs, [`SchemaError::Store`].
+    pub async fn remove_member(&self, name: &str) -> SchemaResult<()> {
+        check_name("node", name).map_err(SchemaError::Invalid)?;
+        let txn = Txn::new()
+            .when(Condition::KeyExists(member_key(name)))
+            .when(Condition::KeyMissing(alive_key(name)))
+            .delete(member_key(name));
+        if self.store().txn(txn).await?.committed().is_some() {
+            return Ok(());
+        }
+        if self.store().get(&member_key(name)).await?.is_none() {
+            return Err(SchemaError::NotFound(format!("node '{name}'")));
+        }
+        Err(SchemaError::Invalid(format!("node '{name}' runs: stop its sdsd first")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::env::Env;
+    use crate::meta::MetaStore;
+    use crate::meta::memory::MemoryStore;
+
+    fn member(id: u8, name: &str) -> MemberRecord {
+        MemberRecord {
+            id: NodeId::from_bytes([id; 16]),
+            name: name.into(),
+            host: "h".into(),
+            rack: "r1".into(),
+            state: MemberState::Active,
+            joined_at_unix_s: 5,
+        }
+    }
+
+    fn store() -> (Rc<dyn MetaStore>, Schema) {
+        let store = MemoryStore::new(Env::from_seed(1));
+        let client: Rc<dyn MetaStore> = Rc::new(store.client(Rc::default()));
+        (client.clone(), Schema::new(client))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_belongs_to_one_node() {
+        let (_, schema) = store();
+        schema.join(&member(1, "a")).await.expect("the name is free");
+        schema.set_member_state("a", MemberState::Draining).await.expect("it is there");
+        let again = MemberRecord { rack: "r2".into(), joined_at_unix_s: 9, ..member(1, "a") };
+        let kept = schema.join(&again).await.expect("it is the same node");
+        assert_eq!(
+            (kept.rack.as_str(), kept.state, kept.joined_at_unix_s),
+            ("r2", MemberState::Draining, 5)
+        );
+        let error = schema.join(&member(2, "a")).await.expect_err("the name is taken");
+        assert!(matches!(error, SchemaError::Invalid(_)), "{error}");
+        schema.remove_member("a").await.expect("it does not run");
+        schema.join(&member(2, "a")).await.expect("the name is free again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_is_one_manager_at_a_time() {
+        let (client, schema) = store();
+        let lease = client.lease_grant(Duration::from_secs(2)).await.expect("granted");
+        let other = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
+        assert!(schema.stand_for_manager("a", lease).await.expect("answered"));
+        assert!(!schema.stand_for_manager("b", other).await.expect("answered"));
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(schema.stand_for_manager("b", other).await.expect("answered"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_node_that_runs_is_not_removed() {
+        let (client, schema) = store();
+        let lease = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
+        let alive = AliveRecord {
+            id: NodeId::from_bytes([1; 16]),
+            instance: 1,
+            address: "a:1".into(),
+            admin: "a:2".into(),
+            exports: vec![],
+            version: "0".into(),
+        };
+        let error = schema.set_alive("a", &alive, lease).await.expect_err("no such node");
+        assert!(matches!(error, SchemaError::NotFound(_)), "{error}");
+        schema.join(&member(1, "a")).await.expect("the name is free");
+        schema.set_alive("a", &alive, lease).await.expect("it is a node");
+        let error = schema.remove_member("a").await.expect_err("it runs");
+        assert!(matches!(error, SchemaError::Invalid(_)), "{error}");
+        client.lease_revoke(lease).await.expect("it is there");
+        schema.remove_member("a").await.expect("it stopped");
+    }
+}

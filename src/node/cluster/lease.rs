@@ -1,0 +1,85 @@
+//! Says that this node runs, as long as it does.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use super::{Cluster, Node};
+use crate::meta::members::AliveRecord;
+use crate::meta::schema::SchemaError;
+use crate::meta::{LeaseId, MetaError};
+
+/// Pause after the store did not answer.
+const RETRY: Duration = Duration::from_millis(250);
+/// How long the store may take.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+impl Node {
+    /// Keeps the lease, and takes a new one when it is lost.
+    pub(super) async fn keep_lease(self: Rc<Self>) {
+        let Some(cluster) = self.cluster.as_ref() else { return };
+        let alive = AliveRecord {
+            id: cluster.options.id,
+            instance: self.options.env.random_u64(),
+            address: cluster.options.address.clone(),
+            admin: cluster.options.admin.clone(),
+            exports: cluster.options.exports.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        };
+        while !self.stopping.get() {
+            match self.take_lease(cluster, &alive).await {
+                Ok(lease) => {
+                    cluster.lease.set(Some(lease));
+                    self.renew(cluster, lease).await;
+                    cluster.lease.set(None);
+                }
+                Err(error) => tracing::warn!(%error, "the store is not told that this node runs"),
+            }
+            sleep(RETRY).await;
+        }
+    }
+
+    async fn take_lease(
+        &self,
+        cluster: &Cluster,
+        alive: &AliveRecord,
+    ) -> Result<LeaseId, SchemaError> {
+        let store = self.schema.store();
+        let slow = || MetaError::Unavailable("no answer in time".into());
+        let granted = timeout(PATIENCE, store.lease_grant(cluster.options.lease));
+        let lease = granted.await.map_err(|_| slow()).flatten()?;
+        let told = timeout(PATIENCE, self.schema.set_alive(&self.options.name, alive, lease));
+        match told.await {
+            Ok(Ok(())) => Ok(lease),
+            Ok(Err(error)) => Err(error),
+            Err(_) => Err(slow().into()),
+        }
+    }
+
+    /// Renews the lease until it is lost.
+    async fn renew(&self, cluster: &Cluster, lease: LeaseId) {
+        while !self.stopping.get() {
+            sleep(cluster.options.lease / 4).await;
+            match timeout(PATIENCE, self.schema.store().lease_keep_alive(lease)).await {
+                Ok(Err(MetaError::LeaseNotFound(_))) => {
+                    tracing::warn!("the lease of this node ended: others may take its volumes");
+                    return;
+                }
+                Ok(Err(error)) => tracing::debug!(%error, "the lease is not renewed"),
+                Ok(Ok(_)) | Err(_) => {}
+            }
+        }
+    }
+
+    /// Tells the others at once that this node stops.
+    pub(in crate::node) async fn leave(&self) {
+        let Some(lease) = self.cluster.as_ref().and_then(|cluster| cluster.lease.take()) else {
+            return;
+        };
+        let revoked = timeout(PATIENCE, self.schema.store().lease_revoke(lease)).await;
+        if !matches!(revoked, Ok(Ok(()))) {
+            tracing::warn!("the store is not told that this node stops: its lease will end");
+        }
+    }
+}

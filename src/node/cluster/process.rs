@@ -1,0 +1,98 @@
+//! What a process adds to a node of a cluster: its socket, and connections over TCP.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use super::{ClusterOptions, NodeDisks, Wire};
+use crate::config::{Config, StoreBackend};
+use crate::env::Env;
+use crate::id::NodeId;
+use crate::meta::record::NodeRecord;
+use crate::node::Node;
+use crate::node::daemon::{DaemonError, error, fail};
+use crate::rpc::handshake::Target;
+use crate::rpc::tcp::TcpDial;
+use crate::rpc::{Identity, Peer, RpcConfig, Server};
+
+/// How long after its last sign of life a node counts as gone.
+const LEASE: Duration = Duration::from_secs(2);
+
+/// Connections without TLS.
+struct Plain {
+    env: Env,
+}
+
+impl Wire for Plain {
+    fn connect(&self, own: Identity, target: NodeId, label: &str, address: &str) -> Peer {
+        let target = Target { node: Some(target), core: 0 };
+        let dial = TcpDial { address: address.to_owned() };
+        Peer::spawn(label, own, target, dial, RpcConfig::default(), self.env.clone())
+    }
+}
+
+/// The socket for other nodes.
+pub(in crate::node) struct Door {
+    listener: TcpListener,
+    /// Where it listens.
+    pub(in crate::node) address: SocketAddr,
+}
+
+/// What is said to other nodes.
+pub(in crate::node) struct Told {
+    /// Address of the admin API.
+    pub(in crate::node) admin: SocketAddr,
+    /// Where NBD is served, around the name of an export.
+    pub(in crate::node) exports: Vec<(String, String)>,
+}
+
+impl Door {
+    /// Listens, if the configuration is that of a node of a cluster.
+    pub(in crate::node) async fn open(config: &Config) -> Result<Option<Self>, DaemonError> {
+        let Some(address) = config.cluster.address else { return Ok(None) };
+        if config.store.backend != StoreBackend::Etcd {
+            return fail("cluster.address: the nodes of a cluster share an etcd: see [store]");
+        }
+        let failed = |why| error(format!("cannot listen for other nodes on {address}: {why}"));
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        Ok(Some(Self { listener, address }))
+    }
+
+    /// What makes the node one of the cluster.
+    pub(in crate::node) fn options(
+        &self,
+        config: &Config,
+        env: &Env,
+        node: &NodeRecord,
+        told: Told,
+    ) -> ClusterOptions {
+        let cluster = &config.cluster;
+        // The port may have been any.
+        let address = cluster.advertise.clone().unwrap_or_else(|| self.address.to_string());
+        ClusterOptions {
+            id: node.id,
+            host: node.host.clone(),
+            rack: cluster.rack.clone(),
+            address,
+            admin: told.admin.to_string(),
+            exports: told.exports,
+            wire: Rc::new(Plain { env: env.clone() }),
+            lease: LEASE,
+            out_after: Duration::from_secs(cluster.out_after_seconds),
+        }
+    }
+
+    /// Serves the disks of the node to the others until the sender is dropped.
+    pub(in crate::node) fn serve(self, node: &Rc<Node>) -> watch::Sender<bool> {
+        let (stop, stopped) = watch::channel(false);
+        let Some(cluster) = node.cluster.as_ref() else { return stop };
+        let directory = Rc::new(NodeDisks(node.clone()));
+        let server = Server::new(cluster.own.clone(), directory, RpcConfig::default(), stopped);
+        tokio::task::spawn_local(async move { server.serve_tcp(self.listener).await });
+        stop
+    }
+}
