@@ -28,6 +28,7 @@ use crate::disk::{
 use crate::id::DiskId;
 use crate::meta::members::fold;
 use crate::meta::record::{DiskRecord, DiskState};
+use crate::shard::domain::Domains;
 use crate::shard::local::LocalClient;
 use crate::shard::reserve;
 
@@ -279,8 +280,11 @@ impl Node {
     }
 
     /// The failure domains of a disk.
-    pub(super) fn domains_of(&self, record: &DiskRecord) -> u32 {
-        record.domain
+    pub(super) fn domains_of(&self, record: &DiskRecord) -> Domains {
+        match &self.cluster {
+            None => Domains::of_one_node(record.domain),
+            Some(cluster) => cluster.domains_of(record),
+        }
     }
 
     /// Whether a disk of this geometry can be used with disks that have slots of `slot_bytes`: a

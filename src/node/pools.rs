@@ -95,7 +95,7 @@ impl Node {
         let own = self.slots().into_iter().map(|slot| self.domains_of(&slot.record.borrow()));
         let far = self.far_disks();
         let far = far.iter().map(|disk| self.domains_of(&disk.record.borrow()));
-        let numbers = own.chain(far).map(|domains| domains.at(level_of(domain)));
+        let numbers = own.chain(far).map(|domains| domains.at(domain.into()));
         numbers.collect::<BTreeSet<u32>>().len()
     }
 

@@ -48,6 +48,7 @@ use crate::meta::record::{self, DiskRecord, PoolRecord, Record, VolumeRecord};
 use crate::meta::schema::{DISK_PREFIX, POOL_PREFIX, VOLUME_PREFIX};
 use crate::rpc::{DiskDirectory, Identity, Peer};
 use crate::shard::ShardClient;
+use crate::shard::domain::Domains;
 
 pub(super) use far::FarDisk;
 
@@ -151,6 +152,10 @@ impl<R: Record> Records<R> {
     }
 }
 
+fn hash(name: &str) -> u32 {
+    crc32fast::hash(name.as_bytes())
+}
+
 /// What is known of the cluster.
 struct View {
     members: Records<MemberRecord>,
@@ -252,6 +257,18 @@ impl Cluster {
             leaving: RefCell::default(),
             ordered: RefCell::default(),
         })
+    }
+
+    /// The failure domains of a disk. Of a node that is not known they are guessed from its name, which
+    /// keeps shards apart all the same.
+    pub(super) fn domains_of(&self, record: &DiskRecord) -> Domains {
+        let view = self.view.borrow();
+        let member = view.members.get(&record.node).map(|(member, _)| member);
+        Domains {
+            disk: record.domain,
+            node: member.map_or_else(|| hash(&record.node), MemberRecord::node_domain),
+            rack: member.map_or_else(|| hash("default"), MemberRecord::rack_domain),
+        }
     }
 
     /// All disks of other nodes.
