@@ -24,6 +24,7 @@ use sds::meta::record::{ClusterRecord, VolumeRecord, VolumeState};
 use sds::meta::{MetaStore, Txn, schema};
 use sds::shard::Scheme;
 use sds::shard::disks::Disks;
+use sds::shard::domain::Domains;
 use sds::shard::local::LocalClient;
 use sds::volume::head::{HeadConfig, HeadContext, PoolPolicy};
 use sds::volume::root::Root;
@@ -90,7 +91,7 @@ async fn write_disks(dir: &Path) -> (VolumeId, Vec<DiskId>) {
         let disk = Disk::open(Rc::new(device)).await.unwrap();
         let info = disk.info().unwrap();
         members.push(Member { disk: info.id, domain });
-        disks.add(Rc::new(LocalClient::new(disk)), domain, info);
+        disks.add(Rc::new(LocalClient::new(disk)), Domains::of_one_node(domain), info);
     }
     let ids = members.iter().map(|member| member.disk).collect();
     let store = Rc::new(MemoryStore::new(env.clone()));

@@ -12,6 +12,7 @@ use sds::meta::record::ClusterRecord;
 use sds::meta::{MetaStore, Txn, schema};
 use sds::shard::Scheme;
 use sds::shard::disks::Disks;
+use sds::shard::domain::Domains;
 use sds::shard::local::LocalClient;
 use sds::volume::head::{HeadConfig, HeadContext, PoolPolicy};
 use sds::volume::root::Root;
@@ -91,7 +92,7 @@ impl Pool {
             let disk = Disk::open(Rc::new(device)).await.expect("opened");
             let info = disk.info().expect("online");
             members.push(Member { disk: info.id, domain });
-            disks.add(Rc::new(LocalClient::new(disk)), domain, info);
+            disks.add(Rc::new(LocalClient::new(disk)), Domains::of_one_node(domain), info);
         }
         Self { env, cluster, scheme, members, disks }
     }

@@ -11,6 +11,7 @@ use super::envelope::{self, Encoding, EnvelopeError, Kind};
 use crate::id::{BLOCK_BYTES, ClusterId, DiskId, NodeId, PoolId, VolumeId};
 use crate::limits;
 use crate::shard::Scheme;
+use crate::shard::domain::Level;
 
 /// Longest name of a pool, a volume or a node, bytes.
 pub const NAME_BYTES_MAX: usize = 63;
@@ -238,6 +239,16 @@ pub enum FailureDomain {
     Node,
     /// A rack.
     Rack,
+}
+
+impl From<FailureDomain> for Level {
+    fn from(domain: FailureDomain) -> Self {
+        match domain {
+            FailureDomain::Disk => Self::Disk,
+            FailureDomain::Node => Self::Node,
+            FailureDomain::Rack => Self::Rack,
+        }
+    }
 }
 
 impl std::fmt::Display for FailureDomain {

@@ -27,6 +27,7 @@ use crate::disk::{
 };
 use crate::id::DiskId;
 use crate::meta::record::{DiskRecord, DiskState};
+use crate::shard::domain::Domains;
 use crate::shard::local::LocalClient;
 use crate::shard::reserve;
 
@@ -181,7 +182,7 @@ impl Node {
             }
             let record = slot.record.borrow();
             if record.state != DiskState::Draining && !record.removing {
-                self.registry.expect(slot.id, record.domain);
+                self.registry.expect(slot.id, Domains::of_one_node(record.domain));
             }
         }
         Ok(())
@@ -397,7 +398,7 @@ impl Node {
         slot.told_lost.set(false);
         slot.failed_writes.set(0);
         let domain = slot.record.borrow().domain;
-        self.registry.add(client, domain, info);
+        self.registry.add(client, Domains::of_one_node(domain), info);
         tracing::info!(disk = %slot.id, path = slot.path(), domain, "disk online");
         if slot.record.borrow().state == DiskState::Draining {
             self.begin_draining(slot);

@@ -266,7 +266,7 @@ impl Node {
         config.cache_bytes = share.max(CACHE_BYTES_MIN);
         HeadContext {
             env: self.options.env.clone(),
-            disks: self.registry.clone(),
+            disks: self.registry.at(slot.pool.failure_domain.into()),
             store: self.options.store.clone(),
             config,
             pool: PoolPolicy { scheme: slot.pool.scheme, min_size: slot.pool.min_size },
@@ -333,11 +333,11 @@ impl Node {
     fn new_log_set(&self, pool: &PoolRecord) -> Result<LogSet, ApiError> {
         let width = pool.scheme.parity + 1;
         let count = 2 * usize::from(pool.scheme.parity) + 4;
-        let targets =
-            self.registry.choose(&self.options.env, SlotClass::Client, count, &[], |_| true);
+        let disks = self.registry.at(pool.failure_domain.into());
+        let targets = disks.choose(&self.options.env, SlotClass::Client, count, &[], |_| true);
         let members = targets
             .iter()
-            .filter_map(|t| Some(Member { disk: t.disk, domain: self.registry.domain(t.disk)? }))
+            .filter_map(|t| Some(Member { disk: t.disk, domain: disks.domain(t.disk)? }))
             .collect();
         LogSet::new(members, width).map_err(|error| {
             ApiError::no_space(format!("the disks that are online cannot carry it: {error}"))

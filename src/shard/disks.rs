@@ -3,9 +3,13 @@
 //! Heads look disks up by id and choose where new segments go. A disk that is much slower than the
 //! others ([`super::latency`]) is taken after all that are not; one that failed a request is avoided
 //! for a while ("suspect"); one that is down is not asked at all.
+//!
+//! There is one [`Registry`]. A head has a view of it, [`Disks`], at the [`Level`] of its pool's failure
+//! domain: whatever speaks of domains means those of that level.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Deref;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +20,7 @@ use tokio::time::Instant;
 
 use super::activity::Activity;
 use super::budget::Budget;
+use super::domain::{Domains, Level};
 use super::latency::Watch;
 use super::measured::MeasuredClient;
 use super::pace::Pace;
@@ -39,7 +44,7 @@ const INFO_PATIENCE: Duration = Duration::from_secs(1);
 
 struct Entry {
     client: Rc<dyn ShardClient>,
-    domain: u32,
+    domains: Domains,
     suspect_until: Option<Instant>,
     /// It is being emptied.
     draining: bool,
@@ -48,11 +53,25 @@ struct Entry {
     info: DiskInfo,
 }
 
-/// The disks of a node (later: of the cluster), shared by its heads.
+/// The disks that a node can reach, as a pool sees them: with failure domains of one level.
+#[derive(Default)]
 pub struct Disks {
+    registry: Rc<Registry>,
+    level: Level,
+}
+
+impl Deref for Disks {
+    type Target = Registry;
+    fn deref(&self) -> &Registry {
+        &self.registry
+    }
+}
+
+/// The disks that a node can reach, shared by its heads.
+pub struct Registry {
     known: RefCell<BTreeMap<DiskId, Entry>>,
     /// Domains of the disks that are down and may come back.
-    expected: RefCell<BTreeMap<DiskId, u32>>,
+    expected: RefCell<BTreeMap<DiskId, Domains>>,
     /// Disks that are replaced, and by which.
     heirs: RefCell<BTreeMap<DiskId, DiskId>>,
     /// Counts the disks that came.
@@ -88,7 +107,7 @@ pub struct Disks {
     pub changed: Notify,
 }
 
-impl Default for Disks {
+impl Default for Registry {
     fn default() -> Self {
         let activity: Rc<Activity> = Rc::default();
         Self {
@@ -119,7 +138,8 @@ impl Default for Disks {
 
 /// A head that uses the disks, as long as this lives.
 pub struct Member {
-    disks: Rc<Disks>,
+    disks: Rc<Registry>,
+    level: Level,
     parity: u8,
     number: u64,
 }
@@ -163,14 +183,14 @@ impl Drop for Member {
     fn drop(&mut self) {
         self.disks.heads.set(self.disks.heads.get() - 1);
         self.disks.answered.borrow_mut().remove(&self.number);
-        self.disks.watch.part(self.parity);
+        self.disks.watch.part(self.level, self.parity);
     }
 }
 
 /// The permit of a pass of garbage collection: when it is given back, what was promised is kept.
 pub struct GcPass {
     _permit: Option<OwnedSemaphorePermit>,
-    disks: Rc<Disks>,
+    disks: Rc<Registry>,
 }
 
 impl Drop for GcPass {
@@ -191,13 +211,179 @@ pub struct Target {
 }
 
 impl Disks {
-    /// Adds a disk in a failure domain, or replaces its client.
-    pub fn add(&self, client: Rc<dyn ShardClient>, domain: u32, info: DiskInfo) {
+    /// The same disks with failure domains of this level.
+    pub fn at(&self, level: Level) -> Rc<Self> {
+        Rc::new(Self { registry: self.registry.clone(), level })
+    }
+
+    /// The level of the failure domains.
+    pub const fn level(&self) -> Level {
+        self.level
+    }
+
+    fn domain_of(&self, entry: &Entry) -> u32 {
+        entry.domains.at(self.level)
+    }
+
+    /// The failure domain of a disk that is up.
+    pub fn domain(&self, disk: DiskId) -> Option<u32> {
+        self.known.borrow().get(&disk).map(|entry| self.domain_of(entry))
+    }
+
+    /// Domains with a disk that is up and is to stay; and those together with the domains whose
+    /// disks are down but expected back.
+    pub fn lasting_domains(&self) -> (usize, usize) {
+        let disks = self.known.borrow();
+        let staying =
+            disks.values().filter(|entry| !entry.draining).map(|entry| self.domain_of(entry));
+        let mut domains: BTreeSet<u32> = staying.collect();
+        let up = domains.len();
+        domains.extend(self.expected.borrow().values().map(|domains| domains.at(self.level)));
+        (up, domains.len())
+    }
+
+    /// Domains that have at least one healthy disk.
+    pub fn healthy_domains(&self) -> usize {
+        let disks = self.known.borrow();
+        let domains: BTreeSet<u32> =
+            disks.values().filter(|e| e.healthy()).map(|e| self.domain_of(e)).collect();
+        domains.len()
+    }
+
+    /// Domains with a disk that is up, fails nothing and is not slow.
+    pub fn fast_domains(&self) -> usize {
+        let disks = self.known.borrow();
+        let fast = disks.values().filter(|e| e.healthy() && !self.is_slow(e.info.id));
+        let domains: BTreeSet<u32> = fast.map(|e| self.domain_of(e)).collect();
+        domains.len()
+    }
+
+    /// Domains in which a healthy disk that `allowed` admits has a slot for clients, as far as is
+    /// known.
+    pub fn domains_with_room(&self, allowed: impl Fn(DiskId) -> bool) -> usize {
+        let disks = self.known.borrow();
+        let usable = disks.values().filter(|e| e.healthy() && e.free_for(SlotClass::Client) > 0);
+        let usable = usable.filter(|e| allowed(e.info.id));
+        usable.map(|e| self.domain_of(e)).collect::<BTreeSet<u32>>().len()
+    }
+
+    /// How many segments of `width` shards clients can surely still open on the disks that
+    /// `allowed` admits, as far as is known, and how many slots there are for it in all. None if
+    /// too few domains are up to tell.
+    pub fn headroom(&self, width: usize, allowed: impl Fn(DiskId) -> bool) -> Option<(u32, u32)> {
+        let mut domains: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
+        for entry in self.known.borrow().values().filter(|e| allowed(e.info.id)) {
+            let domain = domains.entry(self.domain_of(entry)).or_default();
+            domain.0 += entry.free_for(SlotClass::Client);
+            domain.1 += entry.info.slots;
+        }
+        let mut free: Vec<(u32, u32)> = domains.into_values().collect();
+        free.sort_unstable();
+        free.into_iter().rev().nth(width - 1)
+    }
+
+    /// Chooses up to `count` disks in different domains by weighted random draw (weight: slots
+    /// that are free for `class`), healthy ones first and then slow ones, out of those that `allowed`
+    /// admits, avoiding the domains in `taken`. Fewer are returned when there are no more.
+    pub fn choose(
+        &self,
+        env: &Env,
+        class: SlotClass,
+        count: usize,
+        taken: &[u32],
+        allowed: impl Fn(DiskId) -> bool,
+    ) -> Vec<Target> {
+        let disks = self.known.borrow();
+        let mut taken = taken.to_vec();
+        let mut chosen = Vec::with_capacity(count);
+        let rank = |e: &Entry| if e.healthy() { u8::from(self.is_slow(e.info.id)) } else { 2 };
+        for wanted in 0..=2 {
+            let mut pool: Vec<&Entry> =
+                disks.values().filter(|e| rank(e) == wanted && allowed(e.info.id)).collect();
+            while chosen.len() < count {
+                pool.retain(|e| !taken.contains(&self.domain_of(e)));
+                // A disk that seems full comes last, but it may have room meanwhile.
+                let weight = |e: &Entry| 64 * u64::from(e.free_for(class)).pow(2) + 1;
+                let total: u64 = pool.iter().map(|e| weight(e)).sum();
+                if total == 0 {
+                    break;
+                }
+                let mut draw = env.random_below(total);
+                let index = pool
+                    .iter()
+                    .position(|e| {
+                        let hit = draw < weight(e);
+                        draw = draw.wrapping_sub(weight(e));
+                        hit
+                    })
+                    .expect("the draw is below the sum of the weights");
+                let entry = pool.swap_remove(index);
+                taken.push(self.domain_of(entry));
+                chosen.push(Target {
+                    disk: entry.info.id,
+                    client: entry.client.clone(),
+                    slot_bytes: entry.info.slot_bytes,
+                });
+            }
+        }
+        chosen
+    }
+
+    /// Counts a head, whose pool survives the loss of `parity` domains, among those that share the
+    /// disks.
+    pub fn join(&self, parity: u8) -> Member {
+        self.heads.set(self.heads.get() + 1);
+        self.watch.join(self.level, parity);
+        let mut answered = self.answered.borrow_mut();
+        let number = answered.last_key_value().map_or(0, |(last, _)| last + 1);
+        // It has no part in calls before it serves.
+        answered.insert(number, u64::MAX);
+        drop(answered);
+        Member { disks: self.registry.clone(), level: self.level, parity, number }
+    }
+
+    /// The permit of the one pass of garbage collection that may run.
+    pub async fn gc_pass(&self) -> GcPass {
+        let permit = self.gc_passes.clone().acquire_owned().await.ok();
+        GcPass { _permit: permit, disks: self.registry.clone() }
+    }
+
+    /// Exercises the disks while one is slow, for ever: what is avoided is not measured otherwise.
+    /// All of them, so that like is compared with like.
+    pub async fn exercise(self: Rc<Self>) {
+        loop {
+            let changed = self.watch.changed.notified();
+            if self.watch.slow().is_empty() {
+                changed.await;
+                continue;
+            }
+            let this = &self;
+            let asked = self.ids().into_iter().filter_map(|disk| {
+                let client = this.client(disk)?;
+                Some(async move {
+                    for write in [false, true] {
+                        let exercise = client.exercise(write);
+                        let done = tokio::time::timeout(EXERCISE_PATIENCE, exercise).await;
+                        if let Ok(Err(error)) = done {
+                            this.report(disk, &error);
+                        }
+                    }
+                })
+            });
+            join_all(asked.collect::<Vec<_>>()).await;
+            tokio::time::sleep(EXERCISE_EVERY).await;
+        }
+    }
+}
+
+impl Registry {
+    /// Adds a disk, or replaces its client.
+    pub fn add(&self, client: Rc<dyn ShardClient>, domains: Domains, info: DiskInfo) {
         let arrival = self.arrivals.get() + 1;
         self.arrivals.set(arrival);
-        let gauge = self.watch.add(info.id, domain);
+        let gauge = self.watch.add(info.id, domains);
         let client = Rc::new(MeasuredClient::new(client, self.watch.clone(), gauge));
-        let entry = Entry { client, domain, suspect_until: None, draining: false, arrival, info };
+        let entry = Entry { client, domains, suspect_until: None, draining: false, arrival, info };
         self.expected.borrow_mut().remove(&entry.info.id);
         self.known.borrow_mut().insert(entry.info.id, entry);
         self.fill_changed();
@@ -208,7 +394,7 @@ impl Disks {
     pub fn remove(&self, disk: DiskId) {
         let gone = self.known.borrow_mut().remove(&disk);
         if let Some(entry) = gone.filter(|entry| !entry.draining) {
-            self.expected.borrow_mut().insert(disk, entry.domain);
+            self.expected.borrow_mut().insert(disk, entry.domains);
         }
         self.watch.remove(disk);
         self.fill_changed();
@@ -216,9 +402,9 @@ impl Disks {
     }
 
     /// Expects a disk that is not up: it belongs to the node.
-    pub fn expect(&self, disk: DiskId, domain: u32) {
+    pub fn expect(&self, disk: DiskId, domains: Domains) {
         if self.client(disk).is_none() {
-            self.expected.borrow_mut().insert(disk, domain);
+            self.expected.borrow_mut().insert(disk, domains);
             self.changed.notify_waiters();
         }
     }
@@ -246,17 +432,6 @@ impl Disks {
         disks.get(&heir).filter(room).map(|_| heir)
     }
 
-    /// Domains with a disk that is up and is to stay; and those together with the domains whose
-    /// disks are down but expected back.
-    pub fn lasting_domains(&self) -> (usize, usize) {
-        let disks = self.known.borrow();
-        let staying = disks.values().filter(|entry| !entry.draining).map(|entry| entry.domain);
-        let mut domains: std::collections::BTreeSet<u32> = staying.collect();
-        let up = domains.len();
-        domains.extend(self.expected.borrow().values());
-        (up, domains.len())
-    }
-
     /// Has a disk avoided for new segments because it is being emptied, or no longer.
     pub fn set_draining(&self, disk: DiskId, draining: bool) {
         if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
@@ -270,18 +445,6 @@ impl Disks {
         let disks = self.known.borrow();
         let smallest = disks.values().map(|entry| entry.info.slot_bytes).min();
         self.slot_bytes_min.set(smallest.unwrap_or(SLOT_BYTES_MAX));
-    }
-
-    /// Counts a head, whose pool survives the loss of `parity` domains, among those that share the
-    /// disks.
-    pub fn join(self: &Rc<Self>, parity: u8) -> Member {
-        self.heads.set(self.heads.get() + 1);
-        self.watch.join(parity);
-        let mut answered = self.answered.borrow_mut();
-        let number = answered.last_key_value().map_or(0, |(last, _)| last + 1);
-        // It has no part in calls before it serves.
-        answered.insert(number, u64::MAX);
-        Member { disks: self.clone(), parity, number }
     }
 
     /// Whether every head has done what it can since a call.
@@ -315,41 +478,6 @@ impl Disks {
         if self.is_healthy(disk) { u8::from(self.is_slow(disk)) } else { 2 }
     }
 
-    /// Domains with a disk that is up, fails nothing and is not slow.
-    pub fn fast_domains(&self) -> usize {
-        let disks = self.known.borrow();
-        let fast = disks.values().filter(|e| e.healthy() && !self.is_slow(e.info.id));
-        let domains: std::collections::BTreeSet<u32> = fast.map(|e| e.domain).collect();
-        domains.len()
-    }
-
-    /// Exercises the disks while one is slow, for ever: what is avoided is not measured otherwise.
-    /// All of them, so that like is compared with like.
-    pub async fn exercise(self: Rc<Self>) {
-        loop {
-            let changed = self.watch.changed.notified();
-            if self.watch.slow().is_empty() {
-                changed.await;
-                continue;
-            }
-            let this = &self;
-            let asked = self.ids().into_iter().filter_map(|disk| {
-                let client = this.client(disk)?;
-                Some(async move {
-                    for write in [false, true] {
-                        let exercise = client.exercise(write);
-                        let done = tokio::time::timeout(EXERCISE_PATIENCE, exercise).await;
-                        if let Ok(Err(error)) = done {
-                            this.report(disk, &error);
-                        }
-                    }
-                })
-            });
-            join_all(asked.collect::<Vec<_>>()).await;
-            tokio::time::sleep(EXERCISE_EVERY).await;
-        }
-    }
-
     /// Heads that share the disks, one at least.
     pub fn heads(&self) -> u32 {
         self.heads.get().max(1)
@@ -368,12 +496,6 @@ impl Disks {
     /// The permit of the one checkpoint that may use the checkpoints' reserve.
     pub async fn checkpoint_reserve(&self) -> Option<OwnedSemaphorePermit> {
         self.checkpoint_reserve.clone().acquire_owned().await.ok()
-    }
-
-    /// The permit of the one pass of garbage collection that may run.
-    pub async fn gc_pass(self: &Rc<Self>) -> GcPass {
-        let permit = self.gc_passes.clone().acquire_owned().await.ok();
-        GcPass { _permit: permit, disks: self.clone() }
     }
 
     /// A permit for a repair that holds so many blocks in memory, in the order of asking.
@@ -417,21 +539,6 @@ impl Disks {
         }
     }
 
-    /// How many segments of `width` shards clients can surely still open on the disks that
-    /// `allowed` admits, as far as is known, and how many slots there are for it in all. None if
-    /// too few domains are up to tell.
-    pub fn headroom(&self, width: usize, allowed: impl Fn(DiskId) -> bool) -> Option<(u32, u32)> {
-        let mut domains: BTreeMap<u32, (u32, u32)> = BTreeMap::new();
-        for entry in self.known.borrow().values().filter(|e| allowed(e.info.id)) {
-            let domain = domains.entry(entry.domain).or_default();
-            domain.0 += entry.free_for(SlotClass::Client);
-            domain.1 += entry.info.slots;
-        }
-        let mut free: Vec<(u32, u32)> = domains.into_values().collect();
-        free.sort_unstable();
-        free.into_iter().rev().nth(width - 1)
-    }
-
     /// The disks that have no slot left for a class, as far as is known, and how many each has for
     /// garbage collection.
     pub fn full_for(&self, class: SlotClass) -> Vec<(DiskId, u32)> {
@@ -465,20 +572,6 @@ impl Disks {
     /// Whether the disk is up, failed nothing lately and is to stay.
     pub fn is_healthy(&self, disk: DiskId) -> bool {
         self.known.borrow().get(&disk).is_some_and(Entry::healthy)
-    }
-
-    /// Domains in which a healthy disk that `allowed` admits has a slot for clients, as far as is
-    /// known.
-    pub fn domains_with_room(&self, allowed: impl Fn(DiskId) -> bool) -> usize {
-        let disks = self.known.borrow();
-        let usable = disks.values().filter(|e| e.healthy() && e.free_for(SlotClass::Client) > 0);
-        let usable = usable.filter(|e| allowed(e.info.id));
-        usable.map(|e| e.domain).collect::<std::collections::BTreeSet<u32>>().len()
-    }
-
-    /// The failure domain of a disk that is up.
-    pub fn domain(&self, disk: DiskId) -> Option<u32> {
-        self.known.borrow().get(&disk).map(|entry| entry.domain)
     }
 
     /// Ids of all disks that are up, sorted.
@@ -525,61 +618,6 @@ impl Disks {
         }
         self.fill_changed();
     }
-
-    /// Chooses up to `count` disks in different domains by weighted random draw (weight: slots
-    /// that are free for `class`), healthy ones first and then slow ones, out of those that `allowed`
-    /// admits, avoiding the domains in `taken`. Fewer are returned when there are no more.
-    pub fn choose(
-        &self,
-        env: &Env,
-        class: SlotClass,
-        count: usize,
-        taken: &[u32],
-        allowed: impl Fn(DiskId) -> bool,
-    ) -> Vec<Target> {
-        let disks = self.known.borrow();
-        let mut taken = taken.to_vec();
-        let mut chosen = Vec::with_capacity(count);
-        let rank = |e: &Entry| if e.healthy() { u8::from(self.is_slow(e.info.id)) } else { 2 };
-        for wanted in 0..=2 {
-            let mut pool: Vec<&Entry> =
-                disks.values().filter(|e| rank(e) == wanted && allowed(e.info.id)).collect();
-            while chosen.len() < count {
-                pool.retain(|e| !taken.contains(&e.domain));
-                // A disk that seems full comes last, but it may have room meanwhile.
-                let weight = |e: &Entry| 64 * u64::from(e.free_for(class)).pow(2) + 1;
-                let total: u64 = pool.iter().map(|e| weight(e)).sum();
-                if total == 0 {
-                    break;
-                }
-                let mut draw = env.random_below(total);
-                let index = pool
-                    .iter()
-                    .position(|e| {
-                        let hit = draw < weight(e);
-                        draw = draw.wrapping_sub(weight(e));
-                        hit
-                    })
-                    .expect("the draw is below the sum of the weights");
-                let entry = pool.swap_remove(index);
-                taken.push(entry.domain);
-                chosen.push(Target {
-                    disk: entry.info.id,
-                    client: entry.client.clone(),
-                    slot_bytes: entry.info.slot_bytes,
-                });
-            }
-        }
-        chosen
-    }
-
-    /// Domains that have at least one healthy disk.
-    pub fn healthy_domains(&self) -> usize {
-        let disks = self.known.borrow();
-        let domains: std::collections::BTreeSet<u32> =
-            disks.values().filter(|e| e.healthy()).map(|e| e.domain).collect();
-        domains.len()
-    }
 }
 
 impl Entry {
@@ -592,3 +630,6 @@ impl Entry {
         !self.draining && self.suspect_until.is_none_or(|until| until <= Instant::now())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,8 +9,11 @@
 //! [`WELL_FACTOR`] times that for a while that doubles each time. A slow disk is avoided, so
 //! it is exercised to see ([`super::disks::Disks::exercise`]).
 //!
-//! Invariants: disks of no more failure domains count as slow than the least redundant volume can
-//! spare. To be slow is advice on where to place and from where to read; no disk is refused for it.
+//! The peers of a disk are all other disks, of whatever node: where all disks of one node are slow, it
+//! is those of the others that show it.
+//!
+//! Invariants: on no level do disks of more failure domains count as slow than the least redundant
+//! volume with failure domains of that level can spare. To be slow is advice on where to place and from where to read; no disk is refused for it.
 //! Knows nothing of segments, and nothing of errors.
 
 use std::cell::{Cell, RefCell};
@@ -21,6 +24,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use super::domain::{Domains, Level};
 use crate::id::DiskId;
 use crate::planted::{Bug, bug};
 
@@ -190,7 +194,7 @@ pub struct Figures {
 
 /// What is measured of one disk.
 pub struct Gauge {
-    domain: u32,
+    domains: Domains,
     tracks: RefCell<[Track; CLASSES]>,
     /// What a request of a class must exceed to be slow, microseconds.
     limits: Cell<[u64; CLASSES]>,
@@ -203,10 +207,10 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    fn new(domain: u32) -> Self {
+    fn new(domains: Domains) -> Self {
         let track = Track::new(Instant::now());
         Self {
-            domain,
+            domains,
             tracks: RefCell::new([track.clone(), track.clone(), track]),
             limits: Cell::new([u64::MAX; CLASSES]),
             overdue: Cell::new(OVERDUE_UNKNOWN),
@@ -272,8 +276,8 @@ impl Gauge {
 pub struct Watch {
     gauges: RefCell<BTreeMap<DiskId, Rc<Gauge>>>,
     judged: Cell<Instant>,
-    /// Heads by the losses that their pool survives.
-    spare: RefCell<BTreeMap<u8, u32>>,
+    /// Heads by the level of their pool's failure domains, and how many of them it may lose.
+    spare: RefCell<BTreeMap<(Level, u8), u32>>,
     tokens: Cell<u32>,
     hedges: Cell<u64>,
     /// Told when a disk becomes slow, or well again.
@@ -295,8 +299,8 @@ impl Default for Watch {
 
 impl Watch {
     /// Begins to measure a disk, anew if it was before.
-    pub(super) fn add(&self, disk: DiskId, domain: u32) -> Rc<Gauge> {
-        let gauge = Rc::new(Gauge::new(domain));
+    pub(super) fn add(&self, disk: DiskId, domains: Domains) -> Rc<Gauge> {
+        let gauge = Rc::new(Gauge::new(domains));
         self.gauges.borrow_mut().insert(disk, gauge.clone());
         gauge
     }
@@ -309,20 +313,52 @@ impl Watch {
         }
     }
 
-    /// A volume that survives the loss of `parity` domains is served.
-    pub(super) fn join(&self, parity: u8) {
-        *self.spare.borrow_mut().entry(parity).or_default() += 1;
+    /// A volume that survives the loss of `parity` domains of this level is served.
+    pub(super) fn join(&self, level: Level, parity: u8) {
+        *self.spare.borrow_mut().entry((level, parity)).or_default() += 1;
     }
 
     /// … or no longer.
-    pub(super) fn part(&self, parity: u8) {
+    pub(super) fn part(&self, level: Level, parity: u8) {
         let mut spare = self.spare.borrow_mut();
-        if let Some(heads) = spare.get_mut(&parity) {
+        if let Some(heads) = spare.get_mut(&(level, parity)) {
             *heads -= 1;
             if *heads == 0 {
-                spare.remove(&parity);
+                spare.remove(&(level, parity));
             }
         }
+    }
+
+    /// How many domains of each level that volumes use may be slow.
+    fn spared(&self) -> Vec<(Level, u8)> {
+        let spare = self.spare.borrow();
+        let least = |level| {
+            let mut heads = spare.range((level, 0)..=(level, u8::MAX));
+            heads.next().map(|(least, _)| *least)
+        };
+        let spared: Vec<_> = Level::ALL.into_iter().filter_map(least).collect();
+        if spared.is_empty() { vec![(Level::Disk, 1)] } else { spared }
+    }
+
+    /// Whether one more disk may count as slow. One that is only not trusted yet makes room for it.
+    fn may_be_slow(&self, gauges: &BTreeMap<DiskId, Rc<Gauge>>, gauge: &Gauge) -> bool {
+        for (level, spare) in self.spared() {
+            let domain = gauge.domains.at(level);
+            let slow = gauges.values().filter(|g| g.slow_since.get().is_some());
+            let mut domains: BTreeSet<u32> = slow.map(|g| g.domains.at(level)).collect();
+            domains.insert(domain);
+            if domains.len() <= usize::from(spare) {
+                continue;
+            }
+            let elsewhere = |g: &&Rc<Gauge>| g.domains.at(level) != domain;
+            let yields = |g: &&Rc<Gauge>| elsewhere(g) && g.well_since.get().is_some();
+            let Some(other) = gauges.values().find(yields) else { return false };
+            other.trust();
+            if domains.len() > usize::from(spare) + 1 {
+                return false;
+            }
+        }
+        true
     }
 
     /// Notes a request that was answered.
@@ -480,18 +516,8 @@ impl Watch {
         if now - since < SLOW_AFTER || gauge.slow_samples.get() < SLOW_SAMPLES {
             return;
         }
-        let slow = gauges.values().filter(|g| g.slow_since.get().is_some()).map(|g| g.domain);
-        let mut domains: BTreeSet<u32> = slow.collect();
-        domains.insert(gauge.domain);
-        let spare = self.spare.borrow().first_key_value().map_or(1, |(parity, _)| *parity);
-        if domains.len() > usize::from(spare) {
-            // One that is only not trusted yet makes room.
-            let yields = |g: &&Rc<Gauge>| g.domain != gauge.domain && g.well_since.get().is_some();
-            let Some(other) = gauges.values().find(yields) else { return };
-            other.trust();
-            if domains.len() > usize::from(spare) + 1 {
-                return;
-            }
+        if !self.may_be_slow(gauges, gauge) {
+            return;
         }
         let average = gauge.tracks.borrow().each_ref().map(|track| track.ewma_us);
         tracing::warn!(%disk, average_us = ?average, limit_us = ?gauge.limits.get(),
@@ -537,8 +563,9 @@ mod tests {
     impl Bench {
         fn new(disks: u8, spare: u8) -> Self {
             let watch = Watch::default();
-            watch.join(spare);
-            let gauges = (0..disks).map(|n| watch.add(id(n), n.into())).collect();
+            watch.join(Level::Disk, spare);
+            let add = |n: u8| watch.add(id(n), Domains::of_one_node(n.into()));
+            let gauges = (0..disks).map(add).collect();
             Self { watch, gauges }
         }
 
@@ -596,6 +623,28 @@ mod tests {
         let bench = Bench::new(6, 2);
         bench.run(Class::Append, Duration::from_secs(2), &took).await;
         assert_eq!(bench.watch.slow(), [id(1), id(2)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn disks_of_one_node_are_slow_together_where_volumes_spare_a_node() {
+        let took = [20_000, 30_000, 100, 100, 100, 100, 25_000, 100];
+        for (also, slow) in [(None, vec![id(0), id(1)]), (Some(Level::Disk), vec![id(1)])] {
+            let watch = Watch::default();
+            watch.join(Level::Node, 1);
+            if let Some(level) = also {
+                watch.join(level, 1);
+            }
+            let domains = |n: u8| Domains { disk: n.into(), node: u32::from(n) / 2, rack: 0 };
+            let gauges = (0..8).map(|n| watch.add(id(n), domains(n))).collect();
+            let bench = Bench { watch, gauges };
+            bench.run(Class::Append, Duration::from_secs(2), &took).await;
+            assert_eq!(bench.watch.slow(), slow, "{also:?}");
+            if let Some(level) = also {
+                bench.watch.part(level, 1);
+            }
+            bench.run(Class::Append, Duration::from_secs(1), &took).await;
+            assert_eq!(bench.watch.slow(), [id(0), id(1)], "the strictest volume is gone");
+        }
     }
 
     #[tokio::test(start_paused = true)]

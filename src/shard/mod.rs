@@ -21,6 +21,7 @@
 pub mod activity;
 pub mod budget;
 pub mod disks;
+pub mod domain;
 pub mod latency;
 pub mod local;
 mod measured;

@@ -14,6 +14,7 @@ use crate::export::{BlockTarget, TargetError};
 use crate::id::{Epoch, HeadId, SegmentId};
 use crate::meta::record::{ClusterRecord, encode};
 use crate::meta::{MetaStore, Txn, schema};
+use crate::shard::domain::Domains;
 use crate::shard::{Authority, Scheme, SegmentKind, ShardSpec, SlotClass};
 use crate::volume::head::HeadConfig;
 use crate::volume::target::HeadTarget;
@@ -228,7 +229,7 @@ fn one_hung_disk_does_not_hold_up_the_lease() {
         let late = muted.registry.client(disk).expect("connected");
         let domain = running.node.registry.domain(disk).expect("known");
         let info = world.disk(index).expect("open").info().expect("online");
-        running.node.registry.add(late, domain, info);
+        running.node.registry.add(late, Domains::of_one_node(domain), info);
         let start = Instant::now();
         running.head.renew_lease().await.expect("two of three suffice");
         assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());

@@ -22,6 +22,7 @@ use crate::meta::memory::{Faults, MemoryStore};
 use crate::meta::record::ClusterRecord;
 use crate::meta::{MetaStore, Txn, schema};
 use crate::shard::disks::Disks;
+use crate::shard::domain::Domains;
 use crate::shard::{Scheme, ShardClient};
 use crate::volume::head::{Head, HeadConfig, HeadContext, PoolPolicy};
 use crate::volume::root::Root;
@@ -297,7 +298,7 @@ impl World {
             Some(wires) => wires.reach(client),
             None => client,
         };
-        node.registry.add(client, domain, info);
+        node.registry.add(client, Domains::of_one_node(domain), info);
         node.connected.borrow_mut().insert(self.ids[index], Instant::now());
     }
 
@@ -307,7 +308,7 @@ impl World {
         for (domain, id) in
             (0u32..).zip(&self.ids).filter(|(d, _)| !retired.contains(&(*d as usize)))
         {
-            node.registry.expect(*id, domain);
+            node.registry.expect(*id, Domains::of_one_node(domain));
         }
     }
 
