@@ -80,6 +80,10 @@ pub struct Forwarder {
     read_only: Cell<bool>,
     /// One request looks for the head, and all others wait for what it finds.
     looking: Mutex<()>,
+    /// When a head was looked for last, and why none was found.
+    failed: RefCell<Option<(Instant, String)>>,
+    /// When it was asked last whether there is a newer one.
+    suspected: Cell<Option<Instant>>,
 }
 
 /// Since when a request is in trouble, and why.
@@ -108,6 +112,8 @@ impl Forwarder {
             size: Cell::new(0),
             read_only: Cell::new(true),
             looking: Mutex::new(()),
+            failed: RefCell::default(),
+            suspected: Cell::new(None),
         };
         forwarder.head(&mut None).await?;
         Ok(forwarder)
@@ -155,27 +161,44 @@ impl Forwarder {
             if let Some(trouble) = trouble {
                 self.endure(trouble).await?;
             }
+            let asked = Instant::now();
             let _one = self.looking.lock().await;
             if let Some(served) = &*self.present.borrow() {
                 return Ok(served.clone());
             }
-            let until = trouble.as_ref().map_or_else(Instant::now, |trouble| trouble.since);
-            let located = timeout_at(until + self.config.patience, self.locate.locate(self.volume));
-            let why = match located.await {
-                Ok(Ok(served)) => {
-                    let (epoch, newest) = (served.epoch, self.newest.get());
-                    if self.take(served.clone()) {
-                        return Ok(served);
-                    }
-                    format!("its head is said to be of epoch {epoch}, and was of {newest} before")
-                }
-                Ok(Err(TargetError::Stopped)) => "it has no head at present".to_owned(),
-                Ok(Err(TargetError::Io(reason))) => reason,
-                Ok(Err(error)) => return Err(error),
-                Err(_) => "nobody says where its head is".to_owned(),
+            // Another request has looked in vain since.
+            let told = self.failed.borrow().clone().filter(|(began, _)| *began >= asked);
+            let why = match told {
+                Some((_, why)) => why,
+                None => match self.look(trouble.as_ref()).await? {
+                    Ok(served) => return Ok(served),
+                    Err(why) => why,
+                },
             };
             note_trouble(trouble, why);
         }
+    }
+
+    /// Looks for the head once; why there is none otherwise.
+    async fn look(&self, trouble: Option<&Trouble>) -> Result<Result<Served, String>, TargetError> {
+        let began = Instant::now();
+        let until = trouble.map_or(began, |trouble| trouble.since) + self.config.patience;
+        let why = match timeout_at(until, self.locate.locate(self.volume)).await {
+            Ok(Ok(served)) => {
+                let (epoch, newest) = (served.epoch, self.newest.get());
+                if self.take(served.clone()) {
+                    return Ok(Ok(served));
+                }
+                format!("its head is said to be of epoch {epoch}, and was of {newest} before")
+            }
+            Ok(Err(TargetError::Stopped)) => "it has no head at present".to_owned(),
+            Ok(Err(TargetError::Io(reason))) => reason,
+            Ok(Err(error)) => return Err(error),
+            Err(_) => trouble
+                .map_or_else(|| "nobody says where its head is".into(), |known| known.why.clone()),
+        };
+        *self.failed.borrow_mut() = Some((began, why.clone()));
+        Ok(Err(why))
     }
 
     /// Pauses, or gives up.
@@ -191,15 +214,17 @@ impl Forwarder {
         Ok(())
     }
 
-    /// Whether there is a newer head than this.
+    /// Whether there is a newer head than this, as far as was known a moment ago.
     async fn is_replaced(&self, served: &Served) -> bool {
-        if self.newest.get() > served.epoch {
-            return true;
+        let moment = self.config.suspect_after / 4;
+        let lately = self.suspected.get().is_some_and(|last| last.elapsed() < moment);
+        if self.newest.get() > served.epoch || lately {
+            return self.newest.get() > served.epoch;
         }
+        self.suspected.set(Some(Instant::now()));
         let located = timeout(self.config.suspect_after, self.locate.locate(self.volume)).await;
-        let newer = |now: &Served| now.epoch > served.epoch;
         match located {
-            Ok(Ok(now)) if newer(&now) => self.take(now),
+            Ok(Ok(now)) if now.epoch > served.epoch => self.take(now),
             _ => false,
         }
     }

@@ -38,6 +38,7 @@ mod link;
 pub mod message;
 mod metrics;
 mod output;
+mod planted;
 mod remote;
 mod remote_volume;
 pub mod request;
@@ -58,9 +59,7 @@ pub use link::LinkEnd;
 pub use metrics::{PeerMetrics, ServerMetrics};
 pub use remote::RemoteDisk;
 pub use remote_volume::RemoteVolume;
-pub use server::{
-    Directories, DiskDirectory, Questions, Refuses, Served, Server, VolumeDirectory,
-};
+pub use server::{Directories, DiskDirectory, Questions, Refuses, Served, Server, VolumeDirectory};
 
 use crate::limits::{RPC_REQUESTS_MAX, RPC_SERVER_BYTES_MAX, RPC_WINDOW_BYTES_MAX};
 

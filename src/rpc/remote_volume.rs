@@ -36,6 +36,7 @@ use tokio::sync::Mutex;
 
 use super::client::Peer;
 use super::message::{Answer, Payload};
+use super::planted::{self, Bug};
 use super::request::Asked;
 use super::volume::{EXTENTS_MAX, VolumeAnswer, VolumeCall, VolumeError, VolumeState};
 use super::window::Share;
@@ -172,7 +173,7 @@ impl RemoteVolume {
     /// The turn in which a change may be made now.
     async fn turn(&self) -> Result<u64, TargetError> {
         let attachment = &*self.attachment;
-        while attachment.unsure.get() && !tests_skip_turns() {
+        while attachment.unsure.get() && !planted::is(Bug::RepeatAtOnce) {
             let _one = attachment.attaching.lock().await;
             if attachment.unsure.get() {
                 self.renew().await?;
@@ -272,22 +273,6 @@ impl RemoteVolume {
         let call = |epoch, turn| VolumeCall::Write { epoch, turn, offset };
         self.change(call, Payload::One(data)).await
     }
-}
-
-#[cfg(test)]
-thread_local! {
-    /// Plants a bug: changes are made without knowing that earlier ones are over.
-    pub(super) static SKIP_TURNS: Cell<bool> = const { Cell::new(false) };
-}
-
-#[cfg(test)]
-fn tests_skip_turns() -> bool {
-    SKIP_TURNS.get()
-}
-
-#[cfg(not(test))]
-const fn tests_skip_turns() -> bool {
-    false
 }
 
 /// A range in parts that are small enough for a request, cut between blocks.

@@ -38,7 +38,9 @@ impl Request {
     /// The request in a control part.
     pub fn decode(opcode: Opcode, control: &[u8]) -> Result<Self, Violation> {
         match opcode.audience() {
-            Audience::Disk => Call::decode(opcode, control).map(|(disk, call)| Self::Disk(disk, call)),
+            Audience::Disk => {
+                Call::decode(opcode, control).map(|(disk, call)| Self::Disk(disk, call))
+            }
             Audience::Volume => {
                 let mut get = Get::new(control, "request");
                 let volume = VolumeId::from_bytes(get.array()?);
@@ -137,9 +139,10 @@ impl Asked<'_> {
                 usize::MAX
             }
             Self::Disk(_, Call::Create { spec, .. }) => spec.members.len() * 16,
-            Self::Disk(_, Call::Mirror { mirror, .. } | Call::Fence { mirror: Some(mirror), .. }) => {
-                mirror.data.len()
-            }
+            Self::Disk(
+                _,
+                Call::Mirror { mirror, .. } | Call::Fence { mirror: Some(mirror), .. },
+            ) => mirror.data.len(),
             _ => 0,
         }
     }

@@ -118,9 +118,7 @@ impl VolumeCall {
                 put.u64(epoch.0).u64(turn).u64(offset).u64(len).u8(u8::from(unmap))
             }
             Self::Flush { epoch } => put.u64(epoch.0),
-            Self::Map { epoch, offset, len, max } => {
-                put.u64(epoch.0).u64(offset).u64(len).u32(max)
-            }
+            Self::Map { epoch, offset, len, max } => put.u64(epoch.0).u64(offset).u64(len).u32(max),
         };
     }
 
@@ -299,8 +297,7 @@ impl VolumeHead {
             Opcode::VolumeRead => (Content::Read, payload_bytes == bytes as usize),
             Opcode::VolumeMap => (Content::Map, payload_bytes > 0),
             Opcode::Attach => {
-                let answer =
-                    VolumeAnswer::Attached { epoch: Epoch(get.u64()?), turn: get.u64()? };
+                let answer = VolumeAnswer::Attached { epoch: Epoch(get.u64()?), turn: get.u64()? };
                 (Content::None(answer), payload_bytes == 0)
             }
             _ => (Content::None(VolumeAnswer::Done), payload_bytes == 0),

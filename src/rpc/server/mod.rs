@@ -26,9 +26,7 @@ use super::tcp;
 use crate::id::NodeId;
 use crate::limits::RPC_WINDOW_BYTES_MIN;
 use crate::obs::throttle::Throttle;
-pub use directories::{
-    Directories, DiskDirectory, Questions, Refuses, Served, VolumeDirectory,
-};
+pub use directories::{Directories, DiskDirectory, Questions, Refuses, Served, VolumeDirectory};
 use session::{Session, drain};
 use volumes::Gates;
 

@@ -197,8 +197,7 @@ impl Intake {
         let metrics = &self.shared.metrics;
         metrics.running.set(metrics.running.get() - 1);
         add(&metrics.requests, 1);
-        let failed =
-            matches!(result, Err(_) | Ok(Answer::Volume(Err(_)) | Answer::Told(Err(_))));
+        let failed = matches!(result, Err(_) | Ok(Answer::Volume(Err(_)) | Answer::Told(Err(_))));
         add(&metrics.errors, u64::from(failed));
         let mut head = self.output.buffer();
         let empty = head.len();

@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use super::{Served, Shared};
 use crate::export::TargetError;
 use crate::id::{Epoch, NodeId, VolumeId};
+use crate::rpc::planted::{self, Bug};
 use crate::rpc::volume::{VolumeAnswer, VolumeCall, VolumeError, VolumeResult, VolumeState};
 
 /// A core of a node.
@@ -109,7 +110,7 @@ impl Gate {
         loop {
             let ended = self.ended.notified();
             let runs = self.running.borrow().keys().any(|(e, t)| *e == epoch && *t < turn);
-            if !runs {
+            if !runs || planted::is(Bug::TurnTooSoon) {
                 return;
             }
             ended.await;
@@ -152,7 +153,7 @@ fn gone(text: String) -> VolumeError {
 
 impl Line {
     fn gate(&self, gates: &Rc<Gates>, volume: VolumeId) -> Result<Rc<Gate>, VolumeError> {
-        if self.ended.get() {
+        if self.ended.get() && !planted::is(Bug::EndedAccepted) {
             return Err(gone("the connection has ended".into()));
         }
         let mut known = self.gates.borrow_mut();
@@ -182,7 +183,7 @@ pub(super) async fn run(
         }
         VolumeCall::Write { epoch, turn, .. } | VolumeCall::Zero { epoch, turn, .. } => {
             let gate = line.gate(&shared.gates, volume)?;
-            if turn < gate.turn.get() {
+            if turn < gate.turn.get() && !planted::is(Bug::LateAccepted) {
                 return Err(VolumeError::Late);
             }
             Some(Running::new(gate, (epoch, turn)))
@@ -197,7 +198,7 @@ pub(super) async fn run(
         | VolumeCall::Zero { epoch, .. } => epoch,
         VolumeCall::Attach { .. } => served.epoch,
     };
-    if meant != served.epoch {
+    if meant != served.epoch && !planted::is(Bug::AnyEpoch) {
         let now = served.epoch;
         return Err(gone(format!("the head on node {name} is of epoch {now}, not {meant}")));
     }
@@ -206,7 +207,12 @@ pub(super) async fn run(
     Ok((VolumeState::of(&*served.target), answer?))
 }
 
-async fn attach(shared: &Shared, gate: &Gate, served: &Served, turn: u64) -> (VolumeState, VolumeAnswer) {
+async fn attach(
+    shared: &Shared,
+    gate: &Gate,
+    served: &Served,
+    turn: u64,
+) -> (VolumeState, VolumeAnswer) {
     let epoch = served.epoch;
     let turn = if turn != 0 && turn == gate.turn.get() {
         turn
