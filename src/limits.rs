@@ -92,6 +92,10 @@ pub const RPC_MESSAGE_BYTES_MAX: usize = REQUEST_BYTES_MAX;
 pub const RPC_FRAME_BYTES_MAX: usize = 128 << 10;
 /// Control part of a message between nodes, bytes: it holds a checksum for each block of a payload.
 pub const RPC_CONTROL_BYTES_MAX: usize = 64 << 10;
+/// Bytes that one request to a volume of another node reads or writes; longer ones are split.
+pub const RPC_VOLUME_PIECE_BYTES: usize = 4 << 20;
+/// Question to another node, and its answer, bytes.
+pub const RPC_ASK_BYTES_MAX: usize = 4 << 20;
 /// Requests of one connection between nodes that are under way at once.
 pub const RPC_REQUESTS_MAX: u32 = 512;
 /// Requests that wait at one node for another to take them; further ones fail.
@@ -104,6 +108,12 @@ pub const RPC_WINDOW_BYTES_MIN: usize = 1 << 20;
 /// Bytes that the windows of all connections of a server of disks have together.
 pub const RPC_SERVER_BYTES_MAX: usize = 512 << 20;
 
+const _: () = assert!(
+    RPC_VOLUME_PIECE_BYTES.is_multiple_of(BLOCK_SIZE)
+        && RPC_VOLUME_PIECE_BYTES <= RPC_WINDOW_BYTES_MAX / 2
+        && RPC_ASK_BYTES_MAX <= RPC_WINDOW_BYTES_MAX / 2,
+    "what is sent whole must not be charged for less than it is"
+);
 const _: () = assert!(
     RPC_CONTROL_BYTES_MAX >= RPC_MESSAGE_BYTES_MAX / BLOCK_SIZE * 4 + 4096,
     "the checksums of the largest append must fit"

@@ -75,6 +75,15 @@ impl<'a> Get<'a> {
         self.array::<1>().map(|[value]| value)
     }
 
+    /// A byte that is one or zero.
+    pub(super) fn flag(&mut self) -> Result<bool, Violation> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(self.malformed()),
+        }
+    }
+
     pub(super) fn u32(&mut self) -> Result<u32, Violation> {
         self.array().map(u32::from_le_bytes)
     }

@@ -154,10 +154,22 @@ impl Kind {
     }
 }
 
-/// What is asked of a disk. The position in [`Opcode::ALL`] plus one is the number on the wire.
+/// What a request is sent to. Its number tells, so that no frame has to say it once more: the first
+/// 16 bytes of its control part are the id of a disk, or of a volume, or zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// A disk of the core.
+    Disk,
+    /// A volume whose head runs there.
+    Volume,
+    /// The node itself.
+    Node,
+}
+
+/// What is asked. The position in [`Opcode::ALL`] plus one is the number on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u16)]
-#[allow(missing_docs, reason = "named after the methods of ShardClient")]
+#[allow(missing_docs, reason = "named after the methods of ShardClient and BlockTarget")]
 pub enum Opcode {
     Info = 1,
     Fence = 2,
@@ -178,11 +190,18 @@ pub enum Opcode {
     PutCatalog = 17,
     GetCatalog = 18,
     Exercise = 19,
+    Attach = 20,
+    VolumeRead = 21,
+    VolumeWrite = 22,
+    VolumeZero = 23,
+    VolumeFlush = 24,
+    VolumeMap = 25,
+    Ask = 26,
 }
 
 impl Opcode {
     /// All, by number from 1.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 26] = [
         Self::Info,
         Self::Fence,
         Self::Probe,
@@ -202,6 +221,13 @@ impl Opcode {
         Self::PutCatalog,
         Self::GetCatalog,
         Self::Exercise,
+        Self::Attach,
+        Self::VolumeRead,
+        Self::VolumeWrite,
+        Self::VolumeZero,
+        Self::VolumeFlush,
+        Self::VolumeMap,
+        Self::Ask,
     ];
 
     /// The request with this number.
@@ -213,6 +239,17 @@ impl Opcode {
     pub const fn number(self) -> u16 {
         self as u16
     }
+
+    /// What it is sent to.
+    pub fn audience(self) -> Audience {
+        if self < Self::Attach {
+            Audience::Disk
+        } else if self < Self::Ask {
+            Audience::Volume
+        } else {
+            Audience::Node
+        }
+    }
 }
 
 /// Flags of a frame.
@@ -220,7 +257,7 @@ pub mod flag {
     /// More frames of the message follow.
     pub const MORE: u8 = 1 << 0;
     /// `payload_crc` is the CRC-32 of the frame's payload; without it, the payload's blocks have
-    /// checksums of their own, which the end user compares.
+    /// checksums of their own, which the end user compares. The same in all frames of a message.
     pub const PAYLOAD_CRC: u8 = 1 << 1;
 }
 
@@ -385,7 +422,7 @@ mod tests {
         for (number, opcode) in (1..).zip(Opcode::ALL) {
             assert_eq!((opcode.number(), Opcode::from_wire(number)), (number, Some(opcode)));
         }
-        assert_eq!((Opcode::from_wire(0), Opcode::from_wire(20)), (None, None));
+        assert_eq!((Opcode::from_wire(0), Opcode::from_wire(27)), (None, None));
         for (number, kind) in (1..).zip(Kind::ALL) {
             assert_eq!((kind as u8, Kind::from_wire(number)), (number, Some(kind)));
         }

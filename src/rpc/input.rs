@@ -47,6 +47,8 @@ struct Part<M> {
     message: M,
     buf: AlignedBuf,
     filled: usize,
+    /// Its frames carry checksums of the payload.
+    checked: bool,
 }
 
 enum Next<M> {
@@ -141,7 +143,11 @@ impl<M> Input<M> {
         let total = length(header.payload_total.get());
         let part = if kind == Kind::More {
             let part = self.parts.remove(&id);
-            part.filter(|part| part.filled == begin && part.buf.len() == total)
+            let checked = payload_crc(&header).is_some();
+            let fits = |part: &Part<M>| {
+                part.filled == begin && part.buf.len() == total && part.checked == checked
+            };
+            part.filter(fits)
                 .ok_or(Violation::Incoherent("more of a message that was not begun so"))?
         } else {
             if self.parts.contains_key(&id) {
@@ -154,9 +160,10 @@ impl<M> Input<M> {
                 receiver.deliver(message, Bytes::new())?;
                 return Ok(Some(Next::Header));
             }
-            let part = Part { message, buf: AlignedBuf::new(total), filled: 0 };
-            self.large &= end - begin >= DIRECT_BYTES_MIN;
             let crc = payload_crc(&header);
+            let buf = AlignedBuf::new(total);
+            let part = Part { message, buf, filled: 0, checked: crc.is_some() };
+            self.large &= end - begin >= DIRECT_BYTES_MIN;
             return Ok(Some(Next::Payload { id, part, begin, end, crc }));
         };
         self.start += FRAME_HEADER_BYTES;

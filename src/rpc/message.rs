@@ -1,7 +1,7 @@
-//! Requests and replies as the control and payload parts of messages.
+//! Requests to disks, and all replies, as the control and payload parts of messages.
 //!
 //! Numbers of requests are in [`Opcode`], those of answers in [`status`]; the fields of each are
-//! written and read here, in one place each. Whoever decodes trusts nothing: what does not fit is a
+//! written and read here (those of volumes in `volume.rs`), in one place each. Whoever decodes trusts nothing: what does not fit is a
 //! [`Violation`].
 
 use std::rc::Rc;
@@ -9,7 +9,9 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use super::fields::{Get, Put};
-use super::frame::{Opcode, Violation};
+use super::frame::{Audience, Opcode, Violation};
+use super::request::AskResult;
+use super::volume::{VolumeHead, VolumeResult, get_error, put_result};
 use crate::id::{BLOCK_SIZE, ClusterId, DiskId, Epoch, HeadId, SegmentId, VolumeId};
 use crate::limits::RPC_MESSAGE_BYTES_MAX;
 use crate::shard::{
@@ -21,11 +23,14 @@ use crate::shard::{
 /// Bytes that a list is expected to take in a window: its length is not known before.
 const LIST_BYTES: usize = 16 << 10;
 /// Longest text of an error on the wire, bytes.
-const TEXT_BYTES_MAX: usize = 1024;
+pub(super) const TEXT_BYTES_MAX: usize = 1024;
+/// Longest text of the error that a question is answered with, bytes.
+const REFUSAL_BYTES_MAX: usize = 8192;
 /// Blocks that one request may read.
 const READ_BLOCKS_MAX: usize = RPC_MESSAGE_BYTES_MAX / BLOCK_SIZE;
 
-/// How a request went: zero for success, else a [`ShardError`].
+/// How a request went: zero for success, else a [`ShardError`]. For volumes see
+/// [`super::volume::status`].
 pub mod status {
     #![allow(missing_docs, reason = "named after the variants of ShardError")]
     pub const OK: u16 = 0;
@@ -40,6 +45,8 @@ pub mod status {
     pub const OFFLINE: u16 = 9;
     pub const UNREACHABLE: u16 = 10;
     pub const INVALID: u16 = 11;
+    /// The node refuses what it was asked; the text says why.
+    pub const REFUSED: u16 = 64;
 }
 
 /// Payload of a message: shared with who gave it, never copied.
@@ -160,7 +167,7 @@ pub enum Call {
     },
 }
 
-/// What a disk answers. Which of these is fixed by the [`Opcode`].
+/// What is answered. Which of these is fixed by the [`Opcode`].
 #[derive(Debug, Clone)]
 #[allow(missing_docs, reason = "the answers of the methods of ShardClient")]
 pub enum Answer {
@@ -170,6 +177,10 @@ pub enum Answer {
     Read(ReadReply),
     Fences(Vec<VolumeFence>),
     Catalog(Catalog),
+    /// What a volume answers, errors included.
+    Volume(VolumeResult),
+    /// What a node answers to a question.
+    Told(AskResult),
 }
 
 impl Call {
@@ -337,7 +348,7 @@ impl Call {
             Opcode::Seal => {
                 let authority = authority(get)?;
                 let (segment, blocks) = (SegmentId(get.u64()?), get.u32()?);
-                Self::Seal { authority, segment, blocks, given: flag(get)? }
+                Self::Seal { authority, segment, blocks, given: get.flag()? }
             }
             Opcode::Delete => {
                 let authority = authority(get)?;
@@ -365,7 +376,8 @@ impl Call {
             Opcode::PutCatalog => {
                 Self::PutCatalog { incarnation: get.u32()?, revision: get.u64()? }
             }
-            Opcode::Exercise => Self::Exercise { write: flag(get)? },
+            Opcode::Exercise => Self::Exercise { write: get.flag()? },
+            _ => return Err(Violation::Incoherent("a request that is not for disks")),
         })
     }
 
@@ -422,7 +434,8 @@ impl Call {
     }
 }
 
-/// What comes of a request.
+/// What comes of a request. For volumes and nodes, an error is of the RPC: it was not begun, or its
+/// outcome is unknown if it is [`ShardError::Unreachable`].
 pub type AnswerResult = ShardResult<Answer>;
 
 fn answer<'a, T: 'a>(
@@ -472,6 +485,15 @@ impl Reply {
                 put.u32(incarnation).u64(revision);
                 (Payload::One(data), true)
             }
+            Ok(Answer::Volume(result)) => {
+                let (status, payload) = put_result(&mut put, result);
+                return Self { status, payload, bare: true };
+            }
+            Ok(Answer::Told(Ok(data))) => (Payload::One(data), true),
+            Ok(Answer::Told(Err(text))) => {
+                put.raw(&text.as_bytes()[..text.floor_char_boundary(REFUSAL_BYTES_MAX)]);
+                return Self { status: status::REFUSED, payload: Payload::Empty, bare: false };
+            }
         };
         Self { status: status::OK, payload, bare }
     }
@@ -494,6 +516,8 @@ enum Head {
     OnDisk,
     Fences,
     Catalog { incarnation: u32, revision: u64 },
+    Volume(VolumeHead),
+    Told,
 }
 
 /// What the reply to a request must look like.
@@ -501,8 +525,10 @@ enum Head {
 pub struct Expected {
     /// What was asked.
     pub opcode: Opcode,
-    /// Blocks, if it was a read.
+    /// Blocks, if it was a read of a disk.
     pub blocks: u32,
+    /// Bytes, if it was a read of a volume.
+    pub bytes: u32,
 }
 
 impl ReplyHead {
@@ -515,14 +541,19 @@ impl ReplyHead {
     ) -> Result<Self, Violation> {
         let mut get = Get::new(control, "reply");
         let unexpected = Violation::Incoherent("the payload of a reply is not what was asked for");
+        let Expected { opcode, blocks, bytes } = expected;
         if status != status::OK {
-            let error = error(&mut get, status)?;
+            let failed = failure(opcode, status, &mut get)?;
             get.end()?;
-            let whole = Self(Head::Whole(Err(error)));
+            let whole = Self(Head::Whole(failed));
             return if payload_bytes == 0 { Ok(whole) } else { Err(unexpected) };
         }
-        let Expected { opcode, blocks } = expected;
+        if opcode.audience() == Audience::Volume {
+            return VolumeHead::get(opcode, bytes, &mut get, payload_bytes)
+                .map(|head| Self(Head::Volume(head)));
+        }
         let head = match opcode {
+            Opcode::Ask => Head::Told,
             Opcode::Info => {
                 let id = DiskId::from_bytes(get.array()?);
                 let cluster = ClusterId::from_bytes(get.array()?);
@@ -561,8 +592,26 @@ impl ReplyHead {
             Head::Catalog { incarnation, revision } => {
                 Answer::Catalog(Catalog { incarnation, revision, data: payload })
             }
+            Head::Volume(head) => Answer::Volume(head.finish(payload)?),
+            Head::Told => Answer::Told(Ok(payload)),
         }))
     }
+}
+
+/// The answer of another status than success.
+fn failure(opcode: Opcode, number: u16, get: &mut Get<'_>) -> Result<AnswerResult, Violation> {
+    match opcode.audience() {
+        Audience::Volume => {
+            if let Some(error) = get_error(get, number) {
+                return Ok(Ok(Answer::Volume(Err(error))));
+            }
+        }
+        Audience::Node if number == status::REFUSED => {
+            return Ok(Ok(Answer::Told(Err(get.rest_text()))));
+        }
+        Audience::Disk | Audience::Node => {}
+    }
+    error(get, number).map(Err)
 }
 
 fn put_authority(put: &mut Put<'_>, authority: &Authority) {
@@ -579,14 +628,6 @@ fn volume(get: &mut Get<'_>) -> Result<VolumeId, Violation> {
     Ok(VolumeId::from_bytes(get.array()?))
 }
 
-fn flag(get: &mut Get<'_>) -> Result<bool, Violation> {
-    match get.u8()? {
-        0 => Ok(false),
-        1 => Ok(true),
-        _ => Err(get.malformed()),
-    }
-}
-
 fn put_mirror(put: &mut Put<'_>, mirror: Option<&Mirror>) {
     put.u8(u8::from(mirror.is_some()));
     if let Some(Mirror { revision: (epoch, sequence), data }) = mirror {
@@ -595,7 +636,7 @@ fn put_mirror(put: &mut Put<'_>, mirror: Option<&Mirror>) {
 }
 
 fn mirror(get: &mut Get<'_>) -> Result<Option<Mirror>, Violation> {
-    if !flag(get)? {
+    if !get.flag()? {
         return Ok(None);
     }
     let revision = (Epoch(get.u64()?), get.u64()?);

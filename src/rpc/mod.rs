@@ -30,6 +30,7 @@
 
 mod client;
 mod fields;
+mod forward;
 pub mod frame;
 pub mod handshake;
 mod input;
@@ -37,22 +38,28 @@ mod link;
 pub mod message;
 mod metrics;
 mod output;
+mod planted;
 mod remote;
+mod remote_volume;
+pub mod request;
 mod server;
 pub mod tcp;
 #[cfg(test)]
 mod tests;
+pub mod volume;
 mod window;
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-pub use client::{ConnectionState, Dial, Peer};
+pub use client::{AskError, ConnectionState, Dial, Peer};
+pub use forward::{ForwardConfig, Forwarder, Locate};
 pub use handshake::{HandshakeError, Identity, PeerIdentity};
 pub use link::LinkEnd;
 pub use metrics::{PeerMetrics, ServerMetrics};
 pub use remote::RemoteDisk;
-pub use server::{DiskDirectory, Server};
+pub use remote_volume::RemoteVolume;
+pub use server::{Directories, DiskDirectory, Questions, Refuses, Served, Server, VolumeDirectory};
 
 use crate::limits::{RPC_REQUESTS_MAX, RPC_SERVER_BYTES_MAX, RPC_WINDOW_BYTES_MAX};
 

@@ -6,6 +6,7 @@ use bytes::Bytes;
 
 use super::client::Peer;
 use super::message::{Answer, AnswerResult, Call, Payload};
+use super::request::Asked;
 use super::window::Share;
 use crate::id::{DiskId, SegmentId, VolumeId};
 use crate::shard::{
@@ -43,7 +44,12 @@ impl RemoteDisk {
         payload: Payload,
         take: impl FnOnce(Answer) -> Option<T> + 'static,
     ) -> LocalFuture<'static, ShardResult<T>> {
-        match self.peer.request(self.id, &self.share, call, payload) {
+        let config = self.peer.config();
+        let patience = match call {
+            Call::DropVolume { .. } => config.long_deadline,
+            _ => config.deadline,
+        };
+        match self.peer.request(Asked::Disk(self.id, call), &self.share, payload, patience) {
             Ok(request) => Box::pin(async move { answer(request.await, take) }),
             Err(error) => Box::pin(std::future::ready(Err(error))),
         }

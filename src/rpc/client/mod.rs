@@ -1,6 +1,6 @@
 //! The connection to one core of another node, and the requests that go over it.
 //!
-//! A [`Peer`] connects by itself, again and again, as long as it or a disk behind it exists. All
+//! A [`Peer`] connects by itself, again and again, as long as it or a disk or volume behind it exists. All
 //! requests share the one connection; the task that owns it reads, writes and tells who waits.
 
 mod session;
@@ -14,6 +14,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
@@ -24,12 +25,12 @@ use super::handshake::{
     Attempt, HandshakeError, Identity, PeerIdentity, Target, WindowSize, connect,
 };
 use super::link::LinkEnd;
-use super::message::{AnswerResult, Call, Payload};
+use super::message::{Answer, AnswerResult, Payload};
 use super::metrics::{PeerMetrics, add};
+use super::remote_volume::Attachments;
+use super::request::Asked;
 use super::window::Share;
 use crate::env::Env;
-use crate::id::DiskId;
-use crate::limits::RPC_MESSAGE_BYTES_MAX;
 use crate::obs::throttle::Throttle;
 use crate::shard::{LocalFuture, ShardError};
 use session::Session;
@@ -86,6 +87,19 @@ struct Shared {
     ticking: Cell<bool>,
     tick: Notify,
     log: Throttle,
+    questions: Rc<Share>,
+    attachments: Attachments,
+}
+
+/// Why a question to a node has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// It may have been heard or not: the connection broke, or it took too long.
+    #[error("the node did not answer")]
+    Unreachable,
+    /// The node refused it, or failed at it: the text says why.
+    #[error("{0}")]
+    Refused(String),
 }
 
 /// Closes the connection when the last holder is gone.
@@ -99,7 +113,7 @@ impl Drop for Holder {
 }
 
 /// A connection to one core of another node. Clones share it; it is closed when the last one and
-/// the last [`super::RemoteDisk`] is dropped.
+/// the last [`super::RemoteDisk`] or [`super::RemoteVolume`] is dropped.
 #[derive(Clone)]
 pub struct Peer(Rc<Holder>);
 
@@ -132,6 +146,8 @@ impl Peer {
             ticking: Cell::new(false),
             tick: Notify::new(),
             log: Throttle::default(),
+            questions: Rc::default(),
+            attachments: Attachments::default(),
         });
         let holder = Rc::new(Holder(shared.clone()));
         let weak = Rc::downgrade(&holder);
@@ -160,28 +176,21 @@ impl Peer {
         self.0.0.connection.subscribe()
     }
 
-    /// Makes a request to a disk. It is on its way when this returns.
+    /// Makes a request. It is on its way when this returns. Without an answer after `patience` its
+    /// outcome is unknown.
     pub(super) fn request(
         &self,
-        disk: DiskId,
+        asked: Asked<'_>,
         share: &Rc<Share>,
-        call: &Call,
         payload: Payload,
+        patience: Duration,
     ) -> Result<Request, ShardError> {
         let shared = &self.0.0;
         let long = |what: &str| Err(ShardError::Invalid(format!("{what} of one request")));
-        if payload.len() > RPC_MESSAGE_BYTES_MAX || call.reads_too_much() {
+        if asked.is_too_long(payload.len()) {
             return long("more bytes than a message holds");
         }
-        let fields = match call {
-            Call::Append { crcs, .. } if crcs.len() > RPC_MESSAGE_BYTES_MAX >> 12 => usize::MAX,
-            Call::Create { spec, .. } => spec.members.len() * 16,
-            Call::Mirror { mirror, .. } | Call::Fence { mirror: Some(mirror), .. } => {
-                mirror.data.len()
-            }
-            _ => 0,
-        };
-        if fields > CONTROL_REST_MAX - 1024 {
+        if asked.fields_bytes() > CONTROL_REST_MAX - 1024 {
             return long("more fields than a message holds");
         }
         let config = &shared.config;
@@ -192,20 +201,50 @@ impl Peer {
             add(&shared.metrics.unreachable, 1);
             return Err(ShardError::Unreachable);
         }
-        let patience = match call {
-            Call::DropVolume { .. } => config.long_deadline,
-            _ => config.deadline,
-        };
-        let checked = match call {
-            Call::Append { .. } | Call::Mend { .. } => config.checked_payload,
-            _ => true,
-        };
+        let checked = asked.is_bare() || config.checked_payload;
         let deadline = now + patience;
-        let id = state.make(Made { disk, share, call, payload, checked, deadline })?;
+        let id = state.make(Made { asked, share, payload, checked, deadline })?;
         if !shared.ticking.replace(true) {
             shared.tick.notify_one();
         }
         Ok(Request { peer: self.clone(), id })
+    }
+
+    /// Puts a question to the node, and waits at most so long. It is on its way when this returns.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn ask(
+        &self,
+        question: Bytes,
+        patience: Duration,
+    ) -> LocalFuture<'static, Result<Bytes, AskError>> {
+        let payload = Payload::One(question);
+        let request = self.request(Asked::Ask, &self.0.0.questions, payload, patience);
+        Box::pin(async move {
+            let answer = match request {
+                Ok(request) => request.await,
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(Answer::Told(told)) => told.map_err(AskError::Refused),
+                Err(error) if error != ShardError::Unreachable => {
+                    Err(AskError::Refused(error.to_string()))
+                }
+                // Replies are decoded by what was asked, so it is of another kind never.
+                _ => Err(AskError::Unreachable),
+            }
+        })
+    }
+
+    /// What requests of this process to a volume there share.
+    pub(super) fn attachments(&self) -> &Attachments {
+        &self.0.0.attachments
+    }
+
+    /// How requests behave.
+    pub(super) fn config(&self) -> &RpcConfig {
+        &self.0.0.config
     }
 
     #[cfg(test)]

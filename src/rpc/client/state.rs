@@ -8,12 +8,14 @@ use tokio::time::Instant;
 
 use crate::id::{DiskId, VolumeId};
 use crate::limits::RPC_QUEUE_MAX;
-use crate::rpc::frame::{FrameHeader, Kind, Opcode, Violation};
+use crate::rpc::frame::{FrameHeader, Kind, Opcode, Violation, flag};
 use crate::rpc::handshake::WindowSize;
 use crate::rpc::input::Receive;
 use crate::rpc::message::{AnswerResult, Call, Expected, Payload, ReplyHead};
 use crate::rpc::metrics::{PeerMetrics, add};
 use crate::rpc::output::{Outgoing, Output};
+use crate::rpc::request::{Asked, unchecked};
+use crate::rpc::volume::VolumeCall;
 use crate::rpc::window::{Share, Window};
 use crate::shard::ShardError;
 
@@ -22,20 +24,27 @@ const NO_REQUEST: u64 = u64::MAX;
 /// Unsent pongs beyond which the peer is not in its senses.
 const PONGS_MAX: u32 = 16;
 
+/// Requests to a volume with more payload are large: small ones do not wait for them.
+const SMALL_BYTES_MAX: usize = 16 << 10;
+
 /// What keeps the order of its messages: what changes, what reads, what is urgent, for each disk
-/// and volume.
+/// and volume. Requests to a head need no order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lane {
     Change(DiskId, VolumeId),
     Read(DiskId, VolumeId),
     Urgent(DiskId, VolumeId),
+    Head(VolumeId),
+    HeadLarge(VolumeId),
+    Attach(VolumeId),
+    Node,
     Control,
 }
 
 impl Lane {
     /// The lane of a request. A fence or a delete must not overtake the create before it: what is
     /// not there then counts as gone for good.
-    fn of(disk: DiskId, call: &Call) -> Self {
+    fn of_disk(disk: DiskId, call: &Call) -> Self {
         let volume = call.volume();
         match call.opcode() {
             Opcode::Read | Opcode::ReadRaw | Opcode::ReadSealed | Opcode::Exercise => {
@@ -46,6 +55,21 @@ impl Lane {
             }
             _ => Self::Change(disk, volume),
         }
+    }
+
+    /// The lane of a request with so many bytes of payload.
+    fn of(asked: Asked<'_>, payload: usize) -> Self {
+        match asked {
+            Asked::Disk(disk, call) => Self::of_disk(disk, call),
+            Asked::Volume(volume, VolumeCall::Attach { .. }) => Self::Attach(volume),
+            Asked::Volume(volume, _) if payload <= SMALL_BYTES_MAX => Self::Head(volume),
+            Asked::Volume(volume, _) => Self::HeadLarge(volume),
+            Asked::Ask => Self::Node,
+        }
+    }
+
+    fn is_urgent(self) -> bool {
+        matches!(self, Self::Urgent(..) | Self::Attach(_) | Self::Control)
     }
 }
 
@@ -76,9 +100,8 @@ struct Slot {
 
 /// A request as it is made.
 pub(super) struct Made<'a> {
-    pub(super) disk: DiskId,
+    pub(super) asked: Asked<'a>,
     pub(super) share: &'a Rc<Share>,
-    pub(super) call: &'a Call,
     pub(super) payload: Payload,
     /// Its frames carry checksums of the payload.
     pub(super) checked: bool,
@@ -144,8 +167,7 @@ impl State {
             add(&self.metrics.unreachable, 1);
             return Err(ShardError::Unreachable);
         }
-        let Made { disk, share, call, payload, checked, deadline } = made;
-        let opcode = call.opcode();
+        let Made { asked, share, payload, checked, deadline } = made;
         let slot = Slot {
             generation: 0,
             phase: Phase::Queued,
@@ -154,19 +176,18 @@ impl State {
             waker: None,
             deadline,
             share: Some(share.clone()),
-            bytes: payload.len() + call.reply_bytes(),
+            bytes: payload.len() + asked.reply_bytes(),
             charged: 0,
-            expected: Expected { opcode, blocks: call.reads().unwrap_or(0) },
-            droppable: call.reads().is_some(),
+            expected: asked.expected(),
+            droppable: asked.droppable(),
         };
         let mut head = self.output.buffer();
-        call.encode(disk, &mut head);
+        asked.encode(&mut head);
         let index = self.place(slot);
         let id = u64::from(self.slots[index as usize].generation) << 32 | u64::from(index);
-        let lane = Lane::of(disk, call);
-        let urgent = matches!(lane, Lane::Urgent(..));
-        let kind = (Kind::Request, opcode.number(), id);
-        self.output.push(urgent, lane, Outgoing::new(kind, head, (payload, checked), id));
+        let lane = Lane::of(asked, payload.len());
+        let kind = (Kind::Request, asked.opcode().number(), id);
+        self.output.push(lane.is_urgent(), lane, Outgoing::new(kind, head, (payload, checked), id));
         self.queued += 1;
         self.note_pending();
         self.wake_io();
@@ -389,6 +410,8 @@ impl Receive for State {
                 let slot = slot.ok_or(Violation::Incoherent("a reply to what was not asked"))?;
                 let payload = usize::try_from(header.payload_total.get()).unwrap_or(usize::MAX);
                 let status = header.code.get();
+                let has_crc = header.flags & flag::PAYLOAD_CRC != 0;
+                unchecked(slot.expected.opcode, header.payload_len.get(), has_crc)?;
                 let head = ReplyHead::decode(slot.expected, status, control, payload)?;
                 return Ok(Some((id, head)));
             }

@@ -1,6 +1,8 @@
-//! The serving side: who may connect, which disks there are, and the end.
+//! The serving side: who may connect, what is served, and the end.
 
+mod directories;
 mod session;
+mod volumes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -21,11 +23,12 @@ use super::handshake::{
 use super::link::LinkEnd;
 use super::metrics::{ServerMetrics, add};
 use super::tcp;
-use crate::id::{DiskId, NodeId};
+use crate::id::NodeId;
 use crate::limits::RPC_WINDOW_BYTES_MIN;
 use crate::obs::throttle::Throttle;
-use crate::shard::ShardClient;
+pub use directories::{Directories, DiskDirectory, Questions, Refuses, Served, VolumeDirectory};
 use session::{Session, drain};
+use volumes::Gates;
 
 /// Pause after a failed accept (say, no file descriptor left).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -35,12 +38,6 @@ const LINGER: Duration = Duration::from_secs(1);
 const HANDSHAKES_MAX: u64 = 256;
 /// Cores of other nodes that are remembered, at most.
 const CALLERS_MAX: usize = 16 << 10;
-
-/// The disks of this core.
-pub trait DiskDirectory {
-    /// The disk with this id, if it is here now.
-    fn disk(&self, id: DiskId) -> Option<Rc<dyn ShardClient>>;
-}
 
 /// The newest connection of a core of another node.
 struct Newest {
@@ -74,7 +71,8 @@ impl Cut {
 struct Shared {
     own: Identity,
     config: RpcConfig,
-    directory: Rc<dyn DiskDirectory>,
+    directories: Directories,
+    gates: Rc<Gates>,
     metrics: Rc<ServerMetrics>,
     callers: RefCell<BTreeMap<(NodeId, u16), Newest>>,
     handshakes: Cell<u64>,
@@ -98,7 +96,7 @@ impl Drop for Gauge<'_> {
     }
 }
 
-/// Serves the disks of one core. Lives on one thread, within a [`tokio::task::LocalSet`]. Clones share
+/// Serves the disks and volumes of one core. Lives on one thread, within a [`tokio::task::LocalSet`]. Clones share
 /// everything.
 #[derive(Clone)]
 pub struct Server {
@@ -106,19 +104,20 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server of the disks in `directory`. It stops in order when `stop` becomes true, or its
+    /// A server of what is in `directories` (which disks alone may stand for). It stops in order when `stop` becomes true, or its
     /// sender is dropped: nothing new is taken, what runs finishes within
     /// [`RpcConfig::drain_timeout`].
     pub fn new(
         own: Identity,
-        directory: Rc<dyn DiskDirectory>,
+        directories: impl Into<Directories>,
         config: RpcConfig,
         stop: watch::Receiver<bool>,
     ) -> Self {
         let shared = Shared {
             own,
             config,
-            directory,
+            directories: directories.into(),
+            gates: Rc::default(),
             metrics: Rc::default(),
             callers: RefCell::default(),
             handshakes: Cell::new(0),

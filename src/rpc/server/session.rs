@@ -21,17 +21,19 @@ use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{Instant, Sleep, sleep};
 
+use super::volumes::{self, LineOwner};
 use super::{Cut, Shared};
 use crate::id::DiskId;
-use crate::limits::RPC_MESSAGE_BYTES_MAX;
+use crate::limits::{RPC_ASK_BYTES_MAX, RPC_MESSAGE_BYTES_MAX};
 use crate::rpc::RpcConfig;
-use crate::rpc::frame::{FrameHeader, Kind, Opcode, Violation};
+use crate::rpc::frame::{FrameHeader, Kind, Opcode, Violation, flag};
 use crate::rpc::handshake::{PeerIdentity, WindowSize};
 use crate::rpc::input::Receive;
 use crate::rpc::link::{Link, LinkEnd};
-use crate::rpc::message::{AnswerResult, Call, Payload, Reply};
+use crate::rpc::message::{Answer, AnswerResult, Call, Payload, Reply};
 use crate::rpc::metrics::{ServerMetrics, add};
 use crate::rpc::output::{Outgoing, Output};
+use crate::rpc::request::{AskResult, Request, unchecked};
 use crate::rpc::window::charge;
 use crate::shard::ShardError;
 
@@ -48,7 +50,7 @@ type Running = Pin<Box<dyn Future<Output = Answered>>>;
 struct Incoming {
     id: u64,
     charged: usize,
-    call: Result<(DiskId, Call), ShardError>,
+    request: Result<Request, ShardError>,
 }
 
 /// The part of a session that frames are taken up by.
@@ -62,6 +64,7 @@ struct Intake {
     output: Output<Option<u64>, Option<usize>>,
     pongs: u32,
     goodbye: Option<String>,
+    line: LineOwner,
     /// The server is stopping: nothing new is begun.
     stopping: bool,
 }
@@ -105,18 +108,21 @@ impl Receive for Intake {
     }
 
     fn deliver(&mut self, message: Incoming, payload: Bytes) -> Result<(), Violation> {
-        let Incoming { id, charged, call } = message;
-        let found = call.and_then(|(disk, call)| {
-            let client = self.shared.directory.disk(disk).ok_or_else(|| {
-                let name = &self.shared.own.name;
-                ShardError::Offline(format!("node {name} has no disk {disk}"))
-            })?;
-            Ok((client, call))
-        });
-        let running: Running = match found {
-            Ok((client, call)) => {
-                Box::pin(async move { (id, charged, call.run(&*client, payload).await) })
+        let Incoming { id, charged, request } = message;
+        let shared = self.shared.clone();
+        let running: Running = match request {
+            Ok(Request::Disk(disk, call)) => self.disk_request((id, charged), disk, call, payload),
+            Ok(Request::Volume(volume, call)) => {
+                let line = self.line.0.clone();
+                Box::pin(async move {
+                    let result = volumes::run(shared, line, volume, call, payload).await;
+                    (id, charged, Ok(Answer::Volume(result)))
+                })
             }
+            Ok(Request::Ask) => Box::pin(async move {
+                let told = shared.directories.questions.ask(payload).await;
+                (id, charged, Ok(Answer::Told(told.and_then(short_enough))))
+            }),
             Err(error) => Box::pin(std::future::ready((id, charged, Err(error)))),
         };
         self.begun.push_back(running);
@@ -124,7 +130,27 @@ impl Receive for Intake {
     }
 }
 
+fn short_enough(answer: Bytes) -> AskResult {
+    let (len, max) = (answer.len(), RPC_ASK_BYTES_MAX);
+    if len <= max { Ok(answer) } else { Err(format!("an answer of {len} bytes, at most {max}")) }
+}
+
 impl Intake {
+    fn disk_request(
+        &self,
+        (id, charged): (u64, usize),
+        disk: DiskId,
+        call: Call,
+        payload: Bytes,
+    ) -> Running {
+        if let Some(client) = self.shared.directories.disks.disk(disk) {
+            return Box::pin(async move { (id, charged, call.run(&*client, payload).await) });
+        }
+        let name = &self.shared.own.name;
+        let error = ShardError::Offline(format!("node {name} has no disk {disk}"));
+        Box::pin(std::future::ready((id, charged, Err(error))))
+    }
+
     fn request(
         &mut self,
         id: u64,
@@ -133,29 +159,31 @@ impl Intake {
     ) -> Result<Incoming, Violation> {
         let payload = usize::try_from(header.payload_total.get()).unwrap_or(usize::MAX);
         let code = header.code.get();
-        let call = match Opcode::from_wire(code) {
+        let request = match Opcode::from_wire(code) {
             None => Err(ShardError::Invalid(format!("request {code} is not known here"))),
             Some(opcode) => {
-                let (disk, call) = Call::decode(opcode, control)?;
-                if call.reads_too_much() {
+                let has_crc = header.flags & flag::PAYLOAD_CRC != 0;
+                unchecked(opcode, header.payload_len.get(), has_crc)?;
+                let request = Request::decode(opcode, control)?;
+                if request.asked().is_too_long(payload) {
                     let reason = "more bytes than a message holds";
                     Err(ShardError::Invalid(reason.into()))
                 } else if self.stopping {
                     let name = &self.shared.own.name;
                     Err(ShardError::Offline(format!("node {name} is stopping")))
                 } else {
-                    Ok((disk, call))
+                    Ok(request)
                 }
             }
         };
-        let reply = call.as_ref().map_or(0, |(_, call)| call.reply_bytes());
+        let reply = request.as_ref().map_or(0, |request| request.asked().reply_bytes());
         let charged = charge(payload + reply, self.window.bytes);
         if self.requests >= self.window.requests || self.bytes + charged > self.window.bytes {
             return Err(Violation::Incoherent("more requests than the window allows"));
         }
         self.requests += 1;
         self.bytes += charged;
-        Ok(Incoming { id, charged, call })
+        Ok(Incoming { id, charged, request })
     }
 
     fn push_control(&mut self, kind: Kind, id: u64, text: &[u8]) {
@@ -169,7 +197,8 @@ impl Intake {
         let metrics = &self.shared.metrics;
         metrics.running.set(metrics.running.get() - 1);
         add(&metrics.requests, 1);
-        add(&metrics.errors, u64::from(result.is_err()));
+        let failed = matches!(result, Err(_) | Ok(Answer::Volume(Err(_)) | Answer::Told(Err(_))));
+        add(&metrics.errors, u64::from(failed));
         let mut head = self.output.buffer();
         let empty = head.len();
         let mut reply = Reply::encode(result, &mut head);
@@ -197,6 +226,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
         shared: Rc<Shared>,
     ) -> Self {
         let timer = Box::pin(sleep(shared.config.idle_timeout));
+        let line = LineOwner::new((peer.node, peer.core));
         let intake = Intake {
             window,
             requests: 0,
@@ -205,6 +235,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
             output: Output::new(peer.version),
             pongs: 0,
             goodbye: None,
+            line,
             stopping: false,
             shared,
         };
@@ -312,6 +343,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<S> {
     pub(super) fn end(self, end: LinkEnd) -> (FuturesUnordered<Running>, impl Future<Output = ()>) {
         let Self { mut link, mut intake, running, .. } = self;
         intake.begun.clear();
+        intake.line.end();
         let farewell = async move {
             let speaks =
                 matches!(end, LinkEnd::Violation(_) | LinkEnd::Stopped | LinkEnd::Replaced);

@@ -16,13 +16,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{sleep, timeout};
 
 use super::{Net, Wire, identity};
 use crate::disk::conformance::{DISK, VOLUME, append, authority, blocks, spec};
 use crate::env::Env;
+use crate::export::memory::MemoryTarget;
+use crate::export::{BlockTarget, TargetError};
 use crate::id::{Epoch, SegmentId};
 use crate::rpc::handshake::Target;
-use crate::rpc::{Dial, Peer, RemoteDisk, RpcConfig};
+use crate::rpc::{Dial, Peer, RemoteDisk, RemoteVolume, RpcConfig};
 use crate::shard::{Catalog, LocalFuture, Mirror, SealedShard, ShardClient, SlotClass};
 use crate::sim::pipe::PipeEnd;
 use crate::sim::simulate;
@@ -112,6 +115,39 @@ async fn converse(disk: &RemoteDisk) {
     disk.forget_volume(VOLUME).await.unwrap();
 }
 
+/// Every request to a volume and to the node, and some that fail.
+async fn converse_more(net: &Net, peer: &Peer) {
+    let target = Rc::new(MemoryTarget::new(1 << 20));
+    net.shelf.serve(7, target.clone());
+    let volume = RemoteVolume::attach(peer, super::VOLUME).await.unwrap();
+    volume.write(4096, vec![0x5a; 8192].into()).await.unwrap();
+    volume.read(4000, 200).await.unwrap();
+    volume.zero(8192, 4096, true).await.unwrap();
+    volume.flush().await.unwrap();
+    volume.map(0, 1 << 20, 10).await.unwrap();
+    volume.write(1 << 20, vec![0; 1].into()).await.unwrap_err();
+    target.set_blocks_max(0);
+    volume.zero(0, 100, false).await.unwrap_err();
+    target.set_read_only(true);
+    volume.write(0, vec![0; 1].into()).await.unwrap_err();
+    target.set_failure(Some(TargetError::Io("it burns".into())));
+    volume.flush().await.unwrap_err();
+    net.shelf.serve(8, target);
+    volume.flush().await.unwrap_err();
+    // A change that is given up: the next one is made in another turn.
+    let target = Rc::new(MemoryTarget::new(1 << 20));
+    net.shelf.serve(8, target.clone());
+    let volume = RemoteVolume::attach(peer, super::VOLUME).await.unwrap();
+    net.shelf.delay.set(Duration::from_secs(1));
+    let write = volume.write(0, vec![0; 1].into());
+    drop(timeout(Duration::from_millis(500), write).await.unwrap_err());
+    net.shelf.delay.set(Duration::ZERO);
+    volume.write(0, vec![1; 1].into()).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    peer.ask(Bytes::from_static(b"live"), Duration::from_secs(1)).await.unwrap();
+    peer.ask(Bytes::from_static(b"why?"), Duration::from_secs(1)).await.unwrap_err();
+}
+
 /// Bytes as text: in hexadecimal, equal ones as `5a*4096`.
 fn text(name: &str, bytes: &[u8]) -> String {
     let mut text = format!("{name}:");
@@ -146,12 +182,13 @@ fn conversation(version: u16) -> String {
         };
         let net = Net::new(config.clone());
         net.disk(DISK).await;
-        let dial = TapDial(Wire(net), record.clone());
+        let dial = TapDial(Wire(net.clone()), record.clone());
         let target = Target { node: None, core: 0 };
         let env = Env::from_seed(1);
         let peer = Peer::spawn("store", identity("head", 1), target, dial, config, env);
         super::until_up(&peer).await;
-        converse(&RemoteDisk::new(DISK, peer)).await;
+        converse(&RemoteDisk::new(DISK, peer.clone())).await;
+        converse_more(&net, &peer).await;
     });
     let (sent, received) = (record.sent.take(), record.received.take());
     text("from the head", &sent) + &text("from the disk", &received)

@@ -2,10 +2,13 @@
 
 mod conformance;
 mod faults;
+mod forward;
 mod golden;
 mod limits;
+mod questions;
 mod roundtrip;
 mod sessions;
+mod volumes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -13,14 +16,20 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::handshake::Target;
-use super::{ConnectionState, Dial, DiskDirectory, Identity, Peer, RemoteDisk, RpcConfig, Server};
+use super::{
+    ConnectionState, Dial, Directories, DiskDirectory, Identity, Peer, Questions, RemoteDisk,
+    RpcConfig, Served, Server, VolumeDirectory,
+};
 use crate::disk::conformance::{DISK, format_options};
 use crate::disk::{Disk, FormatOptions};
 use crate::env::Env;
-use crate::id::{ClusterId, DiskId, NodeId};
+use crate::export::{BlockTarget, LocalFuture, TargetError};
+use crate::id::{ClusterId, DiskId, Epoch, NodeId, VolumeId};
+use crate::limits::RPC_ASK_BYTES_MAX;
 use crate::shard::ShardClient;
 use crate::shard::local::LocalClient;
 use crate::sim::device::{SimConfig, SimDevice};
@@ -45,9 +54,58 @@ impl DiskDirectory for Directory {
     }
 }
 
+/// The one volume of the server.
+pub(super) const VOLUME: VolumeId = VolumeId::from_bytes([0xe0; 16]);
+
+/// The volume of the server, if it is served.
+#[derive(Default)]
+pub(super) struct Shelf {
+    pub(super) head: RefCell<Option<Served>>,
+    /// It takes so long to find it.
+    pub(super) delay: Cell<Duration>,
+}
+
+impl Shelf {
+    /// From now on, this is the head.
+    pub(super) fn serve(&self, epoch: u64, target: Rc<dyn BlockTarget>) {
+        *self.head.borrow_mut() = Some(Served { epoch: Epoch(epoch), target });
+    }
+}
+
+impl VolumeDirectory for Shelf {
+    fn volume(&self, id: VolumeId) -> LocalFuture<'_, Result<Served, TargetError>> {
+        Box::pin(async move {
+            if !self.delay.get().is_zero() {
+                tokio::time::sleep(self.delay.get()).await;
+            }
+            let head = self.head.borrow().clone().filter(|_| id == VOLUME);
+            head.ok_or(TargetError::Stopped)
+        })
+    }
+}
+
+/// Answers each question with the question, upside down, after a while.
+pub(super) struct Oracle;
+
+impl Questions for Oracle {
+    fn ask(&self, question: Bytes) -> LocalFuture<'_, Result<Bytes, String>> {
+        Box::pin(async move {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            match &question[..] {
+                b"why?" => Err("because".into()),
+                b"for ever?" => std::future::pending().await,
+                b"much?" => Ok(vec![7; RPC_ASK_BYTES_MAX].into()),
+                b"too much?" => Ok(vec![7; RPC_ASK_BYTES_MAX + 1].into()),
+                other => Ok(other.iter().rev().copied().collect()),
+            }
+        })
+    }
+}
+
 /// A server and the way to it.
 pub(super) struct Net {
     pub(super) directory: Rc<Directory>,
+    pub(super) shelf: Rc<Shelf>,
     pub(super) server: Server,
     /// Nobody can connect.
     pub(super) unplugged: Cell<bool>,
@@ -62,9 +120,15 @@ impl Net {
     pub(super) fn new(config: RpcConfig) -> Rc<Self> {
         let directory: Rc<Directory> = Rc::default();
         let (stop, stopped) = watch::channel(false);
-        let server = Server::new(identity("store", 2), directory.clone(), config, stopped);
+        let shelf: Rc<Shelf> = Rc::default();
+        let directories = Directories {
+            disks: directory.clone(),
+            volumes: shelf.clone(),
+            questions: Rc::new(Oracle),
+        };
+        let server = Server::new(identity("store", 2), directories, config, stopped);
         let (unplugged, next, pipes) = Default::default();
-        Rc::new(Self { directory, server, unplugged, next, pipes, stop })
+        Rc::new(Self { directory, shelf, server, unplugged, next, pipes, stop })
     }
 
     /// Formats a disk of the server.

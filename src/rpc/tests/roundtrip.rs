@@ -6,9 +6,12 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use crate::env::Env;
+use crate::export::{MapExtent, TargetError};
 use crate::id::{DiskId, Epoch, HeadId, SegmentId, VolumeId};
-use crate::rpc::frame::Opcode;
+use crate::rpc::frame::{Audience, Opcode};
 use crate::rpc::message::{Answer, Call, Expected, Reply, ReplyHead};
+use crate::rpc::request::Request;
+use crate::rpc::volume::{VolumeAnswer, VolumeCall, VolumeError, VolumeState};
 use crate::shard::{
     Authority, Catalog, DiskInfo, Mirror, ReadReply, Scheme, SealedShard, SegmentKind, ShardError,
     ShardInfo, ShardSpec, ShardState, SlotClass, VolumeFence, VolumeOnDisk,
@@ -117,7 +120,67 @@ impl Random {
             }
             Opcode::GetCatalog => Call::GetCatalog,
             Opcode::Exercise => Call::Exercise { write: self.0.chance(1, 2) },
+            other => panic!("{other:?} is not for disks"),
         }
+    }
+
+    fn volume_call(&self, opcode: Opcode) -> VolumeCall {
+        let (epoch, turn, offset) =
+            (Epoch(self.0.random_u64()), self.0.random_u64(), self.0.random_u64());
+        let (len, unmap) = (self.0.random_u64(), self.0.chance(1, 2));
+        match opcode {
+            Opcode::Attach => VolumeCall::Attach { turn },
+            Opcode::VolumeRead => VolumeCall::Read { epoch, offset, len: self.u32() },
+            Opcode::VolumeWrite => VolumeCall::Write { epoch, turn, offset },
+            Opcode::VolumeZero => VolumeCall::Zero { epoch, turn, offset, len, unmap },
+            Opcode::VolumeFlush => VolumeCall::Flush { epoch },
+            Opcode::VolumeMap => VolumeCall::Map { epoch, offset, len, max: self.u32() },
+            other => panic!("{other:?} is not for volumes"),
+        }
+    }
+
+    fn request(&self, opcode: Opcode) -> Request {
+        match opcode.audience() {
+            Audience::Disk => {
+                let disk = DiskId::from_bytes(self.0.random_bytes());
+                Request::Disk(disk, self.call(opcode))
+            }
+            Audience::Volume => Request::Volume(self.volume(), self.volume_call(opcode)),
+            Audience::Node => Request::Ask,
+        }
+    }
+
+    fn volume_answer(&self, expected: Expected) -> Answer {
+        let answer = match expected.opcode {
+            Opcode::Attach => VolumeAnswer::Attached {
+                epoch: Epoch(self.0.random_u64()),
+                turn: self.0.random_u64(),
+            },
+            Opcode::VolumeRead => {
+                VolumeAnswer::Read(vec![vec![self.u8(); expected.bytes as usize].into()])
+            }
+            Opcode::VolumeMap => {
+                let extent =
+                    |_| MapExtent { len: self.0.random_u64(), allocated: self.0.chance(1, 2) };
+                VolumeAnswer::Map((0..self.below(50)).map(extent).collect())
+            }
+            _ => VolumeAnswer::Done,
+        };
+        let state = VolumeState { size_bytes: self.0.random_u64(), read_only: self.0.chance(1, 2) };
+        Answer::Volume(Ok((state, answer)))
+    }
+
+    fn volume_error(&self) -> Answer {
+        let text = "weil ß".repeat(self.below(10));
+        let error = match self.below(6) {
+            0 => TargetError::OutOfRange,
+            1 => TargetError::NoSpace,
+            2 => TargetError::ReadOnly,
+            3 => TargetError::Io(text.clone()),
+            4 => TargetError::Stopped,
+            _ => return Answer::Volume(Err(VolumeError::Late)),
+        };
+        Answer::Volume(Err(VolumeError::Target(error, text)))
     }
 
     fn answer(&self, expected: Expected) -> Answer {
@@ -157,6 +220,9 @@ impl Random {
                 revision: self.0.random_u64(),
                 data: self.bytes(10_000),
             }),
+            Opcode::Ask if self.0.chance(1, 4) => Answer::Told(Err("no".repeat(self.below(99)))),
+            Opcode::Ask => Answer::Told(Ok(self.bytes(10_000))),
+            other if other.audience() == Audience::Volume => self.volume_answer(expected),
             _ => Answer::Done,
         }
     }
@@ -193,19 +259,18 @@ proptest! {
     fn requests(seed: u64) {
         let random = Random(Env::from_seed(seed));
         for opcode in Opcode::ALL {
-            let call = random.call(opcode);
-            prop_assert_eq!(call.opcode(), opcode);
-            let disk = DiskId::from_bytes(random.0.random_bytes());
+            let request = random.request(opcode);
+            prop_assert_eq!(request.asked().opcode(), opcode);
             let mut control = Vec::new();
-            call.encode(disk, &mut control);
-            prop_assert_eq!(&Call::decode(opcode, &control).unwrap(), &(disk, call));
+            request.asked().encode(&mut control);
+            prop_assert_eq!(&Request::decode(opcode, &control).unwrap(), &request);
             let cut = random.below(control.len());
             // An append that was cut between two checksums is one of fewer blocks.
             if opcode != Opcode::Append {
-                prop_assert!(Call::decode(opcode, &control[..cut]).is_err());
+                prop_assert!(Request::decode(opcode, &control[..cut]).is_err());
             }
             control.push(0);
-            prop_assert!(Call::decode(opcode, &control).is_err());
+            prop_assert!(Request::decode(opcode, &control).is_err());
         }
     }
 
@@ -214,11 +279,16 @@ proptest! {
         let random = Random(Env::from_seed(seed));
         for opcode in Opcode::ALL {
             let blocks = u32::try_from(random.below(4)).unwrap();
-            let expected = Expected { opcode, blocks };
+            let bytes = u32::try_from(random.below(9000)).unwrap();
+            let expected = Expected { opcode, blocks, bytes };
             let answer = random.answer(expected);
             prop_assert_eq!(pass(expected, Ok(answer.clone())), format!("{:?}", Ok::<_, ShardError>(answer)));
             let error = random.error();
             prop_assert_eq!(pass(expected, Err(error.clone())), format!("{:?}", Err::<Answer, _>(error)));
+            if opcode.audience() == Audience::Volume {
+                let error = random.volume_error();
+                prop_assert_eq!(pass(expected, Ok(error.clone())), format!("{:?}", Ok::<_, ShardError>(error)));
+            }
         }
     }
 
@@ -226,8 +296,8 @@ proptest! {
     #[test]
     fn lists_are_not_believed(seed: u64, cut in 0..2000_usize) {
         let random = Random(Env::from_seed(seed));
-        for opcode in [Opcode::List, Opcode::Volumes] {
-            let expected = Expected { opcode, blocks: 0 };
+        for opcode in [Opcode::List, Opcode::Volumes, Opcode::VolumeMap] {
+            let expected = Expected { opcode, blocks: 0, bytes: 0 };
             let mut control = Vec::new();
             let reply = Reply::encode(Ok(random.answer(expected)), &mut control);
             let mut bytes = reply.payload.pieces().concat();
@@ -243,10 +313,17 @@ proptest! {
 
 #[test]
 fn a_read_of_another_length_is_refused() {
-    let expected = Expected { opcode: Opcode::Read, blocks: 2 };
+    let expected = Expected { opcode: Opcode::Read, blocks: 2, bytes: 0 };
     let crcs = [0; 8];
     assert!(ReplyHead::decode(expected, 0, &crcs, 8192).is_ok());
     assert!(ReplyHead::decode(expected, 0, &crcs, 4096).is_err());
     assert!(ReplyHead::decode(expected, 0, &crcs[..4], 8192).is_err());
     assert!(ReplyHead::decode(expected, 99, &[], 0).is_err(), "an unknown answer");
+    assert!(ReplyHead::decode(expected, 36, &[], 0).is_err(), "an answer of volumes");
+    let expected = Expected { opcode: Opcode::VolumeRead, blocks: 0, bytes: 513 };
+    let state = [0; 9];
+    assert!(ReplyHead::decode(expected, 0, &state, 513).is_ok());
+    assert!(ReplyHead::decode(expected, 0, &state, 512).is_err());
+    assert!(ReplyHead::decode(expected, 0, &state[1..], 513).is_err());
+    assert!(ReplyHead::decode(expected, 9, &[], 0).is_ok(), "refused before any volume is asked");
 }
