@@ -13,7 +13,10 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::error::ApiError;
@@ -77,6 +80,20 @@ fn stopping() -> ApiError {
     ApiError::unavailable("the node is stopping").with_hint("start sdsd and try again")
 }
 
+fn encode<T: Serialize>(answer: &ApiResult<T>) -> Vec<u8> {
+    serde_json::to_vec(answer).unwrap_or_else(|error| {
+        let failed: ApiResult<()> = Err(ApiError::internal(format!("no answer: {error}")));
+        serde_json::to_vec(&failed).unwrap_or_default()
+    })
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> ApiResult<T> {
+    let answer: Result<ApiResult<T>, _> = serde_json::from_slice(bytes);
+    answer.unwrap_or_else(|error| {
+        Err(ApiError::internal(format!("the answer of another node is not understood: {error}")))
+    })
+}
+
 macro_rules! operations {
     ($(
         $(#[$doc:meta])*
@@ -99,6 +116,53 @@ macro_rules! operations {
         /// [`super::error::ErrorCode`]) and name the thing they are about.
         pub trait AdminBackend: Send + Sync + 'static {
             $($(#[$doc])* fn $method(&self $(, $arg: $type)*) -> BoxFuture<'_, ApiResult<$answer>>;)*
+        }
+
+        /// A [`Command`] as one node passes it on to another, without who waits for the answer.
+        #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Question {
+            $(
+                #[doc = concat!("See [`AdminBackend::", stringify!($method), "`].")]
+                $variant { $(
+                    #[doc = concat!("See [`AdminBackend::", stringify!($method), "`].")]
+                    $arg: $type,
+                )* },
+            )*
+        }
+
+        impl Question {
+            /// The command, and what will be its answer, encoded.
+            pub fn command(self) -> (Command, BoxFuture<'static, Vec<u8>>) {
+                match self {
+                    $(Self::$variant { $($arg),* } => {
+                        let (reply, answer) = oneshot::channel();
+                        let encoded = async move {
+                            let answer: ApiResult<$answer> =
+                                answer.await.unwrap_or_else(|_| Err(stopping()));
+                            encode(&answer)
+                        };
+                        (Command::$variant { $($arg,)* reply }, Box::pin(encoded))
+                    })*
+                }
+            }
+        }
+
+        impl Command {
+            /// What is asked, and who takes the encoded answer, or why there is none.
+            pub fn question(self) -> (Question, Box<dyn FnOnce(ApiResult<Bytes>)>) {
+                match self {
+                    $(Self::$variant { $($arg,)* reply } => {
+                        let take = move |answer: ApiResult<Bytes>| {
+                            let answer = answer.and_then(|bytes| decode::<$answer>(&bytes));
+                            if reply.send(answer).is_err() {
+                                tracing::debug!("an admin command was answered too late");
+                            }
+                        };
+                        (Question::$variant { $($arg),* }, Box::new(take))
+                    })*
+                }
+            }
         }
 
         impl AdminBackend for ChannelBackend {

@@ -230,6 +230,7 @@ mod tests {
 
     fn disk(state: DiskState) -> Disk {
         Disk {
+            node: String::new(),
             id: DiskId::default(),
             path: "/d".into(),
             state,
@@ -268,6 +269,7 @@ mod tests {
 
     fn volume(state: VolumeState, redundancy: Redundancy) -> Volume {
         Volume {
+            node: String::new(),
             id: VolumeId::default(),
             name: "p/v".into(),
             size: 1 << 30,

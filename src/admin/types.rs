@@ -296,6 +296,9 @@ pub struct Disk {
     /// Its id, from its superblock.
     #[schema(value_type = String, format = "uuid")]
     pub id: DiskId,
+    /// Name of its node; empty where there is one node alone.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
     /// Where it was last opened.
     pub path: String,
     /// Its state.
@@ -537,6 +540,9 @@ pub struct Volume {
     /// Its id, never used again.
     #[schema(value_type = String, format = "uuid")]
     pub id: VolumeId,
+    /// Name of the node that serves it, or is to; empty where there is one node alone.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub node: String,
     /// `pool/name`.
     pub name: String,
     /// Size that clients see, bytes.
@@ -785,7 +791,8 @@ pub struct Removed {
 }
 
 /// `pool/name`, both checked.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct VolumeName {
     /// Name of the pool.
     pub pool: String,
@@ -808,6 +815,19 @@ impl VolumeName {
 impl fmt::Display for VolumeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.pool, self.name)
+    }
+}
+
+impl From<VolumeName> for String {
+    fn from(name: VolumeName) -> Self {
+        name.to_string()
+    }
+}
+
+impl TryFrom<String> for VolumeName {
+    type Error = ApiError;
+    fn try_from(name: String) -> Result<Self, ApiError> {
+        name.parse()
     }
 }
 

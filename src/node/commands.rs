@@ -3,6 +3,8 @@
 use std::rc::Rc;
 
 use super::Node;
+use super::parts::Views;
+use super::views::one_pool;
 use crate::admin::backend::{Command, Reply};
 use crate::admin::error::ApiError;
 use crate::admin::health;
@@ -15,19 +17,19 @@ fn send<T>(reply: Reply<T>, answer: Result<T, ApiError>) {
 }
 
 impl Node {
-    /// Carries out one command.
-    pub(super) async fn answer(self: &Rc<Self>, command: Command) {
+    /// Carries out one command on this node.
+    pub(super) async fn answer_here(self: &Rc<Self>, command: Command) {
         match command {
-            Command::Status { reply } => send(reply, Ok(self.status())),
+            Command::Status { reply } => send(reply, Ok(self.status(&self.gather().await))),
             Command::Health { reply } => {
-                let (disks, pools, volumes) = self.views();
+                let Views { disks, pools, volumes, .. } = self.gather().await;
                 send(reply, Ok(health::assess(&disks, &pools, &volumes)));
             }
             Command::Metrics { reply } => {
-                let text = self.metrics.render(&self.sample());
+                let text = self.metrics.render(&self.sample().await);
                 send(reply, text.map_err(|error| ApiError::internal(error.to_string())));
             }
-            Command::DiskList { reply } => send(reply, Ok(self.views().0)),
+            Command::DiskList { reply } => send(reply, Ok(self.gather().await.disks)),
             Command::DiskShow { disk, reply } => send(reply, self.show_disk(disk)),
             Command::DiskAdd { request, reply } => send(reply, self.add_disk(request).await),
             Command::DiskRemove { disk, force, reply } => {
@@ -39,11 +41,14 @@ impl Node {
                 send(reply, self.replace_disk(disk, request).await);
             }
             Command::DiskOnline { disk, reply } => send(reply, self.disk_online(disk).await),
-            Command::PoolList { reply } => send(reply, Ok(self.views().1)),
-            Command::PoolShow { pool, reply } => send(reply, self.show_pool(&pool)),
+            Command::PoolList { reply } => send(reply, Ok(self.gather().await.pools)),
+            Command::PoolShow { pool, reply } => send(reply, one_pool(self.gather().await, &pool)),
             Command::PoolCreate { request, reply } => send(reply, self.create_pool(request).await),
             Command::PoolRemove { pool, reply } => send(reply, self.remove_pool(&pool).await),
-            Command::VolumeList { pool, reply } => send(reply, self.list_volumes(pool.as_deref())),
+            Command::VolumeList { pool, reply } => {
+                let views = self.gather().await;
+                send(reply, self.volumes_of(views, pool.as_deref()));
+            }
             Command::VolumeShow { volume, reply } => {
                 send(reply, self.find_volume(&volume).map(|slot| self.view_volume(&slot)));
             }
@@ -56,7 +61,7 @@ impl Node {
             Command::VolumeRemove { volume, force, reply } => {
                 send(reply, self.remove_volume(&volume, force).await);
             }
-            Command::ScrubList { reply } => send(reply, Ok(self.list_scrubs())),
+            Command::ScrubList { reply } => send(reply, Ok(self.gather().await.scrubs)),
             Command::ScrubStart { volume, reply } => {
                 send(reply, self.start_scrubs(volume.as_ref()));
             }

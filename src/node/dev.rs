@@ -86,7 +86,7 @@ impl DevOptions {
         self.check_disks(node)?;
         let made = self.is_made();
         let scheme = self.scheme.unwrap_or(PoolScheme::Ec { data: 4, parity: 2 });
-        match node.show_pool(DEFAULT_POOL) {
+        match node.view_pool(DEFAULT_POOL) {
             Ok(pool) => {
                 if pool.scheme != scheme && (self.scheme.is_some() || !made) {
                     return fail(format!(

@@ -18,6 +18,7 @@ use super::Node;
 use super::volumes::VolumeSlot;
 use crate::export::{BlockTarget, ExportDirectory, LocalFuture, MapExtent, TargetError};
 use crate::id::VolumeId;
+use crate::meta::record::VolumeRecord;
 use crate::obs::histogram::LatencyHistogram;
 use crate::volume::head::{Head, add};
 use crate::volume::target::HeadTarget;
@@ -183,6 +184,13 @@ pub struct Exports(pub Rc<Node>);
 
 impl ExportDirectory for Exports {
     fn list(&self) -> Vec<String> {
+        if let Some(cluster) = self.0.cluster.as_ref() {
+            let volumes = cluster.volumes().into_iter().map(|placed| placed.record);
+            let mut names: Vec<String> =
+                volumes.map(|v| Node::export_names(&v.pool, &v.name).remove(0)).collect();
+            names.sort_unstable();
+            return names;
+        }
         let volumes = self.0.volumes.borrow();
         let mut names: Vec<String> = volumes
             .values()
@@ -196,6 +204,13 @@ impl ExportDirectory for Exports {
     }
 
     fn open(&self, name: &str) -> LocalFuture<'_, Option<Rc<dyn BlockTarget>>> {
+        if let Some(cluster) = self.0.cluster.as_ref() {
+            let (pool, name) = name.split_once('/').unwrap_or((DEFAULT_POOL, name));
+            let named = |v: &VolumeRecord| v.pool == pool && v.name == name;
+            let found = cluster.volumes().into_iter().find(|placed| named(&placed.record));
+            let node = self.0.clone();
+            return Box::pin(async move { node.attach(found?.record.id).await });
+        }
         let target = self
             .0
             .exported(name)

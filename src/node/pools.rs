@@ -63,7 +63,7 @@ impl Node {
         self.schema.create_pool(&record).await.map_err(api_error)?;
         self.pools.borrow_mut().insert(record.name.clone(), record.clone());
         self.mirror_catalog().await;
-        Ok(self.view_pool(&record))
+        self.view_pool(&record.name)
     }
 
     /// Refuses a pool that is wider than there are failure domains.

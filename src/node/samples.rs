@@ -1,7 +1,7 @@
 //! The numbers of a node for a scrape.
 
 use super::Node;
-use super::space::Usages;
+use super::space::Sums;
 use crate::admin::health;
 use crate::admin::types::{RepairProgress, Space};
 use crate::export::nbd::wire::{Command, Errno};
@@ -13,10 +13,13 @@ use crate::volume::head::HeadStats;
 
 impl Node {
     /// Everything that is measured, now.
-    pub(super) fn sample(&self) -> Sample {
-        let (disks, pools, volumes) = self.views();
-        let health = health::assess(&disks, &pools, &volumes).health;
+    pub(super) async fn sample(&self) -> Sample {
+        // What is of the whole cluster, one node tells.
+        let whole = self.is_manager();
+        let views = if whole { self.gather().await } else { self.views() };
+        let health = health::assess(&views.disks, &views.pools, &views.volumes).health;
         let usages = self.usages();
+        let sums = self.sums(&usages);
         let repair = self.repair_progress(None).unwrap_or_default();
         let budget = self.registry.budget.report();
         Sample {
@@ -29,9 +32,11 @@ impl Node {
                 background_limit_bytes_per_second: budget.limit,
                 client_slowdown_per_mille: budget.slowdown,
             },
-            disks: self.slots().iter().map(|slot| sample_disk(self, slot, &usages)).collect(),
-            pools: pools
+            disks: self.slots().iter().map(|slot| sample_disk(self, slot, &sums)).collect(),
+            pools: views
+                .pools
                 .into_iter()
+                .filter(|_| whole)
                 .map(|pool| PoolSample {
                     pool: pool.name,
                     raw_bytes: pool.capacity.raw,
@@ -77,9 +82,9 @@ fn remaining(repair: Option<&RepairProgress>) -> u64 {
 fn sample_disk(
     node: &Node,
     slot: &std::rc::Rc<super::disks::DiskSlot>,
-    usages: &Usages,
+    sums: &Sums,
 ) -> DiskSample {
-    let view = node.view_disk_with(slot, usages);
+    let view = node.view_disk_with(slot, sums.disks.get(&slot.id).copied().unwrap_or_default());
     let counted = slot.counted();
     DiskSample {
         disk: view.id.to_string(),

@@ -4,17 +4,19 @@
 //! a pool has reached, because it is left a little below where it begins, and the history behind the
 //! forecast.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use super::Node;
-use super::disks::DiskSlot;
 use super::forecast::History;
-use crate::admin::types::{Fill, HealthLevel, Space};
+use crate::admin::types::{Disk, Fill, HealthLevel, RepairProgress, Space};
 use crate::id::{DiskId, VolumeId};
 use crate::meta::record::PoolRecord;
+use crate::shard::domain::Level;
 use crate::shard::{SlotClass, reserve};
 use crate::volume::usage::Usage;
 
@@ -62,6 +64,68 @@ impl SpaceLevels {
 
 /// What the heads say of the slots of their volumes, by disk.
 pub(super) type Usages = BTreeMap<VolumeId, BTreeMap<DiskId, Usage>>;
+
+/// What a node's heads say of the slots they use: of their own volumes alone, or, added up, of those of
+/// all nodes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Sums {
+    pub(super) disks: BTreeMap<DiskId, Usage>,
+    pub(super) pools: BTreeMap<String, PoolSum>,
+}
+
+/// The same of the volumes of one pool.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PoolSum {
+    pub(super) usage: Usage,
+    /// Sizes of the volumes.
+    provisioned: u64,
+    /// Whether one has no room for what it is to store.
+    full: bool,
+    /// What clients have stored.
+    pub(super) stored: u64,
+    pub(super) volumes: u32,
+    pub(super) repair: Option<RepairProgress>,
+}
+
+impl Sums {
+    /// Adds those of another node.
+    pub(super) fn add(&mut self, other: &Self) {
+        for (disk, usage) in &other.disks {
+            self.disks.entry(*disk).or_default().add(*usage);
+        }
+        for (name, sum) in &other.pools {
+            let pool = self.pools.entry(name.clone()).or_default();
+            pool.usage.add(sum.usage);
+            pool.provisioned += sum.provisioned;
+            pool.full |= sum.full;
+            pool.stored += sum.stored;
+            pool.volumes += sum.volumes;
+            pool.repair = together(pool.repair, sum.repair);
+        }
+    }
+
+    fn known(&self) -> Usage {
+        let mut sum = Usage::default();
+        self.disks.values().for_each(|usage| sum.add(*usage));
+        sum
+    }
+}
+
+/// Two repairs as one.
+pub(super) fn together(
+    a: Option<RepairProgress>,
+    b: Option<RepairProgress>,
+) -> Option<RepairProgress> {
+    let (Some(a), Some(b)) = (a, b) else { return a.or(b) };
+    Some(RepairProgress {
+        bytes_done: a.bytes_done + b.bytes_done,
+        bytes_total: a.bytes_total + b.bytes_total,
+        bytes_per_second: a.bytes_per_second + b.bytes_per_second,
+        eta_s: a.eta_s.zip(b.eta_s).map(|(a, b)| a.max(b)),
+        // Each node has its own.
+        limit_bytes_per_second: a.limit_bytes_per_second.max(b.limit_bytes_per_second),
+    })
+}
 
 /// What is kept of a pool.
 #[derive(Debug, Default)]
@@ -120,13 +184,31 @@ impl Node {
         served.collect()
     }
 
-    /// What the slots of a disk are for; `used` and `free` of them.
-    pub(super) fn disk_space(slot: &DiskSlot, usages: &Usages, used: u32, free: u32) -> Space {
-        let slot_bytes = slot.record.borrow().slot_bytes;
-        let mut sum = Usage::default();
-        for usage in usages.values().filter_map(|disks| disks.get(&slot.id)) {
-            sum.add(*usage);
+    /// What the heads of this node say of the slots.
+    pub(super) fn sums(&self, usages: &Usages) -> Sums {
+        let mut sums = Sums::default();
+        for (disk, usage) in usages.values().flatten() {
+            sums.disks.entry(*disk).or_default().add(*usage);
         }
+        for volume in self.volumes.borrow().values() {
+            let pool = sums.pools.entry(volume.pool.name.clone()).or_default();
+            for usage in usages.get(&volume.id).into_iter().flat_map(BTreeMap::values) {
+                pool.usage.add(*usage);
+            }
+            let head = volume.serving();
+            pool.provisioned += volume.record.borrow().size_bytes;
+            pool.full |= head.as_ref().is_some_and(|head| head.is_out_of_space());
+            pool.stored += head.map_or(0, |head| head.report().allocated_bytes);
+            pool.volumes += 1;
+        }
+        for (name, pool) in &mut sums.pools {
+            pool.repair = self.repair_progress(Some(name));
+        }
+        sums
+    }
+
+    /// What the slots of a disk are for; `used` and `free` of them.
+    pub(super) fn disk_space(sum: Usage, slot_bytes: u64, used: u32, free: u32) -> Space {
         let kept = free.min(reserve::floor(SlotClass::Client, used + free));
         let mut space = space(sum);
         space.used = u64::from(used) * slot_bytes;
@@ -152,19 +234,17 @@ impl Node {
         Space { used, reclaimable: used, ..Space::default() }
     }
 
-    fn client_slots(&self) -> Slots {
+    fn client_slots(&self, disks: &[Disk], level: Level) -> Slots {
         let mut sum = Slots::default();
-        for slot in self.slots().iter().filter(|slot| slot.is_online()) {
-            let Some(disk) = slot.last_disk() else { continue };
-            let record = slot.record.borrow();
-            let all = slot.geometry.get().map_or(0, |geometry| geometry.slots);
-            let free = disk.slot_counts().free;
+        for disk in disks.iter().filter(|disk| disk.state.is_online()) {
+            let Some(domain) = self.domain_of(disk.id, level) else { continue };
+            let (all, free) = (disk.slots, disk.slots - disk.slots_used);
             let floor = reserve::floor(SlotClass::Client, all);
-            let bytes = |slots: u32| u64::from(slots) * record.slot_bytes;
-            let domain = sum.domains.entry(record.domain).or_default();
+            let bytes = |slots: u32| u64::from(slots) * disk.slot_bytes;
+            let domain = sum.domains.entry(domain).or_default();
             domain.0 += u64::from(all.saturating_sub(floor));
             domain.1 += u64::from(free.saturating_sub(floor));
-            sum.slot_bytes = record.slot_bytes;
+            sum.slot_bytes = disk.slot_bytes;
             sum.bytes += bytes(all.saturating_sub(floor));
             sum.used_bytes += bytes(all.saturating_sub(free));
             sum.kept_bytes += bytes(free.min(floor));
@@ -172,24 +252,36 @@ impl Node {
         sum
     }
 
-    /// Space of a pool, how full it is, and bytes that clients could store in all.
-    pub(super) fn pool_space(&self, pool: &PoolRecord, usages: &Usages) -> (Space, Fill, u64) {
-        let slots = self.client_slots();
-        let (mut own, mut known) = (Usage::default(), Usage::default());
-        let (mut provisioned, mut full) = (0_u64, false);
-        for volume in self.volumes.borrow().values() {
-            let of_pool = volume.pool.name == pool.name;
-            for usage in usages.get(&volume.id).into_iter().flat_map(BTreeMap::values) {
-                known.add(*usage);
-                if of_pool {
-                    own.add(*usage);
-                }
-            }
-            if of_pool {
-                provisioned += volume.record.borrow().size_bytes;
-                full |= volume.serving().is_some_and(|head| head.is_out_of_space());
-            }
+    /// The failure domain of a disk on a level, wherever it is.
+    fn domain_of(&self, disk: DiskId, level: Level) -> Option<u32> {
+        if let Some(slot) = self.disks.borrow().get(&disk) {
+            return Some(self.domains_of(&slot.record.borrow()).at(level));
         }
+        let far = self.far_disks().into_iter().find(|far| far.id == disk)?;
+        let record = far.record.borrow();
+        Some(self.domains_of(&record).at(level))
+    }
+
+    /// Failure domains of a pool with a disk that is online.
+    pub(super) fn domains_online(&self, pool: &PoolRecord, disks: &[Disk]) -> u32 {
+        let online = disks.iter().filter(|disk| disk.state.is_online());
+        let level = pool.failure_domain.into();
+        let domains: BTreeSet<u32> =
+            online.filter_map(|disk| self.domain_of(disk.id, level)).collect();
+        u32::try_from(domains.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Space of a pool, how full it is, and bytes that clients could store in all.
+    pub(super) fn pool_space(
+        &self,
+        pool: &PoolRecord,
+        disks: &[Disk],
+        sums: &Sums,
+    ) -> (Space, Fill, u64) {
+        let slots = self.client_slots(disks, pool.failure_domain.into());
+        let known = sums.known();
+        let PoolSum { usage: own, provisioned, full, .. } =
+            sums.pools.get(&pool.name).copied().unwrap_or_default();
         let (usable, writable) = slots.room(pool);
         let unknown = slots.used_bytes.saturating_sub(known.used);
         let needed =
@@ -219,17 +311,15 @@ impl Node {
     }
 
     /// Takes the samples of the pools, whoever asks for them or not.
-    pub(super) fn watch_space(&self) {
+    pub(super) fn watch_space(self: &Rc<Self>) {
         // The figures of a large node take a while.
-        if self.space_watched.get().is_some_and(|at| at.elapsed() < WATCH_EVERY) {
+        let soon = self.space_watched.get().is_some_and(|at| at.elapsed() < WATCH_EVERY);
+        if soon || !self.is_manager() {
             return;
         }
         self.space_watched.set(Some(Instant::now()));
-        let usages = self.usages();
-        let pools: Vec<PoolRecord> = self.pools.borrow().values().cloned().collect();
-        for pool in &pools {
-            self.pool_space(pool, &usages);
-        }
+        let node = self.clone();
+        tokio::task::spawn_local(async move { drop(node.gather().await) });
         let names = self.pools.borrow();
         self.pool_watches.borrow_mut().retain(|name, _| names.contains_key(name));
     }

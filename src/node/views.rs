@@ -6,47 +6,35 @@ use super::Node;
 use super::counts::DiskCounts;
 use super::disks::DiskSlot;
 use super::pools::shown_scheme;
+use super::parts::Views;
 use super::space::Usages;
 use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Capacity, Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, FailureDomain as Shown,
-    Narrowed, Pool, Redundancy, RepairProgress, Space, Status, Volume, VolumeState,
+    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Narrowed, Pool, Redundancy, RepairProgress, Space, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
-use crate::meta::record::{FailureDomain, PoolRecord, VolumeRecord};
+use crate::meta::record::VolumeRecord;
 use crate::shard::Scheme;
 use crate::volume::RepairReport;
+use crate::volume::usage::Usage;
 use crate::volume::head::Head;
 
 impl Node {
-    pub(super) fn status(&self) -> Status {
-        let (disks, pools, volumes) = self.views();
+    pub(super) fn status(&self, views: &Views) -> Status {
         let uptime = self.started.elapsed().as_secs();
-        health::status(&disks, &pools, &volumes, self.repair_progress(None), uptime)
-    }
-
-    /// All disks by path, pools by name and volumes by name.
-    pub(super) fn views(&self) -> (Vec<Disk>, Vec<Pool>, Vec<Volume>) {
-        let usages = self.usages();
-        let slots = self.slots();
-        let mut disks: Vec<Disk> =
-            slots.iter().map(|slot| self.view_disk_with(slot, &usages)).collect();
-        let problems = self.problems.borrow();
-        disks.extend(problems.iter().map(|(path, reason)| unusable_disk(path, reason)));
-        disks.sort_by(|a, b| a.path.cmp(&b.path));
-        let pools = self.pools.borrow();
-        let pools = pools.values().map(|pool| self.view_pool_with(pool, &usages)).collect();
-        let volumes = self.list_volumes_with(None, &usages).unwrap_or_default();
-        (disks, pools, volumes)
+        health::status(&views.disks, &views.pools, &views.volumes, views.repair, uptime)
     }
 
     pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {
-        self.view_disk_with(slot, &self.usages())
+        let usages = self.usages();
+        let mut usage = Usage::default();
+        usages.values().filter_map(|disks| disks.get(&slot.id)).for_each(|u| usage.add(*u));
+        self.view_disk_with(slot, usage)
     }
 
-    pub(super) fn view_disk_with(&self, slot: &Rc<DiskSlot>, usages: &Usages) -> Disk {
+    pub(super) fn view_disk_with(&self, slot: &Rc<DiskSlot>, usage: Usage) -> Disk {
         let record = slot.record.borrow();
         let geometry = slot.geometry.get();
         let slots = geometry.map_or(0, |geometry| geometry.slots);
@@ -67,6 +55,7 @@ impl Node {
         let slow = (slot.state.get() == DiskState::Online).then(|| self.slowness(slot)).flatten();
         Disk {
             id: slot.id,
+            node: self.shown_node(),
             path: record.path.clone(),
             state: if slow.is_some() { DiskState::Slow } else { slot.state.get() },
             state_reason: slow.or_else(|| {
@@ -81,7 +70,7 @@ impl Node {
             slots,
             slots_used: used,
             used: u64::from(used) * record.slot_bytes,
-            space: Self::disk_space(slot, usages, used, slots - used),
+            space: Self::disk_space(usage, record.slot_bytes, used, slots - used),
             errors: errors(&counted),
             recent_errors: errors(&since_open),
             latency,
@@ -90,88 +79,39 @@ impl Node {
         }
     }
 
-    pub(super) fn show_pool(&self, name: &str) -> Result<Pool, ApiError> {
-        match self.pools.borrow().get(name) {
-            Some(pool) => Ok(self.view_pool(pool)),
-            None => Err(no_such_pool(name)),
-        }
+    /// One pool, as far as this node knows.
+    pub(super) fn view_pool(&self, name: &str) -> Result<Pool, ApiError> {
+        one_pool(self.views(), name)
     }
 
-    pub(super) fn view_pool(&self, pool: &PoolRecord) -> Pool {
-        self.view_pool_with(pool, &self.usages())
-    }
-
-    fn view_pool_with(&self, pool: &PoolRecord, usages: &Usages) -> Pool {
-        let mut capacity = Capacity::default();
-        let mut online = 0;
-        for slot in self.slots() {
-            let Some(disk) = slot.last_disk().filter(|_| slot.state.get().is_online()) else {
-                continue;
-            };
-            online += 1;
-            let slots = slot.geometry.get().map_or(0, |geometry| geometry.slots);
-            let used = slots.saturating_sub(disk.slot_counts().free);
-            let slot_bytes = slot.record.borrow().slot_bytes;
-            capacity.raw += u64::from(slots) * slot_bytes;
-            capacity.used += u64::from(used) * slot_bytes;
-        }
-        capacity.free = capacity.raw.saturating_sub(capacity.used);
-        let (mut stored, mut volumes) = (0, 0);
-        for slot in self.volumes.borrow().values().filter(|slot| slot.pool.name == pool.name) {
-            volumes += 1;
-            stored += slot.serving().map_or(0, |head| head.report().allocated_bytes);
-        }
-        let scheme = pool.scheme;
-        let (space, fill, usable) = self.pool_space(pool, usages);
-        Pool {
-            id: pool.id,
-            name: pool.name.clone(),
-            scheme: shown_scheme(scheme),
-            failure_domain: match pool.failure_domain {
-                FailureDomain::Disk => Shown::Disk,
-                FailureDomain::Node => Shown::Node,
-                FailureDomain::Rack => Shown::Rack,
-            },
-            min_size: pool.min_size,
-            domains_online: if pool.failure_domain == FailureDomain::Disk {
-                online
-            } else {
-                online.min(1)
-            },
-            capacity,
-            space,
-            fill,
-            usable,
-            stored,
-            volumes,
-            repair: self.repair_progress(Some(&pool.name)),
-        }
-    }
-
+    /// The volumes of a pool, or of all, as far as this node knows.
+    #[cfg(test)]
     pub(super) fn list_volumes(&self, pool: Option<&str>) -> Result<Vec<Volume>, ApiError> {
-        self.list_volumes_with(pool, &self.usages())
+        self.volumes_of(self.views(), pool)
     }
 
-    fn list_volumes_with(
+    /// Of all volumes those of a pool, or all.
+    pub(super) fn volumes_of(
         &self,
+        views: Views,
         pool: Option<&str>,
-        usages: &Usages,
     ) -> Result<Vec<Volume>, ApiError> {
-        if let Some(name) = pool
-            && !self.pools.borrow().contains_key(name)
-        {
+        let Some(name) = pool else { return Ok(views.volumes) };
+        if !self.pools.borrow().contains_key(name) {
             return Err(no_such_pool(name));
         }
-        let wanted = |name: &str| pool.is_none_or(|pool| pool == name);
+        let of_pool = |volume: &Volume| volume.name.split('/').next() == Some(name);
+        Ok(views.volumes.into_iter().filter(of_pool).collect())
+    }
+
+    /// The volumes that this node serves, and the deleted ones that it drops.
+    pub(super) fn own_volumes(&self, usages: &Usages) -> Vec<Volume> {
         let volumes = self.volumes.borrow();
-        let active = volumes.values().filter(|slot| wanted(&slot.pool.name));
         let mut list: Vec<Volume> =
-            active.map(|slot| self.view_volume_with(slot, usages)).collect();
+            volumes.values().map(|slot| self.view_volume_with(slot, usages)).collect();
         let deleting = self.deleting.borrow();
-        let deleted = deleting.values().filter(|r| wanted(&r.pool));
-        list.extend(deleted.map(|record| self.view_tombstone(record)));
-        list.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
-        Ok(list)
+        list.extend(deleting.values().map(|record| self.view_tombstone(record)));
+        list
     }
 
     pub(super) fn view_volume(&self, slot: &VolumeSlot) -> Volume {
@@ -220,6 +160,7 @@ impl Node {
             .collect();
         Volume {
             id: slot.id,
+            node: self.shown_node(),
             name: format!("{}/{}", record.pool, record.name),
             size: head.as_ref().map_or(record.size_bytes, |head| head.size_bytes()),
             cutting: record.cut_from_bytes.map_or(0, |from| from - record.size_bytes),
@@ -265,14 +206,21 @@ impl Node {
     }
 }
 
+/// One pool of all.
+pub(super) fn one_pool(views: Views, name: &str) -> Result<Pool, ApiError> {
+    let pool = views.pools.into_iter().find(|pool| pool.name == name);
+    pool.ok_or_else(|| no_such_pool(name))
+}
+
 fn no_such_pool(name: &str) -> ApiError {
     ApiError::not_found(format!("no such pool: {name}")).with_hint("`sdsctl pool ls` lists them")
 }
 
 /// A path that cannot be used, as a disk without an identity.
-fn unusable_disk(path: &str, reason: &str) -> Disk {
+pub(super) fn unusable_disk(path: &str, reason: &str) -> Disk {
     Disk {
         id: DiskId::default(),
+        node: String::new(),
         path: path.to_owned(),
         state: DiskState::Failed,
         state_reason: Some(reason.to_owned()),
@@ -304,15 +252,37 @@ fn view_narrowed(head: &Head, pool: Scheme) -> Option<Narrowed> {
     })
 }
 
+/// A volume that no node tells of.
+pub(super) fn unserved_volume(record: &VolumeRecord, node: Option<String>) -> Volume {
+    let why = match &node {
+        Some(node) => format!("node {node}, which is to serve it, does not tell of it"),
+        None => "no node is to serve it yet".to_owned(),
+    };
+    Volume {
+        node: node.unwrap_or_default(),
+        state: VolumeState::Opening,
+        failures: vec![why],
+        size: record.size_bytes,
+        ..tombstone(record, Space::default())
+    }
+}
+
 impl Node {
     fn view_tombstone(&self, record: &VolumeRecord) -> Volume {
+        let space = self.tombstone_space(record.id);
+        Volume { node: self.shown_node(), ..tombstone(record, space) }
+    }
+}
+
+fn tombstone(record: &VolumeRecord, space: Space) -> Volume {
         Volume {
             id: record.id,
+            node: String::new(),
             name: format!("{}/{}", record.pool, record.name),
             size: record.size_bytes,
             cutting: 0,
             allocated: 0,
-            space: self.tombstone_space(record.id),
+            space,
             epoch: String::new(),
             redundancy: Redundancy::Full,
             exports: Vec::new(),
@@ -323,4 +293,3 @@ impl Node {
             repair: None,
         }
     }
-}

@@ -380,8 +380,8 @@ impl Node {
     ) -> Result<Removed, ApiError> {
         let _lock = self.changes.lock().await;
         let slot = self.find_volume(name)?;
-        if slot.attached.get() > 0 {
-            let clients = slot.attached.get();
+        let clients = slot.attached.get() + self.attached_elsewhere(slot.id).await;
+        if clients > 0 {
             return Err(ApiError::conflict(format!(
                 "volume {name} is attached by {clients} clients"
             ))

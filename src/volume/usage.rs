@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::head::{Head, State};
 use super::segtab::Segment;
 use crate::id::{BLOCK_BYTES, DiskId};
 
 /// What slots are for, bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Slots that are taken, whole.
     pub used: u64,

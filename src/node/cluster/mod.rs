@@ -22,6 +22,7 @@
 //!   who it is.
 
 mod far;
+mod heads;
 mod lease;
 mod manager;
 mod places;
@@ -36,6 +37,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
 
+use super::relay::NodeQuestions;
 use super::{Node, NodeError};
 use crate::id::{ClusterId, DiskId, NodeId, VolumeId};
 use crate::meta::{LeaseId, Versioned};
@@ -46,11 +48,12 @@ use crate::meta::members::{
 };
 use crate::meta::record::{self, DiskRecord, PoolRecord, Record, VolumeRecord};
 use crate::meta::schema::{DISK_PREFIX, POOL_PREFIX, VOLUME_PREFIX};
-use crate::rpc::{DiskDirectory, Identity, Peer};
+use crate::rpc::{Directories, DiskDirectory, Identity, Peer};
 use crate::shard::ShardClient;
 use crate::shard::domain::Domains;
 
 pub(super) use far::FarDisk;
+pub use heads::NodeVolumes;
 
 /// How long the first look at the store may take.
 const START_PATIENCE: Duration = Duration::from_secs(30);
@@ -209,6 +212,8 @@ pub(super) struct Cluster {
     leaving: RefCell<BTreeSet<VolumeId>>,
     /// When this node may judge others at the earliest.
     judges_from: Cell<Instant>,
+    /// Clients of this node that are attached to volumes, wherever these are served.
+    attached: RefCell<BTreeMap<VolumeId, u32>>,
     /// Places that were ordered and are not seen yet.
     ordered: RefCell<BTreeMap<VolumeId, Instant>>,
 }
@@ -255,6 +260,7 @@ impl Cluster {
             links: RefCell::default(),
             far: RefCell::default(),
             leaving: RefCell::default(),
+            attached: RefCell::default(),
             ordered: RefCell::default(),
         })
     }
@@ -279,6 +285,13 @@ impl Cluster {
     /// The connection to a node.
     pub(super) fn peer(&self, node: &str) -> Option<Peer> {
         self.links.borrow().get(node).map(|link| link.peer.clone())
+    }
+
+    /// The nodes that answer, and the ways to them.
+    pub(super) fn others(&self) -> Vec<(String, Peer)> {
+        let links = self.links.borrow();
+        let up = links.iter().filter(|(_, link)| far::is_up(&link.peer));
+        up.map(|(name, link)| (name.clone(), link.peer.clone())).collect()
     }
 
     /// Opens connections to nodes that are new or moved. Those of nodes that are gone stay, because a
@@ -348,6 +361,15 @@ impl Node {
         let view = cluster.view.borrow();
         let pools = view.pools.iter().map(|(name, pool, _)| (name.to_owned(), pool.clone()));
         *self.pools.borrow_mut() = pools.collect();
+    }
+}
+
+/// What a node serves to the others.
+pub fn directories(node: &Rc<Node>) -> Directories {
+    Directories {
+        disks: Rc::new(NodeDisks(node.clone())),
+        volumes: Rc::new(NodeVolumes(node.clone())),
+        questions: Rc::new(NodeQuestions(node.clone())),
     }
 }
 

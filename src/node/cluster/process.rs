@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::{ClusterOptions, NodeDisks, Wire};
+use super::{ClusterOptions, Wire, directories};
 use crate::config::{Config, StoreBackend};
 use crate::env::Env;
 use crate::id::NodeId;
@@ -90,8 +90,8 @@ impl Door {
     pub(in crate::node) fn serve(self, node: &Rc<Node>) -> watch::Sender<bool> {
         let (stop, stopped) = watch::channel(false);
         let Some(cluster) = node.cluster.as_ref() else { return stop };
-        let directory = Rc::new(NodeDisks(node.clone()));
-        let server = Server::new(cluster.own.clone(), directory, RpcConfig::default(), stopped);
+        let served = directories(node);
+        let server = Server::new(cluster.own.clone(), served, RpcConfig::default(), stopped);
         tokio::task::spawn_local(async move { server.serve_tcp(self.listener).await });
         stop
     }

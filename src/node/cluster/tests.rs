@@ -207,8 +207,8 @@ impl Town {
         process.spawn_local(async move {
             let node = Node::start(options, &paths).await.expect("nothing is wrong");
             let (_stop, stopped) = watch::channel(false);
-            let directory = Rc::new(NodeDisks(node.clone()));
-            let server = Server::new(own, directory, RpcConfig::default(), stopped);
+            let served = directories(&node);
+            let server = Server::new(own, served, RpcConfig::default(), stopped);
             *place.borrow_mut() = Some(node);
             while let Some(stream) = receiver.recv().await {
                 let server = server.clone();
@@ -362,5 +362,94 @@ fn a_volume_lies_on_all_nodes_and_another_one_takes_over_from_a_node_that_dies()
         check(&after, 2).await;
         let whole = || town.node(second).heads().iter().all(|head| head.reduced().0 == 0);
         until("it is whole again", Duration::from_mins(2), whole).await;
+    });
+}
+
+#[test]
+fn any_node_exports_a_volume_and_follows_its_head() {
+    run(async || {
+        let town = Town::new(4, 2).await;
+        town.start_all().await;
+        let volume = create(&town.node(0), PoolScheme::Ec { data: 4, parity: 2 }).await;
+        let first = town.server_of(volume).await;
+        let client = (first + 1) % 4;
+        let export = target(&town.node(client)).await;
+        write(&export, 1).await;
+        check(&export, 1).await;
+        let listed = || async {
+            let views = town.node(client).gather().await;
+            assert_eq!((views.disks.len(), views.volumes.len()), (8, 1));
+            (views.volumes[0].node.clone(), views.pools[0].domains_online)
+        };
+        assert_eq!(listed().await, (town.hosts[first].name.clone(), 8));
+        // The head dies under the client, which notices nothing but a pause.
+        town.kill(first);
+        let started = Instant::now();
+        write(&export, 2).await;
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+        check(&export, 2).await;
+        assert_eq!(listed().await.1, 6);
+        town.start(first);
+        town.until_met(4).await;
+        // An operator drains the node of the head: it moves in order.
+        let second = town.server_of(volume).await;
+        let name = town.hosts[second].name.clone();
+        let drained = town.node(client).schema.set_member_state(&name, MemberState::Draining);
+        drained.await.expect("it is there");
+        let longest = Cell::new(Duration::ZERO);
+        let moved = async {
+            let mut number = 0;
+            while town.server_of(volume).await == second || number % 32 != 0 {
+                let started = Instant::now();
+                export.write(number % 32 * PIECE as u64, piece(number % 32, 3)).await.expect("ok");
+                longest.set(longest.get().max(started.elapsed()));
+                number += 1;
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_mins(1), moved).await.expect("it moves");
+        assert!(longest.get() < Duration::from_millis(500), "{:?}", longest.get());
+        check(&export, 3).await;
+    });
+}
+
+#[test]
+fn a_volume_is_deleted_everywhere_and_by_any_node() {
+    run(async || {
+        let town = Town::new(3, 1).await;
+        town.start_all().await;
+        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = town.server_of(volume).await;
+        let export = target(&town.node((first + 1) % 3)).await;
+        write(&export, 1).await;
+        let order = |node: usize| {
+            let node = town.node(node);
+            async move {
+                let (reply, answer) = tokio::sync::oneshot::channel();
+                let volume = "p/v".parse().expect("a name");
+                node.answer(crate::admin::backend::Command::VolumeRemove {
+                    volume,
+                    force: true,
+                    reply,
+                })
+                .await;
+                answer.await.expect("answered")
+            }
+        };
+        let error = order((first + 2) % 3).await.expect_err("a client of another node is attached");
+        assert_eq!(error.code, crate::admin::error::ErrorCode::Conflict, "{error}");
+        drop(export);
+        order((first + 2) % 3).await.expect("nobody is attached");
+        let empty = || {
+            let nodes = town.nodes();
+            nodes.iter().all(|node| {
+                let slots = node.slots();
+                slots.iter().all(|slot| slot.disk().expect("online").slot_counts().sealed == 0)
+            })
+        };
+        until("its slots are free", Duration::from_mins(1), empty).await;
+        let forgotten = || town.nodes().iter().all(|node| node.deleting.borrow().is_empty());
+        until("nobody drops it any more", Duration::from_mins(1), forgotten).await;
+        assert!(town.node(0).gather().await.volumes.is_empty());
     });
 }

@@ -75,7 +75,7 @@ async fn check_figures(node: &Node) {
     for head in node.heads() {
         head.check_usage(&BTreeSet::new()).await.expect("right");
     }
-    let (disks, pools, volumes) = node.views();
+    let super::super::parts::Views { disks, pools, volumes, .. } = node.views();
     let mut sums = (0, 0, 0);
     for disk in &disks {
         sums.0 += disk.space.used;
@@ -109,7 +109,7 @@ fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
             node.create_volume(request).await.expect("thin volumes take no room");
             targets.insert(volume, target(&node, volume).await);
         }
-        let empty = node.show_pool("p").expect("it is there");
+        let empty = node.view_pool("p").expect("it is there");
         assert_eq!((empty.fill.level, empty.fill.full), (HealthLevel::Ok, false), "{empty:?}");
         assert!(empty.fill.thin_percent > 500 && empty.fill.overcommitted, "{empty:?}");
         let mut written = BTreeMap::new();
@@ -120,7 +120,7 @@ fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
         // What was said to be writable was, within the overhead and what the reserves give.
         let fits = empty.fill.writable * 4 / 5..empty.fill.writable * 11 / 10;
         assert!(fits.contains(&(all * PIECE as u64)), "{all} pieces, {fits:?}");
-        let full = node.show_pool("p").expect("it is there");
+        let full = node.view_pool("p").expect("it is there");
         assert!(full.fill.level == HealthLevel::Critical && full.fill.percent > 95, "{full:?}");
         check_figures(&node).await;
 
@@ -155,7 +155,7 @@ fn volumes_filled_to_the_brim_come_back(scheme: PoolScheme) {
         }
         until("all are gone", Duration::from_secs(10), || listed() == 0).await;
         assert_eq!(used(&node), [0; 4], "slots leak");
-        let empty = node.show_pool("p").expect("it is there");
+        let empty = node.view_pool("p").expect("it is there");
         assert_eq!((empty.fill.level, empty.space.used), (HealthLevel::Ok, 0), "{empty:?}");
         for slot in node.slots() {
             let disk = slot.disk().expect("online");

@@ -1,0 +1,116 @@
+//! What nodes ask each other: each answers for its own disks and volumes.
+//!
+//! A command about one disk or volume is passed on to the node that has it, once: who gets a question from
+//! another node answers it, or says that it is not there. Lists are put together by who is asked.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::Node;
+use crate::admin::backend::{Command, Question};
+use crate::admin::error::ApiError;
+use crate::admin::types::VolumeName;
+use crate::id::DiskId;
+use crate::rpc::{AskError, Questions};
+use crate::shard::LocalFuture;
+
+/// How long another node may take: as long as a command may.
+const PATIENCE: Duration = Duration::from_secs(28);
+
+/// What one node asks another.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Ask {
+    /// What it knows ([`super::parts::Parts`]).
+    Parts,
+    /// How many clients are attached there to a volume.
+    Attached {
+        /// Its id.
+        volume: crate::id::VolumeId,
+    },
+    /// To do this.
+    Do(Question),
+}
+
+impl Ask {
+    /// As it is sent.
+    pub(super) fn encode(&self) -> Bytes {
+        serde_json::to_vec(self).map(Bytes::from).unwrap_or_default()
+    }
+}
+
+/// Answers what other nodes ask.
+pub struct NodeQuestions(pub Rc<Node>);
+
+impl Questions for NodeQuestions {
+    fn ask(&self, question: Bytes) -> LocalFuture<'_, Result<Bytes, String>> {
+        Box::pin(async move {
+            let ask: Ask = serde_json::from_slice(&question)
+                .map_err(|error| format!("the question is not understood: {error}"))?;
+            match ask {
+                Ask::Parts => serde_json::to_vec(&self.0.parts())
+                    .map(Bytes::from)
+                    .map_err(|error| error.to_string()),
+                Ask::Attached { volume } => Ok(self.0.attached_here(volume).to_string().into()),
+                Ask::Do(question) => {
+                    let (command, answer) = question.command();
+                    self.0.answer_here(command).await;
+                    Ok(answer.await.into())
+                }
+            }
+        })
+    }
+}
+
+impl Node {
+    /// Carries out one command, here or where what it is about is.
+    pub(super) async fn answer(self: &Rc<Self>, command: Command) {
+        let Some(node) = self.elsewhere(&command) else { return self.answer_here(command).await };
+        let (question, take) = command.question();
+        let peer = self.cluster.as_ref().and_then(|cluster| cluster.peer(&node));
+        let Some(peer) = peer else {
+            return take(Err(ApiError::unavailable(format!("node {node} was never met"))));
+        };
+        take(match peer.ask(Ask::Do(question).encode(), PATIENCE).await {
+            Ok(answer) => Ok(answer),
+            Err(AskError::Refused(why)) => Err(ApiError::internal(format!("node {node}: {why}"))),
+            Err(error) => Err(ApiError::timeout(format!("node {node}: {error}"))
+                .with_hint("look at the present state before you repeat it")),
+        });
+    }
+
+    /// The other node that a command is for.
+    fn elsewhere(&self, command: &Command) -> Option<String> {
+        self.cluster.as_ref()?;
+        let node = match command {
+            Command::DiskShow { disk, .. }
+            | Command::DiskRemove { disk, .. }
+            | Command::DiskOffline { disk, .. }
+            | Command::DiskDrain { disk, .. }
+            | Command::DiskReplace { disk, .. }
+            | Command::DiskOnline { disk, .. } => self.node_of_disk(*disk),
+            Command::VolumeShow { volume, .. }
+            | Command::VolumeResize { volume, .. }
+            | Command::VolumeRemove { volume, .. } => self.node_of_volume(volume),
+            Command::ScrubStart { volume: Some(volume), .. } => self.node_of_volume(volume),
+            _ => None,
+        };
+        node.filter(|node| *node != self.options.name)
+    }
+
+    fn node_of_disk(&self, disk: DiskId) -> Option<String> {
+        let far = self.far_disks().into_iter().find(|far| far.id == disk)?;
+        Some(far.record.borrow().node.clone())
+    }
+
+    fn node_of_volume(&self, name: &VolumeName) -> Option<String> {
+        let volumes = self.cluster.as_ref()?.volumes();
+        let named = |record: &crate::meta::record::VolumeRecord| {
+            record.pool == name.pool && record.name == name.name
+        };
+        volumes.into_iter().find(|placed| named(&placed.record))?.node
+    }
+}
