@@ -43,7 +43,7 @@ impl Ask {
 }
 
 /// Answers what other nodes ask.
-pub struct NodeQuestions(pub Rc<Node>);
+pub(super) struct NodeQuestions(pub Rc<Node>);
 
 impl Questions for NodeQuestions {
     fn ask(&self, question: Bytes) -> LocalFuture<'_, Result<Bytes, String>> {

@@ -95,6 +95,7 @@ struct State {
 
 fn disk(n: u8, path: String) -> Disk {
     Disk {
+        node: String::new(),
         id: disk_id(n),
         path,
         state: DiskState::Online,
@@ -134,6 +135,7 @@ fn pool(request: &CreatePool) -> Pool {
 fn volume(name: &str, size: u64, allocated: u64) -> Volume {
     let short = name.split_once('/').unwrap().1;
     Volume {
+        node: String::new(),
         id: VolumeId::from_bytes([9; 16]),
         name: name.to_owned(),
         size,

@@ -394,7 +394,8 @@ fn any_node_exports_a_volume_and_follows_its_head() {
         // An operator drains the node of the head: it moves in order.
         let second = town.server_of(volume).await;
         let name = town.hosts[second].name.clone();
-        let drained = town.node(client).schema.set_member_state(&name, MemberState::Draining);
+        let schema = town.node(client).schema.clone();
+        let drained = schema.set_member_state(&name, MemberState::Draining);
         drained.await.expect("it is there");
         let longest = Cell::new(Duration::ZERO);
         let moved = async {
