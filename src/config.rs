@@ -20,7 +20,14 @@
 //! tls = { certificate = "/etc/sds/cert.pem", key = "/etc/sds/key.pem", required = true }
 //!
 //! [admin]
-//! address = "127.0.0.1:9770"
+//! address = "10.0.0.1:9770"
+//!
+//! [cluster]
+//! address = "0.0.0.0:9771"
+//! advertise = "10.0.0.1:9771"
+//! rack = "a"
+//! credentials = "/etc/sds/node"
+//! authority = "/etc/sds/authority"
 //!
 //! [cache]
 //! index = "64MiB"
@@ -42,6 +49,8 @@
 //! level = "info"
 //! ```
 
+mod cluster;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -49,6 +58,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
+
+pub use cluster::ClusterConfig;
 
 use crate::meta::etcd::{EtcdOptions, OptionsError};
 use crate::meta::record::check_name;
@@ -121,6 +132,8 @@ pub struct Config {
     pub nbd: NbdConfig,
     /// The admin HTTP API.
     pub admin: AdminConfig,
+    /// This node among the others of its cluster.
+    pub cluster: ClusterConfig,
     /// What the caches may take.
     pub cache: CacheConfig,
     /// How often everything that is stored is read and checked.
@@ -198,8 +211,23 @@ pub struct TlsConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
-    /// TCP address.
+    /// TCP address; anything but a loopback address needs TLS.
     pub address: SocketAddr,
+    /// TLS with other files than those of [`ClusterConfig::credentials`], which are used if there are
+    /// any; without either there is no TLS.
+    pub tls: Option<AdminTlsConfig>,
+}
+
+/// Certificates of the admin HTTP API, PEM files. Clients need one of the same authority.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdminTlsConfig {
+    /// Certificate of the node.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// The cluster's authority.
+    pub ca: PathBuf,
 }
 
 /// What the caches of the node may take.
@@ -261,6 +289,7 @@ impl Default for Config {
             store: StoreConfig::default(),
             nbd: NbdConfig::default(),
             admin: AdminConfig::default(),
+            cluster: ClusterConfig::default(),
             cache: CacheConfig::default(),
             scrub: ScrubConfig::default(),
             space: SpaceConfig::default(),
@@ -278,7 +307,7 @@ impl Default for NbdConfig {
 
 impl Default for AdminConfig {
     fn default() -> Self {
-        Self { address: SocketAddr::from(([127, 0, 0, 1], 9770)) }
+        Self { address: SocketAddr::from(([127, 0, 0, 1], 9770)), tls: None }
     }
 }
 
@@ -411,6 +440,9 @@ impl Config {
         self.validate_disks()?;
         self.store.validate()?;
         self.nbd.validate(self.admin.address)?;
+        self.validate_admin()?;
+        self.cluster.validate()?;
+        self.validate_cluster_address()?;
         if self.cache.index.0 < INDEX_CACHE_BYTES_MIN {
             let least = ByteSize(INDEX_CACHE_BYTES_MIN);
             return refuse("cache.index", format!("{} is less than {least}", self.cache.index));
@@ -438,6 +470,45 @@ impl Config {
             .parse(&self.log.level)
             .map(|_| ())
             .or_else(|error| refuse("log.level", format!("'{}': {error}", self.log.level)))
+    }
+
+    fn validate_admin(&self) -> Result<(), ConfigError> {
+        let AdminConfig { address, tls } = &self.admin;
+        let Some(tls) = tls else {
+            if address.ip().is_loopback() || self.cluster.credentials.is_some() {
+                return Ok(());
+            }
+            return refuse(
+                "admin.address",
+                format!(
+                    "{address} is not a loopback address, and without TLS anybody could give orders \
+                     there: set cluster.credentials (see `sdsctl cluster init`) or admin.tls"
+                ),
+            );
+        };
+        for (field, path) in [
+            ("admin.tls.certificate", &tls.certificate),
+            ("admin.tls.key", &tls.key),
+            ("admin.tls.ca", &tls.ca),
+        ] {
+            if path.as_os_str().is_empty() {
+                return refuse(field, "the path is empty");
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_cluster_address(&self) -> Result<(), ConfigError> {
+        let Some(address) = self.cluster.address.filter(|address| address.port() != 0) else {
+            return Ok(());
+        };
+        if address == self.admin.address {
+            return refuse("cluster.address", format!("{address} is admin.address too"));
+        }
+        if self.nbd.addresses.contains(&address) {
+            return refuse("cluster.address", format!("{address} is one of nbd.addresses too"));
+        }
+        Ok(())
     }
 
     fn validate_disks(&self) -> Result<(), ConfigError> {
@@ -585,6 +656,7 @@ mod tests {
         assert!(config.nbd.tls.unwrap().required);
         assert_eq!(config.disks.len(), 2);
         assert_eq!(config.store.etcd().unwrap().unwrap().endpoints.len(), 3);
+        assert_eq!(config.cluster.advertised().unwrap(), "10.0.0.1:9771");
     }
 
     #[test]
@@ -653,6 +725,51 @@ mod tests {
             .assert_eq(&with("ca = \"/c\""));
         expect!["sdsd.toml:4: store.ca: the path is empty"].assert_eq(&with("ca = \"\""));
         assert!(with("user_name = \"u\"").contains("unknown field `user_name`"));
+    }
+
+    #[test]
+    fn a_node_among_others_needs_credentials() {
+        let error = |text: &str| parse(&format!("[cluster]\n{text}")).unwrap_err();
+        expect!["sdsd.toml:2: cluster.address: without cluster.credentials, which `sdsctl cluster init` or `sdsd join` make"]
+            .assert_eq(&error("address = \"10.0.0.1:9771\""));
+        expect!["sdsd.toml:3: cluster.insecure: 10.0.0.1:9771 is not a loopback address: other hosts need credentials"]
+            .assert_eq(&error("address = \"10.0.0.1:9771\"\ninsecure = true"));
+        expect!["sdsd.toml:2: cluster.insecure: without cluster.address"]
+            .assert_eq(&error("insecure = true"));
+        expect!["sdsd.toml:2: cluster.advertise: without cluster.address"]
+            .assert_eq(&error("advertise = \"a:1\""));
+        expect!["sdsd.toml:2: cluster.authority: without cluster.credentials"]
+            .assert_eq(&error("authority = \"/a\""));
+        expect!["sdsd.toml:2: cluster.rack: the name of a rack consists of a-z, 0-9, '.', '_' and '-': 'a b' contains a space"]
+            .assert_eq(&error("rack = \"a b\""));
+        let secure = |text: &str| error(&format!("credentials = \"/c\"\n{text}"));
+        expect!["sdsd.toml:3: cluster.insecure: there are cluster.credentials: use either"]
+            .assert_eq(&secure("insecure = true"));
+        expect!["sdsd.toml:3: cluster.address: 0.0.0.0:9771 is no address to call: name one in cluster.advertise"]
+            .assert_eq(&secure("address = \"0.0.0.0:9771\""));
+        expect!["sdsd.toml:4: cluster.advertise: 'a' is not HOST:PORT: it has no port"]
+            .assert_eq(&secure("address = \"0.0.0.0:9771\"\nadvertise = \"a\""));
+        expect!["sdsd.toml:3: cluster.address: 127.0.0.1:9770 is admin.address too"]
+            .assert_eq(&secure("address = \"127.0.0.1:9770\""));
+        expect!["sdsd.toml:3: cluster.address: 127.0.0.1:10809 is one of nbd.addresses too"]
+            .assert_eq(&secure("address = \"127.0.0.1:10809\""));
+        let alone = parse("").unwrap().cluster;
+        assert_eq!((alone.advertised(), alone.rack.as_str()), (None, "default"));
+        let test = parse("[cluster]\naddress = \"127.0.0.1:0\"\ninsecure = true").unwrap().cluster;
+        assert_eq!(test.advertised().unwrap(), "127.0.0.1:0");
+    }
+
+    #[test]
+    fn an_admin_address_for_others_needs_tls() {
+        let error = |text: &str| parse(&format!("[admin]\n{text}")).unwrap_err();
+        let open = "address = \"0.0.0.0:9770\"";
+        expect!["sdsd.toml:2: admin.address: 0.0.0.0:9770 is not a loopback address, and without TLS anybody could give orders there: set cluster.credentials (see `sdsctl cluster init`) or admin.tls"]
+            .assert_eq(&error(open));
+        expect!["sdsd.toml:2: admin.tls.key: the path is empty"]
+            .assert_eq(&error("tls = { certificate = \"c\", key = \"\", ca = \"a\" }"));
+        parse(&format!("[admin]\n{open}\n[cluster]\ncredentials = \"/c\"")).unwrap();
+        let tls = "tls = { certificate = \"c\", key = \"k\", ca = \"a\" }";
+        parse(&format!("[admin]\n{open}\n{tls}")).unwrap();
     }
 
     #[test]

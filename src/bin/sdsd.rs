@@ -151,7 +151,7 @@ fn dev(args: Dev) -> Result<(), String> {
     let config = Config {
         data_dir: dir.clone(),
         nbd: NbdConfig { addresses: vec![args.nbd], socket: args.nbd_socket, tls: None },
-        admin: AdminConfig { address: args.admin },
+        admin: AdminConfig { address: args.admin, tls: None },
         ..Config::default()
     };
     config.validate().map_err(|error| error.to_string())?;
