@@ -32,5 +32,6 @@ pub mod segment;
 pub mod shard;
 #[cfg(any(test, feature = "simulation"))]
 pub mod sim;
+pub mod trust;
 pub mod units;
 pub mod volume;
