@@ -38,7 +38,7 @@ pub use files::{Kind, Layout};
 pub use holder::{Holder, Role};
 pub use tls::{AdminTls, ClientTls, NodeConnector, NodeTls};
 pub use token::JoinToken;
-pub use verify::Expected;
+pub use verify::{Expected, reason};
 
 use crate::id::{ClusterId, NodeId};
 

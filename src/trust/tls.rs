@@ -14,7 +14,7 @@ use rustls::{ClientConfig, ServerConfig, SignatureScheme};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
-use super::verify::{Clients, Cluster, Pinned, Servers, provider};
+use super::verify::{Clients, Cluster, Pinned, Servers, provider, reason};
 use super::{Credentials, Expected, Holder, TrustError, now};
 use crate::id::NodeId;
 
@@ -85,6 +85,11 @@ fn met(cluster: &Cluster, certificates: Option<&[CertificateDer<'_>]>) -> io::Re
     cluster.check_client(certificate, &[], now()).or_else(refuse)
 }
 
+/// The same error in plain words.
+fn explained(error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), reason(&error))
+}
+
 fn spoken(alpn: Option<&[u8]>) -> io::Result<()> {
     if alpn == Some(ALPN_RPC) {
         return Ok(());
@@ -137,7 +142,8 @@ impl NodeTls {
         &self,
         stream: TcpStream,
     ) -> io::Result<(server::TlsStream<TcpStream>, NodeId)> {
-        let stream = TlsAcceptor::from(self.server.clone()).accept(stream).await?;
+        let accepting = TlsAcceptor::from(self.server.clone()).accept(stream);
+        let stream = accepting.await.map_err(explained)?;
         let (_, connection) = stream.get_ref();
         spoken(connection.alpn_protocol())?;
         let holder = met(&self.cluster, connection.peer_certificates())?;
@@ -166,7 +172,7 @@ impl NodeConnector {
         let name = ServerName::try_from(format!("{}.sds.internal", self.node));
         let name = name.or_else(refuse)?;
         let connector = TlsConnector::from(self.config.clone());
-        let stream = connector.connect(name, stream).await?;
+        let stream = connector.connect(name, stream).await.map_err(explained)?;
         let (_, connection) = stream.get_ref();
         spoken(connection.alpn_protocol())?;
         let holder = met(&self.cluster, connection.peer_certificates())?;

@@ -75,10 +75,6 @@ impl Cluster {
         Ok(Self { id, roots, clients, provider })
     }
 
-    pub(super) fn id(&self) -> ClusterId {
-        self.id
-    }
-
     /// Whose a certificate is whose chain was judged.
     pub(super) fn holder(
         &self,
@@ -140,6 +136,23 @@ impl Cluster {
     ) -> Result<Holder, Error> {
         let chain = self.clients.verify_client_cert(certificate, intermediates, now).map(|_| ());
         self.holder(certificate, chain)
+    }
+}
+
+/// What is behind an error of a connection with TLS.
+pub fn reason(error: &std::io::Error) -> String {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    match inner {
+        Some(Error::InvalidCertificate(CertificateError::Other(OtherError(why)))) => {
+            why.to_string()
+        }
+        Some(Error::NoCertificatesPresented) => "it shows no certificate".into(),
+        Some(Error::InvalidMessage(_)) => "TLS is not spoken there".into(),
+        Some(Error::AlertReceived(alert)) => {
+            format!("the other end breaks off: {alert:?}; does it accept our certificate?")
+        }
+        Some(why) => why.to_string(),
+        None => error.to_string(),
     }
 }
 
