@@ -102,7 +102,10 @@ impl ClusterConfig {
 }
 
 /// Whether `text` is a `HOST:PORT` that can be called.
-fn check_host_port(text: &str) -> Result<(), String> {
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_host_port(text: &str) -> Result<(), String> {
     let wrong = |why: &str| Err(format!("'{}' is not HOST:PORT: {why}", text.escape_default()));
     if text.len() > ADVERTISE_BYTES_MAX {
         return Err(format!("HOST:PORT has at most {ADVERTISE_BYTES_MAX} characters"));

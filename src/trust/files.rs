@@ -79,6 +79,16 @@ impl Layout {
         Ok(())
     }
 
+    /// Makes the directory, with mode 0700, and sees that a file can be written there.
+    ///
+    /// # Errors
+    /// [`TrustError::File`].
+    pub fn prepare(&self) -> Result<(), TrustError> {
+        make_dir(self.key.parent().unwrap_or(Path::new(".")))?;
+        let draft = write_draft(&self.key, b"", 0o600)?;
+        fs::remove_file(&draft).or_else(|why| fail(&draft, why))
+    }
+
     /// Puts a certificate and its key in place, both PEM, and the authority's certificate if it is not
     /// there. Makes the directory with mode 0700.
     ///
