@@ -35,6 +35,8 @@ pub(super) const RENEWALS: &str = "/v1/renewals";
 pub struct Access {
     /// TLS; none for a loopback address.
     pub tls: Option<AdminTls>,
+    /// Credentials of this node among the others, as `cluster.credentials` has them.
+    pub credentials: Option<Credentials>,
     /// What nodes join with.
     pub admissions: Arc<Admissions>,
 }
@@ -99,7 +101,7 @@ impl Access {
             }
             _ => Admissions::default(),
         };
-        Ok(Self { tls, admissions: Arc::new(admissions) })
+        Ok(Self { tls, credentials: own, admissions: Arc::new(admissions) })
     }
 }
 

@@ -145,7 +145,7 @@ pub async fn serve_with(
     access: Access,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let Access { tls, admissions } = access;
+    let Access { tls, admissions, .. } = access;
     let listener = GuardedListener::new(listener, tls, ADMIN_CONNECTIONS_MAX, IDLE_TIMEOUT);
     let (stopped, mut stopping) = tokio::sync::oneshot::channel::<()>();
     let service = router(backend, admissions).into_make_service_with_connect_info::<Caller>();

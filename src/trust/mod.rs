@@ -24,6 +24,10 @@ mod authority;
 pub mod credentials;
 pub mod files;
 mod holder;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod tls;
 pub mod token;
 mod verify;
@@ -96,7 +100,7 @@ pub enum TrustError {
     #[error("{0}")]
     Refused(&'static str),
     /// TLS cannot be set up.
-    #[error("{0}")]
+    #[error("{}", verify::told(.0))]
     Tls(#[from] rustls::Error),
     /// A certificate cannot be made.
     #[error("cannot make a certificate: {0}")]

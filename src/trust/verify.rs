@@ -142,17 +142,19 @@ impl Cluster {
 /// What is behind an error of a connection with TLS.
 pub fn reason(error: &std::io::Error) -> String {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
-    match inner {
-        Some(Error::InvalidCertificate(CertificateError::Other(OtherError(why)))) => {
-            why.to_string()
+    inner.map_or_else(|| error.to_string(), told)
+}
+
+/// An error of TLS in plain words.
+pub(super) fn told(error: &Error) -> String {
+    match error {
+        Error::InvalidCertificate(CertificateError::Other(OtherError(why))) => why.to_string(),
+        Error::NoCertificatesPresented => "it shows no certificate".into(),
+        Error::InvalidMessage(_) => "TLS is not spoken there".into(),
+        Error::AlertReceived(alert) => {
+            format!("the other end breaks off (alert {alert:?}): does it accept our certificate?")
         }
-        Some(Error::NoCertificatesPresented) => "it shows no certificate".into(),
-        Some(Error::InvalidMessage(_)) => "TLS is not spoken there".into(),
-        Some(Error::AlertReceived(alert)) => {
-            format!("the other end breaks off: {alert:?}; does it accept our certificate?")
-        }
-        Some(why) => why.to_string(),
-        None => error.to_string(),
+        why => why.to_string(),
     }
 }
 

@@ -6,6 +6,7 @@ mod golden;
 mod limits;
 mod roundtrip;
 mod sessions;
+mod tls;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
