@@ -205,6 +205,16 @@ mod tests {
             assert!(matches!(error, TrustError::Malformed(_)), "{error}");
         }
         Holder::of(&CertificateDer::from(vec![0x30, 0x03, 1, 2])).expect_err("no certificate");
+        // Whatever is in it: an error at most.
+        let good = certificate(&[&node], &["node-1"]);
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bent = good.to_vec();
+                bent[at] ^= 1 << bit;
+                drop(Holder::of(&CertificateDer::from(bent)));
+            }
+            drop(Holder::of(&CertificateDer::from(good[..at].to_vec())));
+        }
         let end_entity = certificate(&[&format!("sds://{CLUSTER}/authority")], &[]);
         cluster_of_authority(&end_entity).expect_err("no authority");
     }

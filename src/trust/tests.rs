@@ -122,7 +122,7 @@ async fn strangers_are_refused_by_both_ends() {
     assert!(why.contains("expired"), "{why}");
     let eve = credentials(&ours, &admin(CLUSTER), now());
     let why = meet(&first, &eve).await.0.unwrap_err().to_string();
-    assert!(why.contains("purpose"), "an operator cannot serve: {why}");
+    assert!(why.contains("extended key usage"), "an operator cannot serve: {why}");
 }
 
 #[tokio::test]
@@ -162,7 +162,7 @@ fn files_that_do_not_belong_together_are_refused() {
     let layout = write(&ours, &node(CLUSTER, 1), now(), dir.path());
     let loaded = Credentials::load(dir.path(), Kind::Node).unwrap();
     assert_eq!(*loaded.holder(), node(CLUSTER, 1));
-    assert_eq!(loaded.days_left(now()), Some(729));
+    assert!(loaded.days_left(now()).is_some_and(|days| (729..=730).contains(&days)));
     assert!(!format!("{loaded:?}").contains("PRIVATE"));
     Credentials::load(dir.path(), Kind::Admin).expect_err("no admin.pem there");
     let why = || Credentials::load(dir.path(), Kind::Node).unwrap_err().to_string();

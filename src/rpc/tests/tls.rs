@@ -9,13 +9,13 @@ use tokio::sync::watch;
 use tokio::task::LocalSet;
 
 use super::{CLUSTER, Net, identity, until_down, until_up};
-use crate::disk::conformance::DISK;
+use crate::disk::conformance::{DISK, VOLUME, append, authority as head, blocks, spec};
 use crate::env::Env;
-use crate::id::{ClusterId, NodeId, VolumeId};
+use crate::id::{ClusterId, NodeId, SegmentId};
 use crate::rpc::handshake::Target;
 use crate::rpc::tls::{TlsDial, serve_tls};
 use crate::rpc::{ConnectionState, Peer, RemoteDisk, RpcConfig};
-use crate::shard::ShardClient;
+use crate::shard::{ShardClient, SlotClass};
 use crate::trust::testing::{authority, credentials, node};
 use crate::trust::{self, Authority, NodeTls};
 
@@ -75,7 +75,13 @@ async fn nodes_of_the_cluster_reach_the_disks() {
             down @ ConnectionState::Down { .. } => panic!("{down:?}"),
         }
         let disk = RemoteDisk::new(DISK, peer.clone());
-        disk.list(VolumeId::from_bytes([7; 16])).await.expect("a disk that answers");
+        disk.create(head(1), spec(1, 10), SlotClass::Client).await.unwrap();
+        disk.append(append(1, 1, 0, 7, 12)).await.unwrap();
+        // More than the sockets, and the records of TLS, hold at once.
+        let reads = (0..200).map(|_| disk.read(VOLUME, SegmentId(1), 0, 12));
+        for reply in futures_util::future::join_all(reads).await {
+            assert_eq!(reply.unwrap().data, blocks(7, 12));
+        }
         // All ends in order.
         listening.stop.send(true).unwrap();
         listening.net.stop.send(true).unwrap();
