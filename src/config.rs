@@ -59,7 +59,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use toml::de::DeTable;
 
-pub use cluster::ClusterConfig;
+pub use cluster::{ClusterConfig, check_host_port};
 
 use crate::meta::etcd::{EtcdOptions, OptionsError};
 use crate::meta::record::check_name;

@@ -2,7 +2,7 @@
 //!
 //! Time is tokio's clock ([`tokio::time::Instant`]), which the simulation pauses and advances;
 //! randomness is a seeded stream cipher. Wall-clock time appears in log lines and in the admin
-//! API only, never in a decision.
+//! API only, never in a decision; but certificates are valid by it ([`crate::trust`]).
 
 use std::cell::RefCell;
 use std::rc::Rc;

@@ -12,7 +12,7 @@
 //! All I/O goes through four seams, so that the whole node also runs inside one deterministic
 //! simulation: [`disk::device::BlockDevice`], [`shard::ShardClient`], [`meta::MetaStore`], and
 //! time and randomness ([`env`]). Nothing else in the library touches a file, a socket, a clock
-//! or entropy.
+//! or entropy, but for credentials ([`trust`]).
 
 pub mod admin;
 pub mod buffer;
@@ -32,5 +32,6 @@ pub mod segment;
 pub mod shard;
 #[cfg(any(test, feature = "simulation"))]
 pub mod sim;
+pub mod trust;
 pub mod units;
 pub mod volume;

@@ -5,14 +5,19 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use ureq::http::{Method, Response, StatusCode, Uri};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Connector, TcpConnector};
 use ureq::{Agent, Body};
 
 use super::error::{ApiError, ErrorBody, ErrorCode};
+use super::joining::{CreateNodeToken, JoinNode, NodeCertificate, NodeToken, RenewNode};
+use super::tls::TlsConnector;
 use super::types::{
     AddDisk, CreatePool, CreateVolume, Disk, Pool, Removed, ResizeVolume, Scrub, StartScrub,
     Status, Volume, VolumeName,
 };
 use crate::id::DiskId;
+use crate::trust::ClientTls;
 
 /// Where a node listens if nothing else is said.
 pub const DEFAULT_ENDPOINT: &str = "http://127.0.0.1:9770";
@@ -70,32 +75,57 @@ impl Client {
     /// # Errors
     /// [`ClientError::Endpoint`].
     pub fn new(endpoint: &str) -> Result<Self, ClientError> {
+        Self::with(endpoint, None)
+    }
+
+    /// A client of `endpoint` that shows credentials: `https://HOST:PORT`, or just `HOST:PORT`.
+    /// Connects on first use; no proxy is asked.
+    ///
+    /// # Errors
+    /// [`ClientError::Endpoint`].
+    pub fn with_tls(endpoint: &str, tls: &ClientTls) -> Result<Self, ClientError> {
+        Self::with(endpoint, Some(tls))
+    }
+
+    fn with(endpoint: &str, tls: Option<&ClientTls>) -> Result<Self, ClientError> {
         let fail = |reason: &str| ClientError::Endpoint {
             endpoint: endpoint.to_owned(),
             reason: reason.to_owned(),
         };
-        let authority = match endpoint.split_once("://") {
-            None => endpoint,
-            Some(("http", authority)) => authority,
-            Some(_) => return Err(fail("only http:// is supported")),
+        let authority = match (endpoint.split_once("://"), tls) {
+            (None, _) => endpoint,
+            (Some(("http", authority)), None) | (Some(("https", authority)), Some(_)) => authority,
+            (Some(("http", _)), Some(_)) => {
+                return Err(fail("credentials are shown to https:// only"));
+            }
+            (Some(("https", _)), None) => return Err(fail("https:// needs credentials")),
+            (Some(_), _) => return Err(fail("only http:// and https:// are supported")),
         };
-        let url = format!("http://{}", authority.strip_suffix('/').unwrap_or(authority));
-        let uri: Uri = url.parse().map_err(|_| fail("not a URL; expected http://HOST:PORT"))?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let url = format!("{scheme}://{}", authority.strip_suffix('/').unwrap_or(authority));
+        let uri: Uri =
+            url.parse().map_err(|_| fail(&format!("not a URL; expected {scheme}://HOST:PORT")))?;
         if uri.host().is_none_or(str::is_empty) {
-            return Err(fail("no host; expected http://HOST:PORT"));
+            return Err(fail(&format!("no host; expected {scheme}://HOST:PORT")));
         }
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-            return Err(fail("has a path; expected http://HOST:PORT"));
+            return Err(fail(&format!("has a path; expected {scheme}://HOST:PORT")));
         }
-        let agent = Agent::config_builder()
+        let config = Agent::config_builder()
             .http_status_as_error(false)
             .proxy(None)
             .max_redirects(0)
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_global(Some(REQUEST_TIMEOUT))
             .user_agent(concat!("sdsctl/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .new_agent();
+            .build();
+        let agent = match tls {
+            None => config.new_agent(),
+            Some(tls) => {
+                let connector = TcpConnector::default().chain(TlsConnector::new(tls));
+                Agent::with_parts(config, connector, DefaultResolver::default())
+            }
+        };
         Ok(Self { agent, endpoint: url })
     }
 
@@ -196,6 +226,19 @@ impl Client {
         self.send(Method::POST, "/v1/scrubs", request)
     }
 
+    /// Makes a join token.
+    pub fn create_node_token(&self, request: &CreateNodeToken) -> Result<NodeToken, ClientError> {
+        self.send(Method::POST, "/v1/node-tokens", request)
+    }
+    /// Asks for the certificate of a node that joins.
+    pub fn join_node(&self, request: &JoinNode) -> Result<NodeCertificate, ClientError> {
+        self.send(Method::POST, super::access::JOINS, request)
+    }
+    /// Asks for a new certificate of the node whose credentials are shown.
+    pub fn renew_node(&self, request: &RenewNode) -> Result<NodeCertificate, ClientError> {
+        self.send(Method::POST, super::access::RENEWALS, request)
+    }
+
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.call(Method::GET, path)
     }
@@ -291,7 +334,8 @@ impl ClientError {
                     .to_owned(),
             ),
             Self::Protocol { .. } => Some(
-                "check that the endpoint is the admin address of sdsd, not another service"
+                "check that the endpoint is the admin address of sdsd, not another service; with TLS \
+                 it begins with https://"
                     .to_owned(),
             ),
             Self::Api(error) => error.hint.clone(),

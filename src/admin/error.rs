@@ -9,6 +9,8 @@ use utoipa::ToSchema;
 pub enum ErrorCode {
     /// 400: the request is malformed or one of its values is out of range.
     InvalidArgument,
+    /// 403: who asks may not do this; or a join token is not good.
+    Forbidden,
     /// 404: no such disk, pool, volume or path.
     NotFound,
     /// 405: the path exists, the method does not.
@@ -21,6 +23,8 @@ pub enum ErrorCode {
     PayloadTooLarge,
     /// 415: the body is not declared as `application/json`.
     UnsupportedMediaType,
+    /// 429: too many wrong tries; wait.
+    RateLimited,
     /// 500: a defect, or the device or store failed.
     Internal,
     /// 503: the node is starting, stopping or overloaded, or too few disks are online. Nothing
@@ -40,11 +44,13 @@ impl ErrorCode {
     pub const fn http_status(self) -> u16 {
         match self {
             Self::InvalidArgument => 400,
+            Self::Forbidden => 403,
             Self::NotFound => 404,
             Self::MethodNotAllowed => 405,
             Self::Conflict | Self::ConfirmationRequired => 409,
             Self::PayloadTooLarge => 413,
             Self::UnsupportedMediaType => 415,
+            Self::RateLimited => 429,
             Self::Internal | Self::Unknown => 500,
             Self::Unavailable | Self::Timeout => 503,
             Self::NoSpace => 507,

@@ -8,15 +8,17 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request};
 use axum::http::StatusCode;
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
+use axum::{Extension, Router};
 use tokio::net::TcpListener;
 use utoipa::OpenApi;
 
+use super::access::{Access, Caller, authorise};
+use super::admission::Admissions;
 use super::backend::{AdminBackend, COMMAND_TIMEOUT};
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::guard::{ADMIN_CONNECTIONS_MAX, GuardedListener, IDLE_TIMEOUT};
@@ -70,6 +72,9 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
         routes::volume::remove,
         routes::scrub::list,
         routes::scrub::start,
+        routes::joining::create_token,
+        routes::joining::join,
+        routes::joining::renew,
     ),
     components(schemas(ErrorBody))
 )]
@@ -83,8 +88,8 @@ pub fn openapi_json() -> String {
 }
 
 /// All routes over `backend`.
-pub fn router(backend: Arc<dyn AdminBackend>) -> Router {
-    use routes::{disk, pool, scrub, volume};
+fn router(backend: Arc<dyn AdminBackend>, admissions: Arc<Admissions>) -> Router {
+    use routes::{disk, joining, pool, scrub, volume};
     Router::new()
         .route("/healthz", get(routes::healthz))
         .route("/metrics", get(routes::metrics))
@@ -104,16 +109,19 @@ pub fn router(backend: Arc<dyn AdminBackend>) -> Router {
             "/v1/volumes/{pool}/{name}",
             get(volume::show).patch(volume::resize).delete(volume::remove),
         )
+        .route("/v1/node-tokens", post(joining::create_token))
+        .route(super::access::JOINS, post(joining::join))
+        .route(super::access::RENEWALS, post(joining::renew))
         .fallback(no_such_path)
         .method_not_allowed_fallback(no_such_method)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(Extension(admissions))
+        .layer(middleware::from_fn(authorise))
         .layer(middleware::from_fn(limit_time))
         .with_state(backend)
 }
 
-/// Serves the API on `listener` until `stop` completes; then takes no more connections and waits
-/// up to [`STOP_TIMEOUT`] for requests under way. Needs a tokio runtime with I/O and time; its
-/// tasks are `Send`, and on a current-thread runtime they run on that thread.
+/// Serves the API without TLS: see [`serve_with`].
 ///
 /// # Errors
 /// Those of the listening socket.
@@ -122,9 +130,26 @@ pub async fn serve(
     backend: Arc<dyn AdminBackend>,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let listener = GuardedListener::new(listener, ADMIN_CONNECTIONS_MAX, IDLE_TIMEOUT);
+    serve_with(listener, backend, Access::default(), stop).await
+}
+
+/// Serves the API on `listener` to those whom `access` lets in until `stop` completes; then takes no more connections and waits
+/// up to [`STOP_TIMEOUT`] for requests under way. Needs a tokio runtime with I/O and time; its
+/// tasks are `Send`, and on a current-thread runtime they run on that thread.
+///
+/// # Errors
+/// Those of the listening socket.
+pub async fn serve_with(
+    listener: TcpListener,
+    backend: Arc<dyn AdminBackend>,
+    access: Access,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    let Access { tls, admissions, .. } = access;
+    let listener = GuardedListener::new(listener, tls, ADMIN_CONNECTIONS_MAX, IDLE_TIMEOUT);
     let (stopped, mut stopping) = tokio::sync::oneshot::channel::<()>();
-    let server = axum::serve(listener, router(backend)).with_graceful_shutdown(async move {
+    let service = router(backend, admissions).into_make_service_with_connect_info::<Caller>();
+    let server = axum::serve(listener, service).with_graceful_shutdown(async move {
         stop.await;
         drop(stopped);
     });

@@ -11,6 +11,7 @@ use sds::config::{AdminConfig, Config, NbdConfig};
 use sds::id::DiskId;
 use sds::node::daemon::{self, Addresses};
 use sds::node::dev::{DevOptions, disk_files};
+use sds::trust::JoinToken;
 use sds::units::ByteSize;
 
 /// Software-defined block storage: the daemon of a node.
@@ -36,6 +37,30 @@ enum Verb {
     },
     /// Rebuilds a lost metadata store from what the disks mirror.
     Recover(Recover),
+    /// Has this node join a cluster: fetches its credentials from a member.
+    #[command(
+        after_help = "The token comes from `sdsctl node token`, on a member of the cluster. \
+                            `-` reads it from standard input, where `ps` does not see it."
+    )]
+    Join(Join),
+}
+
+#[derive(Args)]
+struct Join {
+    /// The join token, or `-`.
+    token: String,
+    /// Name of this node in the cluster, as `node` of its configuration says.
+    #[arg(long, value_parser = parse_node)]
+    name: String,
+    /// Directory for the credentials.
+    #[arg(long, default_value = "/etc/sds/node")]
+    dir: PathBuf,
+}
+
+fn parse_node(text: &str) -> Result<String, String> {
+    sds::admin::types::check_name("node", text)
+        .map_err(|error| error.hint.unwrap_or(error.message))?;
+    Ok(text.to_owned())
 }
 
 #[derive(Args)]
@@ -105,6 +130,7 @@ fn main() -> ExitCode {
         (Some(Verb::Dev(args)), _) => dev(args),
         (Some(Verb::Run { config }), _) | (None, Some(config)) => run(&config),
         (Some(Verb::Recover(args)), _) => recover(&args),
+        (Some(Verb::Join(args)), _) => join(&args),
         (None, None) => unreachable!("clap shows the help"),
     };
     match result {
@@ -121,6 +147,22 @@ fn run(path: &std::path::Path) -> Result<(), String> {
     sds::obs::log::init(&config.log.level).map_err(|error| error.to_string())?;
     let ready = |at: &Addresses| tracing::info!(nbd = ?at.nbd, admin = %at.admin, "ready");
     daemon::run(&config, None, &ready).map_err(|error| error.to_string())
+}
+
+fn join(args: &Join) -> Result<(), String> {
+    let mut token = args.token.clone();
+    if token == "-" {
+        token.clear();
+        std::io::stdin().read_line(&mut token).map_err(|error| error.to_string())?;
+    }
+    let token: JoinToken = token.parse().map_err(|error: &str| error.to_owned())?;
+    let told =
+        sds::cli::join(&token, &args.name, &args.dir).map_err(|error| match error.hint() {
+            Some(hint) => format!("{error}\n  hint: {hint}"),
+            None => error.to_string(),
+        })?;
+    print!("{told}");
+    Ok(())
 }
 
 fn recover(args: &Recover) -> Result<(), String> {

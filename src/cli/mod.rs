@@ -1,12 +1,14 @@
 //! `sdsctl`: the command line, one file per family of verbs.
 //!
 //! Knows a node through the admin API ([`crate::admin::client`]) only; `inspect` alone looks at
-//! disks itself, and needs no node. Answers go to standard output, as a
+//! disks itself, and `cluster` at an authority's files, and neither needs a node. Answers go to standard output, as a
 //! table or as exactly the API's JSON; everything else goes to standard error. Every outcome has
 //! its exit code ([`Failure::exit_code`]), so that scripts need not read texts.
 
+mod cluster;
 mod disk;
 mod inspect;
+mod node;
 mod output;
 mod parse;
 mod pool;
@@ -14,14 +16,19 @@ mod scrub;
 mod status;
 mod volume;
 
+pub use node::{JoinError, join};
+
 use std::io::{self, Write};
 use std::process::ExitCode;
+
+use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::admin::client::{Client, ClientError, DEFAULT_ENDPOINT};
 use crate::admin::error::{ApiError, ErrorBody, ErrorCode};
+use crate::trust::{ClientTls, Credentials, Kind, TrustError};
 use inspect::InspectError;
 use output::{Format, Output};
 
@@ -41,16 +48,22 @@ Examples:
   sdsctl -o json volume ls
   sdsctl scrub start --volume default/vm1
   sdsctl inspect disk sds-data/disk0.img --slots
-  sdsctl --endpoint http://10.0.0.5:9770 status --watch";
+  sdsctl cluster init --dir /etc/sds --name east
+  sdsctl --endpoint https://10.0.0.5:9770 status --watch
+  sdsctl --endpoint https://10.0.0.5:9770 node token";
 
 /// Manages an sds node: disks, pools and volumes
 #[derive(Debug, Parser)]
 #[command(name = "sdsctl", version, after_help = AFTER_HELP, max_term_width = 100)]
 struct Cli {
-    /// Admin address of the node: http://HOST:PORT or HOST:PORT
+    /// Admin address of the node: https://HOST:PORT with TLS, http://HOST:PORT or HOST:PORT without
     #[arg(long, global = true, env = "SDS_ENDPOINT", default_value = DEFAULT_ENDPOINT,
           value_name = "URL")]
     endpoint: String,
+    /// Directory with ca.pem, admin.pem and admin.key, for https://; by default ~/.config/sds or
+    /// /etc/sds/admin, whichever is there
+    #[arg(long, global = true, env = "SDS_CREDENTIALS", value_name = "DIR")]
+    credentials: Option<PathBuf>,
     /// How to print answers; json is exactly what the API answers
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
     output: Format,
@@ -74,6 +87,12 @@ enum Verb {
     /// Scrubs: reading and checking everything that is stored
     #[command(subcommand, visible_alias = "scrubs")]
     Scrub(scrub::ScrubVerb),
+    /// Nodes: join tokens, certificates
+    #[command(subcommand, visible_alias = "nodes")]
+    Node(node::NodeVerb),
+    /// The authority of a cluster and what it signs; without a node
+    #[command(subcommand)]
+    Cluster(cluster::ClusterVerb),
     /// Decodes what is on a disk, without a node
     #[command(subcommand)]
     Inspect(inspect::InspectVerb),
@@ -103,6 +122,9 @@ enum Failure {
     /// The node is not `ok`; it was printed already.
     #[error("the node is not healthy")]
     Unhealthy,
+    /// Credentials that are no good, or cannot be made.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// What lies on a disk.
     #[error(transparent)]
     Inspect(#[from] inspect::InspectError),
@@ -117,6 +139,7 @@ impl Failure {
             Self::Client(ClientError::Api(e)) if e.code == ErrorCode::ConfirmationRequired => 2,
             Self::Client(ClientError::Api(_) | ClientError::Protocol { .. })
             | Self::Output(_)
+            | Self::Trust(_)
             | Self::Inspect(InspectError::Nothing { .. }) => 1,
             Self::Client(ClientError::Endpoint { .. }) | Self::Usage { .. } => 2,
             Self::Client(ClientError::Connect { .. }) => 3,
@@ -135,6 +158,7 @@ impl Failure {
                 ApiError::invalid(message).with_hint(hint)
             }
             Self::Inspect(error) => ApiError::invalid(error.to_string()),
+            Self::Trust(error) => ApiError::invalid(error.to_string()),
             Self::Unhealthy | Self::Output(_) => ApiError::internal(self.to_string()),
         }
     }
@@ -182,15 +206,53 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     if let Verb::Inspect(verb) = &cli.verb {
         return inspect::run(verb, &mut out);
     }
-    let client = Client::new(&cli.endpoint)?;
     match &cli.verb {
+        Verb::Cluster(verb) => return cluster::run(verb, &mut out),
+        Verb::Node(node::NodeVerb::Renew { dir }) => {
+            return node::renew(&cli.endpoint, dir, &mut out);
+        }
+        _ => {}
+    }
+    let client = client(cli)?;
+    match &cli.verb {
+        Verb::Node(node::NodeVerb::Token { ttl, address }) => {
+            node::token(*ttl, address.as_ref(), &client, &mut out)
+        }
         Verb::Status(args) => status::run(args, &client, &mut out),
         Verb::Disk(verb) => disk::run(verb, &client, &mut out),
         Verb::Pool(verb) => pool::run(verb, &client, &mut out),
         Verb::Volume(verb) => volume::run(verb, &client, &mut out),
         Verb::Scrub(verb) => scrub::run(verb, &client, &mut out),
-        Verb::Inspect(_) | Verb::Completion { .. } => Ok(()),
+        Verb::Inspect(_) | Verb::Completion { .. } | Verb::Cluster(_) | Verb::Node(_) => Ok(()),
     }
+}
+
+/// A client of the endpoint, with credentials if it has TLS.
+fn client(cli: &Cli) -> Result<Client, Failure> {
+    let plain = cli.endpoint.starts_with("http://");
+    if plain || (cli.credentials.is_none() && !cli.endpoint.starts_with("https://")) {
+        return Ok(Client::new(&cli.endpoint)?);
+    }
+    let Some(dir) = cli.credentials.clone().or_else(default_credentials) else {
+        return Err(Failure::Usage {
+            message: format!("{} needs credentials, and there are none", cli.endpoint),
+            hint:
+                "--credentials DIR; `sdsctl cluster init` makes the first, `sdsctl cluster issue \
+                   --admin NAME` more"
+                    .to_owned(),
+        });
+    };
+    let credentials = Credentials::load(&dir, Kind::Admin)?;
+    Ok(Client::with_tls(&cli.endpoint, &ClientTls::new(&credentials)?)?)
+}
+
+/// The directory of credentials if none is named.
+fn default_credentials() -> Option<PathBuf> {
+    let home = std::env::var_os("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".config")));
+    let places = home.map(|home| home.join("sds")).into_iter().chain(["/etc/sds/admin".into()]);
+    places.into_iter().find(|dir| dir.join("admin.pem").exists())
 }
 
 #[cfg(test)]

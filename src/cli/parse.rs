@@ -22,6 +22,30 @@ pub(super) fn pool_name(s: &str) -> Result<String, String> {
     Ok(s.to_owned())
 }
 
+/// The name of a node.
+pub(super) fn node_name(s: &str) -> Result<String, String> {
+    check_name("node", s).map_err(text)?;
+    Ok(s.to_owned())
+}
+
+/// The name of a cluster.
+pub(super) fn cluster_name(s: &str) -> Result<String, String> {
+    check_name("cluster", s).map_err(text)?;
+    Ok(s.to_owned())
+}
+
+/// The name of an operator.
+pub(super) fn admin_name(s: &str) -> Result<String, String> {
+    check_name("admin", s).map_err(text)?;
+    Ok(s.to_owned())
+}
+
+/// `HOST:PORT`.
+pub(super) fn host_port(s: &str) -> Result<String, String> {
+    crate::config::check_host_port(s)?;
+    Ok(s.to_owned())
+}
+
 /// A size with a unit, in bytes.
 pub(super) fn size(s: &str) -> Result<u64, String> {
     match s.parse::<ByteSize>() {

@@ -105,13 +105,17 @@ impl ClusterConfig {
 }
 
 /// Whether `text` is a `HOST:PORT` that can be called.
-fn check_host_port(text: &str) -> Result<(), String> {
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_host_port(text: &str) -> Result<(), String> {
     let wrong = |why: &str| Err(format!("'{}' is not HOST:PORT: {why}", text.escape_default()));
     if text.len() > ADVERTISE_BYTES_MAX {
         return Err(format!("HOST:PORT has at most {ADVERTISE_BYTES_MAX} characters"));
     }
     let Some((host, port)) = text.rsplit_once(':') else { return wrong("it has no port") };
-    if !port.parse::<u16>().is_ok_and(|port| port != 0) {
+    let digits = port.bytes().all(|byte| byte.is_ascii_digit());
+    if !digits || !port.parse::<u16>().is_ok_and(|port| port != 0) {
         return wrong("the port is none of 1 to 65535");
     }
     if let Ok(address) = text.parse::<SocketAddr>() {

@@ -25,6 +25,7 @@ use super::opener::{DeviceOpener, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
 use super::space::SpaceLevels;
 use super::{Exports, Node, NodeOptions, descriptors, store};
+use crate::admin::access::Access;
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
@@ -152,6 +153,7 @@ async fn run_local(
     let files_max = descriptors::raise_limit();
     let _lock = DirectoryLock::take(&config.data_dir)?;
     let tls = config.nbd.tls.as_ref().map(load_tls).transpose()?;
+    let access = Access::load(config).map_err(error)?;
     let sockets = Sockets::bind(config).await?;
     let door = Door::open(config).await?;
     let ring = Ring::new().map_err(|why| error(format!("io_uring is not available: {why}")))?;
@@ -161,7 +163,7 @@ async fn run_local(
         Some(dev) => dev.prepare(&*opener).await?,
         None => absolute(&config.disks)?,
     };
-    let store = store::open(config, &*opener, &env, &paths).await?;
+    let store = store::open(config, door.as_ref().and_then(Door::holder).map(|h| h.cluster), &*opener, &env, &paths).await?;
     let TimeSpan(period) = config.scrub.period;
     let head = HeadConfig {
         overlay_extents_max: config.cache.overlay_extents,
@@ -200,7 +202,7 @@ async fn run_local(
     let node = Node::start(options, listed).await.map_err(error)?;
     let others = door.map(|door| door.serve(&node));
     let (backend, commands) = backend::channel(COMMANDS_WAITING_MAX, COMMAND_TIMEOUT);
-    let admin = AdminThread::start(sockets.admin, backend)?;
+    let admin = AdminThread::start(sockets.admin, backend, access)?;
     tokio::task::spawn_local(node.clone().serve(commands));
     let listening = (sockets.nbd, sockets.nbd_socket);
     let exports = NbdService::start(&node, &config.nbd, (tls, files_max), listening);
@@ -314,6 +316,7 @@ impl AdminThread {
     fn start(
         listener: std::net::TcpListener,
         backend: backend::ChannelBackend,
+        access: Access,
     ) -> Result<Self, DaemonError> {
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -327,7 +330,7 @@ impl AdminThread {
                     // Whether told to or left alone: stop.
                     stopped.await.ok();
                 };
-                server::serve(listener, std::sync::Arc::new(backend), stopped).await
+                server::serve_with(listener, std::sync::Arc::new(backend), access, stopped).await
             });
             if let Err(why) = result {
                 tracing::error!(%why, "the admin API failed");

@@ -42,6 +42,7 @@ const PUT_BACK_KEYS: usize = 64;
 /// [`DaemonError`]: it cannot be used or reached, or was lost.
 pub(super) async fn open(
     config: &Config,
+    cluster: Option<ClusterId>,
     opener: &dyn DeviceOpener,
     env: &Env,
     paths: &[String],
@@ -49,7 +50,7 @@ pub(super) async fn open(
     match config.store.etcd().map_err(error)? {
         None => open_embedded(&config.data_dir, opener, env, paths).await,
         Some(options) => {
-            let store = open_etcd(&options, opener, env, paths).await?;
+            let store = open_etcd(&options, cluster, opener, env, paths).await?;
             if config.cluster.address.is_none() {
                 claim(&*store, &node_record(&config.data_dir, env)?, &options).await?;
             }
@@ -69,7 +70,7 @@ async fn open_embedded(
         return Ok(Rc::new(EmbeddedStore::open(&path).map_err(error)?));
     }
     check_nothing_lost(&format!("in {}", dir.display()), opener, paths).await?;
-    let content = vec![(CLUSTER_KEY.to_owned(), new_cluster(env)?)];
+    let content = vec![(CLUSTER_KEY.to_owned(), new_cluster(None, env)?)];
     Ok(Rc::new(EmbeddedStore::create(&path, content).map_err(error)?))
 }
 
@@ -97,8 +98,9 @@ async fn check_nothing_lost(
 }
 
 /// The record of a cluster that is new.
-fn new_cluster(env: &Env) -> Result<Bytes, DaemonError> {
-    let cluster = ClusterRecord { id: ClusterId::from_bytes(env.random_bytes()), incarnation: 1 };
+fn new_cluster(id: Option<ClusterId>, env: &Env) -> Result<Bytes, DaemonError> {
+    let id = id.unwrap_or_else(|| ClusterId::from_bytes(env.random_bytes()));
+    let cluster = ClusterRecord { id, incarnation: 1 };
     Ok(record::encode(&cluster).map_err(error)?.into())
 }
 
@@ -108,6 +110,7 @@ fn connect(options: &EtcdOptions, env: &Env) -> Result<EtcdStore, DaemonError> {
 
 async fn open_etcd(
     options: &EtcdOptions,
+    cluster: Option<ClusterId>,
     opener: &dyn DeviceOpener,
     env: &Env,
     paths: &[String],
@@ -118,13 +121,22 @@ async fn open_etcd(
     loop {
         let found = store.identity().await;
         match found {
-            Ok(_) => return Ok(Rc::new(store)),
+            Ok(found) => {
+                if let Some(wanted) = cluster.filter(|wanted| *wanted != found.cluster) {
+                    return fail(format!(
+                        "the credentials of this node are those of cluster {wanted}, but {place} is \
+                         cluster {}",
+                        found.cluster
+                    ));
+                }
+                return Ok(Rc::new(store));
+            }
             Err(MetaError::Uninitialised) => {
                 check_nothing_lost(&place, opener, paths).await?;
                 // Whatever comes of it: the next look at the identity tells.
                 let txn = Txn::new()
                     .when(Condition::PrefixEmpty(ALL_KEYS.into()))
-                    .put(CLUSTER_KEY, new_cluster(env)?);
+                    .put(CLUSTER_KEY, new_cluster(cluster, env)?);
                 let made = store.txn(txn).await;
                 if made.is_ok_and(|outcome| outcome.committed().is_none())
                     && matches!(store.identity().await, Err(MetaError::Uninitialised))

@@ -9,7 +9,8 @@
 //!   replies, `handshake.rs` how a connection begins;
 //! - `input.rs`, `output.rs` and `link.rs` move frames, the same on both sides;
 //! - `client/` keeps one connection to a core of another node, `remote.rs` is a disk behind it;
-//! - `server/` serves the disks of this core; `tcp.rs` makes and prepares sockets.
+//! - `server/` serves the disks of this core; `tcp.rs` makes and prepares sockets, `tls.rs` has both ends
+//!   prove which node they are.
 //!
 //! Knows disks by their ids and what they are asked as numbers; knows nothing of what blocks mean, of
 //! heads, or of who belongs to a cluster. It works on any stream: TCP, TLS on it, or pipes in memory.
@@ -47,6 +48,7 @@ pub mod tcp;
 #[cfg(test)]
 mod tests;
 pub mod volume;
+pub mod tls;
 mod window;
 
 use std::ops::RangeInclusive;

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use sds::admin::access::Access;
 use sds::admin::backend::{ApiResult, Command, channel};
 use sds::admin::error::ApiError;
 use sds::admin::types::{
@@ -30,6 +31,11 @@ pub(crate) struct FakeNode {
 impl FakeNode {
     /// Six disks, pool `default`, volume `default/vol0` with data.
     pub(crate) fn start() -> Self {
+        Self::start_with(Access::default())
+    }
+
+    /// The same, for those whom `access` lets in.
+    pub(crate) fn start_with(access: Access) -> Self {
         let (started, address) = std::sync::mpsc::channel();
         let (stop, stopping) = oneshot::channel();
         #[expect(clippy::disallowed_methods, reason = "no simulation here")]
@@ -39,9 +45,9 @@ impl FakeNode {
                 let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
                 started.send(listener.local_addr().unwrap()).unwrap();
                 let (backend, mut commands) = channel(8, Duration::from_millis(300));
-                let serve = server::serve(listener, std::sync::Arc::new(backend), async {
-                    stopping.await.ok();
-                });
+                let stopping = async { drop(stopping.await) };
+                let backend = std::sync::Arc::new(backend);
+                let serve = server::serve_with(listener, backend, access, stopping);
                 let node = async {
                     let mut state = State::new();
                     while let Some(command) = commands.recv().await {

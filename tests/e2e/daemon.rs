@@ -184,3 +184,43 @@ fn libnbd_and_qemu_over_tls_and_nobody_in_clear() {
     assert!(run("nbdinfo", &["--json", &secure]).contains("\"TLS\": true"));
     node.stop();
 }
+
+#[test]
+fn a_node_with_credentials_obeys_operators_only() {
+    let dir = directory();
+    let trust = dir.path().join("trust");
+    let path = |name: &str| trust.join(name).display().to_string();
+    let sdsctl = env!("CARGO_BIN_EXE_sdsctl");
+    let trust_dir = trust.display().to_string();
+    run(sdsctl, &["cluster", "init", "--dir", &trust_dir, "--name", "east", "--node", "n1"]);
+    let cluster = format!(
+        "[cluster]\ncredentials = \"{}\"\nauthority = \"{}\"",
+        path("node"),
+        path("authority")
+    );
+    let config = configure(dir.path(), "", &cluster);
+    let node = Node::start_configured(&config, "p/v");
+    let admin = path("admin");
+    assert!(node.ctl(&["--credentials", &admin, "status"]).contains("health:"));
+    let (ok, said) = node.ctl_raw(&["status"]);
+    assert!(!ok && said.contains("https://"), "{said}");
+
+    let (ok, said) = node.ctl_raw(&["--credentials", &admin, "node", "token"]);
+    assert!(!ok && said.contains("--address HOST:PORT"), "a loopback address: {said}");
+    let nobody = ["--credentials", &path("node"), "status"];
+    let (ok, said) = node.ctl_raw(&nobody);
+    assert!(!ok && said.contains("admin.pem"), "{said}");
+    node.stop();
+
+    // Credentials of another node, and a key that others may read.
+    let text = config.to_str().expect("UTF-8");
+    let content = std::fs::read_to_string(&config).expect("written before");
+    std::fs::write(&config, content.replace("\"n1\"", "\"n2\"")).expect("a configuration");
+    assert!(refused(&["--config", text]).contains("they are of node n1"));
+    std::fs::write(&config, content).expect("a configuration");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    std::fs::set_permissions(trust.join("node/node.key"), mode).expect("a key");
+    assert!(refused(&["--config", text]).contains("others than its owner may use"));
+    std::fs::write(&config, "[admin]\naddress = \"0.0.0.0:0\"").expect("a configuration");
+    assert!(refused(&["--config", text]).contains("without TLS anybody could give orders"));
+}

@@ -2,6 +2,7 @@
 //! the API's own errors.
 
 pub(super) mod disk;
+pub(super) mod joining;
 pub(super) mod pool;
 pub(super) mod scrub;
 pub(super) mod volume;

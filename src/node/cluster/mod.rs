@@ -352,6 +352,13 @@ impl Node {
         }
     }
 
+    /// Whether a node is one of the cluster.
+    fn is_member(&self, id: NodeId) -> bool {
+        let Some(cluster) = self.cluster.as_ref() else { return false };
+        let view = cluster.view.borrow();
+        view.members.iter().any(|(_, member, _)| member.id == id)
+    }
+
     /// The disks of other nodes.
     pub(super) fn far_disks(&self) -> Vec<Rc<FarDisk>> {
         self.cluster.as_ref().map(Cluster::far).unwrap_or_default()

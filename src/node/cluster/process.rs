@@ -1,10 +1,11 @@
 //! What a process adds to a node of a cluster: its socket, and connections over TCP.
 
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use super::{ClusterOptions, Wire, directories};
@@ -16,7 +17,10 @@ use crate::node::Node;
 use crate::node::daemon::{DaemonError, error, fail};
 use crate::rpc::handshake::Target;
 use crate::rpc::tcp::TcpDial;
-use crate::rpc::{Identity, Peer, RpcConfig, Server};
+use crate::rpc::tls::{TlsDial, serve_tls};
+use crate::rpc::{Dial, Identity, Peer, RpcConfig, Server};
+use crate::shard::LocalFuture;
+use crate::trust::{Credentials, Holder, Kind, NodeTls};
 
 /// How long after its last sign of life a node counts as gone.
 const LEASE: Duration = Duration::from_secs(2);
@@ -34,8 +38,40 @@ impl Wire for Plain {
     }
 }
 
+/// Connections with TLS.
+struct Trusted {
+    env: Env,
+    tls: NodeTls,
+}
+
+impl Wire for Trusted {
+    fn connect(&self, own: Identity, target: NodeId, label: &str, address: &str) -> Peer {
+        let config = RpcConfig::default();
+        let whom = Target { node: Some(target), core: 0 };
+        match TlsDial::new(address.to_owned(), target, &self.tls) {
+            Ok(dial) => Peer::spawn(label, own, whom, dial, config, self.env.clone()),
+            Err(why) => {
+                tracing::error!(node = label, %why, "no connection to the node can be made");
+                Peer::spawn(label, own, whom, Never(why.to_string()), config, self.env.clone())
+            }
+        }
+    }
+}
+
+/// Connects nowhere.
+struct Never(String);
+
+impl Dial for Never {
+    type Stream = TcpStream;
+
+    fn dial(&self) -> LocalFuture<'_, io::Result<TcpStream>> {
+        Box::pin(std::future::ready(Err(io::Error::other(self.0.clone()))))
+    }
+}
+
 /// The socket for other nodes.
 pub(in crate::node) struct Door {
+    tls: Option<NodeTls>,
     listener: TcpListener,
     /// Where it listens.
     pub(in crate::node) address: SocketAddr,
@@ -56,10 +92,22 @@ impl Door {
         if config.store.backend != StoreBackend::Etcd {
             return fail("cluster.address: the nodes of a cluster share an etcd: see [store]");
         }
+        let tls = match &config.cluster.credentials {
+            None => None,
+            Some(dir) => {
+                let credentials = Credentials::load(dir, Kind::Node).map_err(error)?;
+                Some(NodeTls::new(&credentials).map_err(error)?)
+            }
+        };
         let failed = |why| error(format!("cannot listen for other nodes on {address}: {why}"));
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Some(Self { listener, address }))
+        Ok(Some(Self { tls, listener, address }))
+    }
+
+    /// Which cluster and node the credentials are of.
+    pub(in crate::node) fn holder(&self) -> Option<&Holder> {
+        self.tls.as_ref().map(NodeTls::holder)
     }
 
     /// What makes the node one of the cluster.
@@ -74,13 +122,16 @@ impl Door {
         // The port may have been any.
         let address = cluster.advertise.clone().unwrap_or_else(|| self.address.to_string());
         ClusterOptions {
-            id: node.id,
+            id: self.holder().and_then(Holder::node).unwrap_or(node.id),
             host: node.host.clone(),
             rack: cluster.rack.clone(),
             address,
             admin: told.admin.to_string(),
             exports: told.exports,
-            wire: Rc::new(Plain { env: env.clone() }),
+            wire: match &self.tls {
+                None => Rc::new(Plain { env: env.clone() }),
+                Some(tls) => Rc::new(Trusted { env: env.clone(), tls: tls.clone() }),
+            },
             lease: LEASE,
             out_after: Duration::from_secs(cluster.out_after_seconds),
         }
@@ -91,8 +142,16 @@ impl Door {
         let (stop, stopped) = watch::channel(false);
         let Some(cluster) = node.cluster.as_ref() else { return stop };
         let served = directories(node);
-        let server = Server::new(cluster.own.clone(), served, RpcConfig::default(), stopped);
-        tokio::task::spawn_local(async move { server.serve_tcp(self.listener).await });
+        let server =
+            Server::new(cluster.own.clone(), served, RpcConfig::default(), stopped.clone());
+        let Self { tls, listener, .. } = self;
+        let node = Rc::downgrade(node);
+        tokio::task::spawn_local(async move {
+            let Some(tls) = tls else { return server.serve_tcp(listener).await };
+            // Whoever was removed has a certificate all the same.
+            let admits = move |id| node.upgrade().is_some_and(|node| node.is_member(id));
+            serve_tls(server, listener, tls, Rc::new(admits), stopped).await;
+        });
         stop
     }
 }

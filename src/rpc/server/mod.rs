@@ -171,7 +171,23 @@ impl Server {
 
     /// Serves one connection that was accepted elsewhere; `address` names it in the log until it has
     /// said who it is. What it asked for and is not done in the end goes on by itself.
-    pub async fn serve_stream<S>(&self, mut stream: S, address: &str)
+    pub async fn serve_stream<S>(&self, stream: S, address: &str)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        self.serve_known(stream, address, None).await;
+    }
+
+    /// As [`Self::serve_stream`], for a stream whose other end has proven that it is `node`: a hello that
+    /// says otherwise is refused.
+    pub async fn serve_stream_of<S>(&self, stream: S, address: &str, node: NodeId)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        self.serve_known(stream, address, Some(node)).await;
+    }
+
+    async fn serve_known<S>(&self, mut stream: S, address: &str, proven: Option<NodeId>)
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
@@ -186,7 +202,7 @@ impl Server {
             tokio::select! {
                 biased;
                 () = shared.stopped() => return,
-                met = timeout(patience, self.meet(&mut stream)) => {
+                met = timeout(patience, self.meet(&mut stream, proven)) => {
                     met.unwrap_or(Err(HandshakeError::TimedOut(patience)))
                 }
             }
@@ -237,12 +253,21 @@ impl Server {
 
     /// Hears who connects and makes room for it. What an older connection of the same process has not
     /// delivered by now never will be.
-    async fn meet<S>(&self, stream: &mut S) -> Result<(Caller, WindowSize, Rc<Cut>), HandshakeError>
+    async fn meet<S>(
+        &self,
+        stream: &mut S,
+        proven: Option<NodeId>,
+    ) -> Result<(Caller, WindowSize, Rc<Cut>), HandshakeError>
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let Shared { own, config, callers, .. } = &*self.shared;
         let caller = accept(stream, own, &config.versions).await?;
+        if let Some(proven) = proven.filter(|proven| *proven != caller.identity.node) {
+            let reason =
+                format!("the certificate is of node {proven}, not {}", caller.identity.node);
+            return refuse(stream, own, &config.versions, Refusal::Node, &reason).await;
+        }
         let key = (caller.identity.node, caller.identity.core);
         let refusal = {
             let mut callers = callers.borrow_mut();

@@ -9,6 +9,7 @@ mod questions;
 mod roundtrip;
 mod sessions;
 mod volumes;
+mod tls;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
