@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::error::ApiError;
+use super::nodes::Node;
 use super::types::{
     AddDisk, CreatePool, CreateVolume, Disk, Health, Pool, Removed, ResizeVolume, Scrub, Status,
     Volume, VolumeName,
@@ -180,6 +181,18 @@ operations! {
     health = Health {} -> Health;
     /// All metrics in the Prometheus text format.
     metrics = Metrics {} -> String;
+
+    /// All nodes, sorted by name.
+    node_list = NodeList {} -> Vec<Node>;
+    /// One node; `not_found`.
+    node_show = NodeShow { node: String } -> Node;
+    /// Has heads and shards leave a node, which stays in the cluster; returns at once. `conflict` if
+    /// there is no other one.
+    node_drain = NodeDrain { node: String } -> Node;
+    /// Uses a node again that was being drained; succeeds if it is used.
+    node_undrain = NodeUndrain { node: String } -> Node;
+    /// Removes a node for good. `conflict` while it runs, or has disks.
+    node_remove = NodeRemove { node: String } -> Removed;
 
     /// All disks, sorted by path.
     disk_list = DiskList {} -> Vec<Disk>;

@@ -11,6 +11,7 @@ use ureq::{Agent, Body};
 
 use super::error::{ApiError, ErrorBody, ErrorCode};
 use super::joining::{CreateNodeToken, JoinNode, NodeCertificate, NodeToken, RenewNode};
+use super::nodes::Node;
 use super::tls::TlsConnector;
 use super::types::{
     AddDisk, CreatePool, CreateVolume, Disk, Pool, Removed, ResizeVolume, Scrub, StartScrub,
@@ -172,6 +173,27 @@ impl Client {
         self.call(Method::PUT, &format!("/v1/disks/{disk}/online"))
     }
 
+    /// All nodes, sorted by name.
+    pub fn nodes(&self) -> Result<Vec<Node>, ClientError> {
+        self.get("/v1/nodes")
+    }
+    /// One node.
+    pub fn node(&self, node: &str) -> Result<Node, ClientError> {
+        self.get(&format!("/v1/nodes/{}", checked_node(node)?))
+    }
+    /// Has heads and shards leave a node.
+    pub fn drain_node(&self, node: &str) -> Result<Node, ClientError> {
+        self.call(Method::PUT, &format!("/v1/nodes/{}/drain", checked_node(node)?))
+    }
+    /// Uses a node again.
+    pub fn undrain_node(&self, node: &str) -> Result<Node, ClientError> {
+        self.call(Method::PUT, &format!("/v1/nodes/{}/undrain", checked_node(node)?))
+    }
+    /// Removes a node for good.
+    pub fn remove_node(&self, node: &str) -> Result<Removed, ClientError> {
+        self.call(Method::DELETE, &format!("/v1/nodes/{}", checked_node(node)?))
+    }
+
     /// All pools, sorted by name.
     pub fn pools(&self) -> Result<Vec<Pool>, ClientError> {
         self.get("/v1/pools")
@@ -319,6 +341,11 @@ impl Client {
 }
 
 /// The name if it can stand in a URL as it is.
+fn checked_node(node: &str) -> Result<&str, ApiError> {
+    super::types::check_name("node", node)?;
+    Ok(node)
+}
+
 fn checked_pool(pool: &str) -> Result<&str, ApiError> {
     super::types::check_name("pool", pool)?;
     Ok(pool)

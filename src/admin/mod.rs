@@ -19,6 +19,7 @@ pub mod error;
 mod guard;
 pub mod health;
 pub mod joining;
+pub mod nodes;
 mod routes;
 pub mod server;
 pub mod space;

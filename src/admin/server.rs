@@ -72,6 +72,11 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
         routes::volume::remove,
         routes::scrub::list,
         routes::scrub::start,
+        routes::node::list,
+        routes::node::show,
+        routes::node::drain,
+        routes::node::undrain,
+        routes::node::remove,
         routes::joining::create_token,
         routes::joining::join,
         routes::joining::renew,
@@ -89,7 +94,7 @@ pub fn openapi_json() -> String {
 
 /// All routes over `backend`.
 fn router(backend: Arc<dyn AdminBackend>, admissions: Arc<Admissions>) -> Router {
-    use routes::{disk, joining, pool, scrub, volume};
+    use routes::{disk, joining, node, pool, scrub, volume};
     Router::new()
         .route("/healthz", get(routes::healthz))
         .route("/metrics", get(routes::metrics))
@@ -109,6 +114,10 @@ fn router(backend: Arc<dyn AdminBackend>, admissions: Arc<Admissions>) -> Router
             "/v1/volumes/{pool}/{name}",
             get(volume::show).patch(volume::resize).delete(volume::remove),
         )
+        .route("/v1/nodes", get(node::list))
+        .route("/v1/nodes/{node}", get(node::show).delete(node::remove))
+        .route("/v1/nodes/{node}/drain", put(node::drain))
+        .route("/v1/nodes/{node}/undrain", put(node::undrain))
         .route("/v1/node-tokens", post(joining::create_token))
         .route(super::access::JOINS, post(joining::join))
         .route(super::access::RENEWALS, post(joining::renew))

@@ -87,7 +87,7 @@ enum Verb {
     /// Scrubs: reading and checking everything that is stored
     #[command(subcommand, visible_alias = "scrubs")]
     Scrub(scrub::ScrubVerb),
-    /// Nodes: join tokens, certificates
+    /// Nodes of the cluster, and how more join
     #[command(subcommand, visible_alias = "nodes")]
     Node(node::NodeVerb),
     /// The authority of a cluster and what it signs; without a node
@@ -215,6 +215,11 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     }
     let client = client(cli)?;
     match &cli.verb {
+        Verb::Node(node::NodeVerb::Ls) => node::list(&client, &mut out),
+        Verb::Node(node::NodeVerb::Show { node }) => node::show(node, &client, &mut out),
+        Verb::Node(node::NodeVerb::Drain { node }) => node::drain(node, true, &client, &mut out),
+        Verb::Node(node::NodeVerb::Undrain { node }) => node::drain(node, false, &client, &mut out),
+        Verb::Node(node::NodeVerb::Rm { node }) => node::remove(node, &client, &mut out),
         Verb::Node(node::NodeVerb::Token { ttl, address }) => {
             node::token(*ttl, address.as_ref(), &client, &mut out)
         }

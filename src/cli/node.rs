@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 
-use super::output::Output;
+use super::output::{Output, Table, fields, non_empty};
 use super::{Failure, parse};
 use crate::admin::client::{Client, ClientError};
 use crate::admin::joining::{CreateNodeToken, JoinNode, NodeCertificate, RenewNode};
+use crate::admin::nodes::Node;
 use crate::trust::credentials::check_issued;
 use crate::trust::{
     self, ClientTls, Credentials, JoinToken, Kind, Layout, SigningRequest, TrustError,
@@ -17,6 +18,32 @@ use crate::units::TimeSpan;
 /// Verbs on nodes.
 #[derive(Debug, Subcommand)]
 pub(super) enum NodeVerb {
+    /// Lists the nodes
+    Ls,
+    /// Shows one node
+    Show {
+        /// Its name
+        node: String,
+    },
+    /// Has volumes and data leave a node, which stays in the cluster; returns at once
+    #[command(
+        after_help = "`sdsctl node show NODE` tells how far it is; `sdsctl node undrain NODE` \
+                            uses it again."
+    )]
+    Drain {
+        /// Its name
+        node: String,
+    },
+    /// Uses a node again that was drained
+    Undrain {
+        /// Its name
+        node: String,
+    },
+    /// Removes a node for good, once it has no disks and does not run
+    Rm {
+        /// Its name
+        node: String,
+    },
     /// Makes a token with which one more node joins: a secret, good for one node
     #[command(
         after_help = "Example:\n  sdsctl node token --ttl 15m\nThen, on the new node:\n  sdsd join \
@@ -38,6 +65,78 @@ pub(super) enum NodeVerb {
         #[arg(long, default_value = "/etc/sds/node")]
         dir: PathBuf,
     },
+}
+
+/// Lists the nodes.
+pub(super) fn list(client: &Client, out: &mut Output) -> Result<(), Failure> {
+    let nodes = client.nodes()?;
+    out.show(&nodes, |nodes| {
+        let titles = ["NAME", "STATE", "RACK", "DISKS", "VOLUMES", "ADDRESS", "VERSION", "ROLE"];
+        let mut table = Table::new(&titles);
+        for node in nodes {
+            table.row(vec![
+                node.name.clone(),
+                node.state.to_string(),
+                node.rack.clone(),
+                format!("{}/{}", node.disks_online, node.disks),
+                node.volumes.to_string(),
+                non_empty(node.address.clone(), "-"),
+                non_empty(node.version.clone(), "-"),
+                if node.manager { "manager" } else { "" }.to_owned(),
+            ]);
+        }
+        non_empty(table.render(), "this node is alone: it has no [cluster] in its configuration\n")
+    })?;
+    Ok(())
+}
+
+/// Shows one node.
+pub(super) fn show(node: &str, client: &Client, out: &mut Output) -> Result<(), Failure> {
+    let node = client.node(node)?;
+    out.show(&node, details)?;
+    Ok(())
+}
+
+fn details(node: &Node) -> String {
+    let reason = node.state_reason.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+    fields(&[
+        ("name", node.name.clone()),
+        ("id", node.id.to_string()),
+        ("state", format!("{}{reason}", node.state)),
+        ("manager", if node.manager { "yes" } else { "no" }.to_owned()),
+        ("host", node.host.clone()),
+        ("rack", node.rack.clone()),
+        ("address", non_empty(node.address.clone(), "-")),
+        ("admin", non_empty(node.admin.clone(), "-")),
+        ("version", non_empty(node.version.clone(), "-")),
+        ("disks", format!("{} of {} online", node.disks_online, node.disks)),
+        ("volumes", node.volumes.to_string()),
+    ])
+}
+
+/// Drains a node, or uses it again.
+pub(super) fn drain(
+    node: &str,
+    drain: bool,
+    client: &Client,
+    out: &mut Output,
+) -> Result<(), Failure> {
+    let shown = if drain { client.drain_node(node)? } else { client.undrain_node(node)? };
+    out.show(&shown, |shown| {
+        if drain {
+            format!("draining node {}: {} volumes leave it\n", shown.name, shown.volumes)
+        } else {
+            format!("node {} is used again\n", shown.name)
+        }
+    })?;
+    Ok(())
+}
+
+/// Removes a node.
+pub(super) fn remove(node: &str, client: &Client, out: &mut Output) -> Result<(), Failure> {
+    let removed = client.remove_node(node)?;
+    out.show(&removed, |removed| format!("removed node {}\n", removed.name))?;
+    Ok(())
 }
 
 /// Makes a token.

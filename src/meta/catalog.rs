@@ -43,10 +43,7 @@ fn bad(reason: &str) -> EnvelopeError {
 pub async fn collect(store: &dyn MetaStore) -> MetaResult<(u64, Vec<(String, Bytes)>)> {
     let root_of_all = CLUSTER_KEY.trim_end_matches("cluster");
     let listing = store.list(root_of_all).await?;
-    let entries = listing
-        .entries
-        .into_iter()
-        .filter(|(key, _)| !passing(key));
+    let entries = listing.entries.into_iter().filter(|(key, _)| !passing(key));
     Ok((listing.revision, entries.map(|(key, found)| (key, found.value)).collect()))
 }
 

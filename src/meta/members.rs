@@ -231,9 +231,11 @@ impl Schema {
         alive: &AliveRecord,
         lease: LeaseId,
     ) -> SchemaResult<()> {
-        let txn = Txn::new()
-            .when(Condition::KeyExists(member_key(name)))
-            .put_leased(alive_key(name), encode(alive)?, lease);
+        let txn = Txn::new().when(Condition::KeyExists(member_key(name))).put_leased(
+            alive_key(name),
+            encode(alive)?,
+            lease,
+        );
         match self.store().txn(txn).await?.committed() {
             Some(_) => Ok(()),
             None => Err(SchemaError::NotFound(format!("node '{name}'"))),
@@ -246,9 +248,11 @@ impl Schema {
     /// [`SchemaError::Store`].
     pub async fn stand_for_manager(&self, name: &str, lease: LeaseId) -> SchemaResult<bool> {
         let record = encode(&ManagerRecord { node: name.to_owned() })?;
-        let txn = Txn::new()
-            .when(Condition::KeyMissing(MANAGER_KEY.into()))
-            .put_leased(MANAGER_KEY, record, lease);
+        let txn = Txn::new().when(Condition::KeyMissing(MANAGER_KEY.into())).put_leased(
+            MANAGER_KEY,
+            record,
+            lease,
+        );
         Ok(self.store().txn(txn).await?.committed().is_some())
     }
 

@@ -29,6 +29,13 @@ impl Node {
                 let text = self.metrics.render(&self.sample().await);
                 send(reply, text.map_err(|error| ApiError::internal(error.to_string())));
             }
+            Command::NodeList { reply } => send(reply, Ok(self.list_nodes().await)),
+            Command::NodeShow { node, reply } => send(reply, self.show_node(&node).await),
+            Command::NodeDrain { node, reply } => send(reply, self.drain_node(&node, true).await),
+            Command::NodeUndrain { node, reply } => {
+                send(reply, self.drain_node(&node, false).await)
+            }
+            Command::NodeRemove { node, reply } => send(reply, self.remove_node(&node).await),
             Command::DiskList { reply } => send(reply, Ok(self.gather().await.disks)),
             Command::DiskShow { disk, reply } => send(reply, self.show_disk(disk)),
             Command::DiskAdd { request, reply } => send(reply, self.add_disk(request).await),

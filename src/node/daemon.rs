@@ -163,7 +163,14 @@ async fn run_local(
         Some(dev) => dev.prepare(&*opener).await?,
         None => absolute(&config.disks)?,
     };
-    let store = store::open(config, door.as_ref().and_then(Door::holder).map(|h| h.cluster), &*opener, &env, &paths).await?;
+    let store = store::open(
+        config,
+        door.as_ref().and_then(Door::holder).map(|h| h.cluster),
+        &*opener,
+        &env,
+        &paths,
+    )
+    .await?;
     let TimeSpan(period) = config.scrub.period;
     let head = HeadConfig {
         overlay_extents_max: config.cache.overlay_extents,

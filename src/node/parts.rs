@@ -14,7 +14,7 @@ use super::Node;
 use super::disks::DiskSlot;
 use super::pools::shown_scheme;
 use super::space::{Sums, together};
-use super::views::{unusable_disk, unserved_volume};
+use super::views::{unserved_volume, unusable_disk};
 use crate::admin::types::{
     Capacity, Disk, DiskState, FailureDomain as Shown, Pool, RepairProgress, Scrub, Volume,
 };

@@ -79,11 +79,7 @@ fn remaining(repair: Option<&RepairProgress>) -> u64 {
     repair.map_or(0, |repair| repair.bytes_total - repair.bytes_done)
 }
 
-fn sample_disk(
-    node: &Node,
-    slot: &std::rc::Rc<super::disks::DiskSlot>,
-    sums: &Sums,
-) -> DiskSample {
+fn sample_disk(node: &Node, slot: &std::rc::Rc<super::disks::DiskSlot>, sums: &Sums) -> DiskSample {
     let view = node.view_disk_with(slot, sums.disks.get(&slot.id).copied().unwrap_or_default());
     let counted = slot.counted();
     DiskSample {

@@ -5,21 +5,22 @@ use std::rc::Rc;
 use super::Node;
 use super::counts::DiskCounts;
 use super::disks::DiskSlot;
-use super::pools::shown_scheme;
 use super::parts::Views;
+use super::pools::shown_scheme;
 use super::space::Usages;
 use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Narrowed, Pool, Redundancy, RepairProgress, Space, Status, Volume, VolumeState,
+    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Narrowed, Pool, Redundancy,
+    RepairProgress, Space, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
 use crate::meta::record::VolumeRecord;
 use crate::shard::Scheme;
 use crate::volume::RepairReport;
-use crate::volume::usage::Usage;
 use crate::volume::head::Head;
+use crate::volume::usage::Usage;
 
 impl Node {
     pub(super) fn status(&self, views: &Views) -> Status {
@@ -275,21 +276,21 @@ impl Node {
 }
 
 fn tombstone(record: &VolumeRecord, space: Space) -> Volume {
-        Volume {
-            id: record.id,
-            node: String::new(),
-            name: format!("{}/{}", record.pool, record.name),
-            size: record.size_bytes,
-            cutting: 0,
-            allocated: 0,
-            space,
-            epoch: String::new(),
-            redundancy: Redundancy::Full,
-            exports: Vec::new(),
-            state: VolumeState::Deleting,
-            failures: Vec::new(),
-            unrepairable: 0,
-            narrowed: None,
-            repair: None,
-        }
+    Volume {
+        id: record.id,
+        node: String::new(),
+        name: format!("{}/{}", record.pool, record.name),
+        size: record.size_bytes,
+        cutting: 0,
+        allocated: 0,
+        space,
+        epoch: String::new(),
+        redundancy: Redundancy::Full,
+        exports: Vec::new(),
+        state: VolumeState::Deleting,
+        failures: Vec::new(),
+        unrepairable: 0,
+        narrowed: None,
+        repair: None,
     }
+}

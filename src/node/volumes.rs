@@ -251,15 +251,15 @@ impl Node {
 
     /// Says which disks the failure domains of a message are.
     fn explain(&self, why: &str) -> String {
-        let down: Vec<String> = self
-            .slots()
-            .iter()
-            .filter(|slot| !slot.is_online())
-            .map(|slot| format!("{} (domain {})", slot.path(), slot.record.borrow().domain))
-            .chain(self.far_disks().iter().filter(|disk| !disk.is_up()).map(|disk| {
-                format!("{} (domain {})", disk.label(), disk.record.borrow().domain)
-            }))
-            .collect();
+        let down: Vec<String> =
+            self.slots()
+                .iter()
+                .filter(|slot| !slot.is_online())
+                .map(|slot| format!("{} (domain {})", slot.path(), slot.record.borrow().domain))
+                .chain(self.far_disks().iter().filter(|disk| !disk.is_up()).map(|disk| {
+                    format!("{} (domain {})", disk.label(), disk.record.borrow().domain)
+                }))
+                .collect();
         if down.is_empty() { why.to_owned() } else { format!("{why}; down: {}", down.join(", ")) }
     }
 

@@ -47,8 +47,8 @@ mod server;
 pub mod tcp;
 #[cfg(test)]
 mod tests;
-pub mod volume;
 pub mod tls;
+pub mod volume;
 mod window;
 
 use std::ops::RangeInclusive;

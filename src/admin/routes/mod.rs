@@ -3,6 +3,7 @@
 
 pub(super) mod disk;
 pub(super) mod joining;
+pub(super) mod node;
 pub(super) mod pool;
 pub(super) mod scrub;
 pub(super) mod volume;

@@ -136,11 +136,9 @@ impl Node {
             let nobody = cluster.view.borrow().manager().is_none();
             if nobody
                 && let Some(lease) = cluster.lease.get()
-                && let Ok(Ok(true)) = timeout(
-                    PATIENCE,
-                    self.schema.stand_for_manager(&self.options.name, lease),
-                )
-                .await
+                && let Ok(Ok(true)) =
+                    timeout(PATIENCE, self.schema.stand_for_manager(&self.options.name, lease))
+                        .await
             {
                 tracing::info!("this node is the manager");
                 continue;
@@ -187,7 +185,7 @@ impl Node {
 
 impl Cluster {
     /// The nodes that heads may be placed on.
-    fn eligible(&self) -> Vec<String> {
+    pub(super) fn eligible(&self) -> Vec<String> {
         let view = self.view.borrow();
         let running = view.members.iter().filter(|(name, member, _)| {
             member.state == MemberState::Active && view.alive.get(name).is_some()

@@ -25,6 +25,7 @@ mod far;
 mod heads;
 mod lease;
 mod manager;
+mod nodes;
 mod places;
 pub(super) mod process;
 #[cfg(test)]
@@ -40,7 +41,6 @@ use tokio::time::{Instant, sleep, timeout};
 use super::relay::NodeQuestions;
 use super::{Node, NodeError};
 use crate::id::{ClusterId, DiskId, NodeId, VolumeId};
-use crate::meta::{LeaseId, Versioned};
 use crate::meta::follow::Follower;
 use crate::meta::members::{
     ALIVE_PREFIX, AliveRecord, MANAGER_KEY, MEMBER_PREFIX, ManagerRecord, MemberRecord,
@@ -48,6 +48,7 @@ use crate::meta::members::{
 };
 use crate::meta::record::{self, DiskRecord, PoolRecord, Record, VolumeRecord};
 use crate::meta::schema::{DISK_PREFIX, POOL_PREFIX, VOLUME_PREFIX};
+use crate::meta::{LeaseId, Versioned};
 use crate::rpc::{Directories, DiskDirectory, Identity, Peer};
 use crate::shard::ShardClient;
 use crate::shard::domain::Domains;
@@ -309,8 +310,7 @@ impl Cluster {
             if known.is_some_and(same) {
                 continue;
             }
-            let peer =
-                self.options.wire.connect(self.own.clone(), alive.id, name, &alive.address);
+            let peer = self.options.wire.connect(self.own.clone(), alive.id, name, &alive.address);
             let (id, instance, address) = (alive.id, alive.instance, alive.address.clone());
             links.insert(name.to_owned(), Link { id, instance, address, peer });
         }
@@ -346,6 +346,7 @@ impl Node {
             cluster.view.borrow_mut().update(&cluster.keys);
             cluster.connect();
             self.know_far_disks(cluster);
+            self.know_own_disks(cluster);
             self.know_pools(cluster);
             self.reconcile_places(cluster);
             drop(timeout(LOOK_EVERY, changed).await);

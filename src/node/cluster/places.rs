@@ -74,7 +74,11 @@ impl Node {
             }
             let Some((place, revision)) = view.places.get(&key) else { continue };
             if place.node != self.options.name {
-                tracing::info!(volume = slot.name(), to = place.node, "the volume is elsewhere now");
+                tracing::info!(
+                    volume = slot.name(),
+                    to = place.node,
+                    "the volume is elsewhere now"
+                );
                 self.volumes.borrow_mut().remove(&slot.id);
                 if let Some(head) = slot.close() {
                     head.abandon("another node has the volume");

@@ -96,8 +96,7 @@ struct Pipes {
 
 impl Wire for Pipes {
     fn connect(&self, own: Identity, target: NodeId, label: &str, address: &str) -> Peer {
-        let way =
-            Way { net: self.net.clone(), from: own.name.clone(), to: address.to_owned() };
+        let way = Way { net: self.net.clone(), from: own.name.clone(), to: address.to_owned() };
         let target = Target { node: Some(target), core: 0 };
         Peer::spawn(label, own, target, way, RpcConfig::default(), self.env.clone())
     }
@@ -153,9 +152,8 @@ impl Town {
     fn add_host(&mut self, disks: usize) {
         let index = self.hosts.len();
         let config = || SimConfig { size_bytes: DISK_BYTES, ..SimConfig::default() };
-        let device = |disk| {
-            (format!("/n{index}d{disk}"), SimDevice::new(self.env.clone(), config()))
-        };
+        let device =
+            |disk| (format!("/n{index}d{disk}"), SimDevice::new(self.env.clone(), config()));
         let devices = Rc::new(Devices(RefCell::new((0..disks).map(device).collect())));
         self.hosts.push(Host {
             name: format!("n{index}"),

@@ -8,8 +8,8 @@ mod limits;
 mod questions;
 mod roundtrip;
 mod sessions;
-mod volumes;
 mod tls;
+mod volumes;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
