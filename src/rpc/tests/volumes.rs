@@ -194,7 +194,7 @@ fn a_volume_that_is_not_there_and_one_that_changes() {
 }
 
 /// What `unknown` makes unknown is over before a later change of the same process begins.
-fn nothing_lands_late(unknown: impl AsyncFn(&Net, &RemoteVolume)) {
+fn nothing_lands_late(unknown: &impl AsyncFn(&Net, &RemoteVolume)) {
     simulate(async {
         let (net, target) = served(RpcConfig::default(), SIZE);
         let peer = net.peer(RpcConfig::default());
@@ -220,7 +220,7 @@ fn nothing_lands_late(unknown: impl AsyncFn(&Net, &RemoteVolume)) {
 
 #[test]
 fn a_change_whose_answer_is_lost_does_not_land_late() {
-    nothing_lands_late(async |net, remote| {
+    nothing_lands_late(&async |net, remote| {
         let mut lost = Box::pin(remote.write(0, vec![1; 4096].into()));
         assert!(timeout(Duration::from_millis(10), &mut lost).await.is_err());
         net.pipes.borrow()[0].cut();
@@ -230,7 +230,7 @@ fn a_change_whose_answer_is_lost_does_not_land_late() {
 
 #[test]
 fn a_change_that_is_given_up_does_not_land_late() {
-    nothing_lands_late(async |_, remote| {
+    nothing_lands_late(&async |_, remote| {
         for _ in 0..3 {
             let write = remote.write(0, vec![1; 4096].into());
             assert!(timeout(Duration::from_millis(10), write).await.is_err());
@@ -240,7 +240,7 @@ fn a_change_that_is_given_up_does_not_land_late() {
 
 #[test]
 fn a_change_that_takes_for_ever_does_not_land_late() {
-    nothing_lands_late(async |_, remote| {
+    nothing_lands_late(&async |_, remote| {
         let write = remote.zero(0, 4096, false).await;
         assert_eq!(write, Err(TargetError::Stopped), "after the longest deadline");
     });
