@@ -1,4 +1,4 @@
-//! The shard RPC over loopback TCP, both ends in one thread, against disks in memory; and in the same
+//! The RPC between nodes over loopback TCP, both ends in one thread, against disks and a volume in memory; and in the same
 //! rounds its floor: 4 KiB sent to and fro over such a connection by nothing but reads and writes.
 //!
 //! Prints microseconds per request and the ratio to the floor. `--case NAME --count N` runs one case
@@ -14,10 +14,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use sds::buffer::AlignedBuf;
 use sds::env::Env;
+use sds::export::{BlockTarget, MapExtent, TargetError};
 use sds::id::{BLOCK_SIZE, ClusterId, DiskId, Epoch, HeadId, NodeId, SegmentId, VolumeId};
 use sds::rpc::handshake::Target;
 use sds::rpc::tcp::{TcpDial, prepare};
-use sds::rpc::{DiskDirectory, Identity, Peer, RemoteDisk, RpcConfig, Server};
+use sds::rpc::{
+    Directories, DiskDirectory, Identity, Peer, RemoteDisk, RemoteVolume, RpcConfig, Served,
+    Server, VolumeDirectory,
+};
 use sds::shard::{
     Append, Authority, Catalog, DiskInfo, LocalFuture, Mirror, ReadReply, SealedShard, ShardClient,
     ShardError, ShardResult, ShardSpec, SlotClass, VolumeFence, VolumeOnDisk,
@@ -149,11 +153,53 @@ impl DiskDirectory for Only {
     }
 }
 
+/// A volume that keeps nothing.
+struct Void(Bytes);
+
+impl BlockTarget for Void {
+    fn size(&self) -> u64 {
+        1 << 40
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn read(&self, _: u64, len: usize) -> LocalFuture<'_, Result<Vec<Bytes>, TargetError>> {
+        Box::pin(ready(Ok(vec![self.0.slice(..len)])))
+    }
+    fn write(&self, _: u64, _: Bytes) -> LocalFuture<'_, Result<(), TargetError>> {
+        Box::pin(ready(Ok(())))
+    }
+    fn zero(&self, _: u64, _: u64, _: bool) -> LocalFuture<'_, Result<(), TargetError>> {
+        Box::pin(ready(Ok(())))
+    }
+    fn flush(&self) -> LocalFuture<'_, Result<(), TargetError>> {
+        Box::pin(ready(Ok(())))
+    }
+    fn map(
+        &self,
+        _: u64,
+        len: u64,
+        _: usize,
+    ) -> LocalFuture<'_, Result<Vec<MapExtent>, TargetError>> {
+        Box::pin(ready(Ok(vec![MapExtent { len, allocated: true }])))
+    }
+}
+
+struct OneVolume(Rc<Void>);
+
+impl VolumeDirectory for OneVolume {
+    fn volume(&self, _: VolumeId) -> LocalFuture<'_, Result<Served, TargetError>> {
+        Box::pin(ready(Ok(Served { epoch: Epoch(1), target: self.0.clone() })))
+    }
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Echo,
     Append,
     Read,
+    VolumeWrite,
+    VolumeRead,
 }
 
 /// What is measured: its name, what is done, bytes of each, depth, how often, and the case that is its
@@ -177,7 +223,7 @@ const fn case(
     Case { name, kind, bytes, depth, count, floor }
 }
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 15] = [
     case(("echo-4k-1", Kind::Echo), 4 << 10, 1, 20_000, 0),
     case(("append-4k-1", Kind::Append), 4 << 10, 1, 20_000, 0),
     case(("read-4k-1", Kind::Read), 4 << 10, 1, 20_000, 0),
@@ -187,6 +233,12 @@ const CASES: [Case; 9] = [
     case(("echo-128k-8", Kind::Echo), 128 << 10, 8, 10_000, 6),
     case(("append-128k-8", Kind::Append), 128 << 10, 8, 10_000, 6),
     case(("read-128k-8", Kind::Read), 128 << 10, 8, 10_000, 6),
+    case(("vwrite-4k-1", Kind::VolumeWrite), 4 << 10, 1, 20_000, 0),
+    case(("vread-4k-1", Kind::VolumeRead), 4 << 10, 1, 20_000, 0),
+    case(("vwrite-4k-32", Kind::VolumeWrite), 4 << 10, 32, 200_000, 3),
+    case(("vread-4k-32", Kind::VolumeRead), 4 << 10, 32, 200_000, 3),
+    case(("vwrite-128k-8", Kind::VolumeWrite), 128 << 10, 8, 10_000, 6),
+    case(("vread-128k-8", Kind::VolumeRead), 128 << 10, 8, 10_000, 6),
 ];
 
 /// Sends `count` times `bytes` to an echo, at most `depth` of them on their way.
@@ -252,12 +304,46 @@ async fn requests(disk: Rc<RemoteDisk>, case: &Case, count: u64) {
     }
 }
 
+async fn volume_requests(volume: Rc<RemoteVolume>, case: &Case, count: u64) {
+    let left = Rc::new(Cell::new(count));
+    let (bytes, kind) = (case.bytes, case.kind);
+    let workers: Vec<_> = (0..case.depth)
+        .map(|_| {
+            let (volume, left) = (volume.clone(), left.clone());
+            let data = AlignedBuf::zeroed(bytes).freeze();
+            tokio::task::spawn_local(async move {
+                while let Some(rest) = left.get().checked_sub(1) {
+                    left.set(rest);
+                    if kind == Kind::VolumeRead {
+                        volume.read(0, bytes).await.expect("read");
+                    } else {
+                        volume.write(0, data.clone()).await.expect("written");
+                    }
+                }
+            })
+        })
+        .collect();
+    for worker in workers {
+        worker.await.expect("no panic");
+    }
+}
+
+/// What the cases ask.
+struct Ends {
+    echoes: TcpStream,
+    disk: Rc<RemoteDisk>,
+    volume: Rc<RemoteVolume>,
+}
+
 #[expect(clippy::disallowed_methods, reason = "measures real time")]
-async fn run(case: &Case, count: u64, echoes: &mut TcpStream, disk: &Rc<RemoteDisk>) -> Duration {
+async fn run(case: &Case, count: u64, ends: &mut Ends) -> Duration {
     let start = std::time::Instant::now();
     match case.kind {
-        Kind::Echo => echo(echoes, case, count).await,
-        Kind::Append | Kind::Read => requests(disk.clone(), case, count).await,
+        Kind::Echo => echo(&mut ends.echoes, case, count).await,
+        Kind::Append | Kind::Read => requests(ends.disk.clone(), case, count).await,
+        Kind::VolumeWrite | Kind::VolumeRead => {
+            volume_requests(ends.volume.clone(), case, count).await;
+        }
     }
     start.elapsed()
 }
@@ -277,34 +363,42 @@ fn argument(name: &str) -> Option<String> {
     std::env::args().skip_while(|argument| argument != name).nth(1)
 }
 
-async fn measure() {
+/// Makes both ends of everything.
+async fn ends(stopped: watch::Receiver<bool>) -> Ends {
     let (listener, address) = listen().await;
     tokio::task::spawn_local(serve_echo(listener));
-    let mut echoes = TcpStream::connect(address).await.expect("an echo");
+    let echoes = TcpStream::connect(address).await.expect("an echo");
     prepare(&echoes).expect("options");
 
     let id = DiskId::from_bytes([2; 16]);
     let memory = Rc::new(Memory { id, zeroes: AlignedBuf::zeroed(1 << 20).freeze() });
-    let (_stop, stopped) = watch::channel(false);
     let config = RpcConfig::default();
-    let server = Server::new(identity("store", 2), Rc::new(Only(memory)), config.clone(), stopped);
+    let volumes = Rc::new(OneVolume(Rc::new(Void(memory.zeroes.clone()))));
+    let directories = Directories { volumes, ..Directories::from(Rc::new(Only(memory))) };
+    let server = Server::new(identity("store", 2), directories, config.clone(), stopped);
     let (listener, address) = listen().await;
     tokio::task::spawn_local(async move { server.serve_tcp(listener).await });
     let target = Target { node: None, core: 0 };
     let dial = TcpDial { address };
     let peer = Peer::spawn("store", identity("head", 1), target, dial, config, Env::from_seed(1));
-    let disk = Rc::new(RemoteDisk::new(id, peer));
+    let volume = RemoteVolume::attach(&peer, VolumeId::from_bytes([3; 16])).await;
+    let volume = Rc::new(volume.expect("it is served"));
+    Ends { echoes, disk: Rc::new(RemoteDisk::new(id, peer)), volume }
+}
 
+async fn measure() {
+    let (_stop, stopped) = watch::channel(false);
+    let mut ends = ends(stopped).await;
     if let Some(name) = argument("--case") {
         let case = CASES.iter().find(|case| case.name == name).expect("a known case");
         let count = argument("--count").map_or(case.count, |n| n.parse().expect("a number"));
-        println!("{name}: {:?}", run(case, count, &mut echoes, &disk).await);
+        println!("{name}: {:?}", run(case, count, &mut ends).await);
         return;
     }
     let mut rounds: Vec<Vec<f64>> = vec![Vec::new(); CASES.len()];
     for _ in 0..ROUNDS {
         for (case, times) in CASES.iter().zip(&mut rounds) {
-            let took = run(case, case.count, &mut echoes, &disk).await;
+            let took = run(case, case.count, &mut ends).await;
             times.push(took.as_secs_f64() * 1e6 / case.count as f64);
         }
     }

@@ -1,4 +1,4 @@
-//! Arbitrary bytes to both sides of the shard RPC: raw, and as well-formed frames (with right magics,
+//! Arbitrary bytes to both sides of the RPC between nodes: raw, and as well-formed frames (with right magics,
 //! lengths and checksums) of arbitrary content.
 #![no_main]
 
@@ -9,9 +9,14 @@ use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
 use sds::env::Env;
-use sds::id::{ClusterId, DiskId, NodeId, SegmentId, VolumeId};
+use sds::export::memory::MemoryTarget;
+use sds::export::{BlockTarget, TargetError};
+use sds::id::{ClusterId, DiskId, Epoch, NodeId, SegmentId, VolumeId};
 use sds::rpc::handshake::{Attempt, Target, WindowSize, accept, connect, welcome};
-use sds::rpc::{Dial, DiskDirectory, Identity, Peer, RemoteDisk, RpcConfig, Server};
+use sds::rpc::{
+    Dial, Directories, Identity, Peer, Refuses, RemoteDisk, RemoteVolume, RpcConfig, Served,
+    Server, VolumeDirectory,
+};
 use sds::shard::{LocalFuture, ShardClient};
 use sds::sim::simulate;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
@@ -21,12 +26,20 @@ use tokio::sync::watch;
 const HANG: Duration = Duration::from_secs(900);
 const DISK: DiskId = DiskId::from_bytes([1; 16]);
 
-struct NoDisks;
+/// One small volume whose id is zero, at epoch zero: what zeroes in a request mean.
+struct OneVolume(Rc<MemoryTarget>);
 
-impl DiskDirectory for NoDisks {
-    fn disk(&self, _: DiskId) -> Option<Rc<dyn ShardClient>> {
-        None
+impl VolumeDirectory for OneVolume {
+    fn volume(&self, id: VolumeId) -> LocalFuture<'_, Result<Served, TargetError>> {
+        let served = Served { epoch: Epoch(0), target: self.0.clone() };
+        let known = id == VolumeId::default();
+        Box::pin(std::future::ready(if known { Ok(served) } else { Err(TargetError::Stopped) }))
     }
+}
+
+fn directories() -> Directories {
+    let volumes = Rc::new(OneVolume(Rc::new(MemoryTarget::new(100_000))));
+    Directories { volumes, ..Directories::from(Rc::new(Refuses)) }
 }
 
 fn identity(byte: u8) -> Identity {
@@ -48,7 +61,7 @@ fn frames(mut data: &[u8], first_id: u64) -> Vec<u8> {
         header[4] = 1;
         header[6] = (kind % 8) as u8;
         header[7] = flags as u8;
-        header[8] = (code % 24) as u8;
+        header[8] = (code % 66) as u8;
         header[12..16].copy_from_slice(&(control.len() as u32).to_le_bytes());
         header[16..24].copy_from_slice(&(first_id + id as u64 % 8).to_le_bytes());
         header[24..28].copy_from_slice(&(payload.len() as u32).to_le_bytes());
@@ -67,7 +80,7 @@ fn frames(mut data: &[u8], first_id: u64) -> Vec<u8> {
 fn to_server(bytes: &[u8], greeted: bool) {
     simulate(async {
         let (_stop, stopped) = watch::channel(false);
-        let server = Server::new(identity(2), Rc::new(NoDisks), RpcConfig::default(), stopped);
+        let server = Server::new(identity(2), directories(), RpcConfig::default(), stopped);
         let (mut ours, theirs) = duplex(64 << 10);
         let talk = async {
             let target = Target { node: None, core: 0 };
@@ -105,6 +118,14 @@ impl Dial for Once {
     }
 }
 
+async fn use_volume(peer: &Peer, volume: VolumeId) {
+    let Ok(remote) = RemoteVolume::attach(peer, volume).await else { return };
+    let (write, zero) = (remote.write(0, vec![1; 5].into()), remote.zero(0, 5, true));
+    let (read, map) = (remote.read(3, 4), remote.map(0, 100, 10));
+    let (_wrote, _zeroed, read, _mapped) = tokio::join!(write, zero, read, map);
+    assert!(read.is_err() || read.is_ok_and(|pieces| pieces.concat().len() == 4));
+}
+
 fn to_client(bytes: &[u8], greeted: bool) {
     simulate(async {
         let (mut ours, theirs) = duplex(64 << 10);
@@ -112,7 +133,7 @@ fn to_client(bytes: &[u8], greeted: bool) {
         let target = Target { node: None, core: 0 };
         let env = Env::from_seed(1);
         let peer = Peer::spawn("fuzz", identity(1), target, once, RpcConfig::default(), env);
-        let disk = RemoteDisk::new(DISK, peer);
+        let disk = RemoteDisk::new(DISK, peer.clone());
         let volume = VolumeId::from_bytes([3; 16]);
         let asked = async {
             tokio::join!(
@@ -122,6 +143,8 @@ fn to_client(bytes: &[u8], greeted: bool) {
                 disk.volumes(),
                 disk.get_catalog(),
                 disk.drop_volume(volume),
+                use_volume(&peer, volume),
+                peer.ask("?".into(), Duration::from_secs(1)),
             )
         };
         let talk = async {

@@ -1,28 +1,33 @@
-//! The shard RPC: disks of other nodes, as [`crate::shard::ShardClient`] over a byte stream.
+//! The RPC between nodes: disks of other nodes as [`crate::shard::ShardClient`], heads of other nodes as
+//! [`crate::export::BlockTarget`], and questions to them, over a byte stream.
 //!
 //! ```text
-//!  head ──► RemoteDisk ──► Peer ══ stream ══ Server ──► DiskDirectory ──► ShardClient of a disk
-//!           (remote.rs)  (client/)         (server/)
+//!    head ──► RemoteDisk ────┐                        ┌──► DiskDirectory ──► ShardClient of a disk
+//!  export ──► RemoteVolume ──┼─ Peer ══ stream ══ Server ─► VolumeDirectory ──► BlockTarget of a head
+//!    node ──► Peer::ask ─────┘(client/)         (server/)└─► Questions
 //! ```
 //!
-//! - `frame.rs` declares every byte on the wire, `message.rs` and `fields.rs` what is in requests and
-//!   replies, `handshake.rs` how a connection begins;
+//! - `frame.rs` declares every byte on the wire, `request.rs`, `message.rs` (disks), `volume.rs` and `fields.rs`
+//!   what is in requests and replies, `handshake.rs` how a connection begins;
 //! - `input.rs`, `output.rs` and `link.rs` move frames, the same on both sides;
-//! - `client/` keeps one connection to a core of another node, `remote.rs` is a disk behind it;
-//! - `server/` serves the disks of this core; `tcp.rs` makes and prepares sockets, `tls.rs` has both ends
-//!   prove which node they are.
+//! - `client/` keeps one connection to a core of another node, `remote.rs` is a disk behind it,
+//!   `remote_volume.rs` a head, `forward.rs` a volume wherever its head runs;
+//! - `server/` serves the disks and volumes of this core; `tcp.rs` makes and prepares sockets, `tls.rs` has
+//!   both ends prove which node they are.
 //!
-//! Knows disks by their ids and what they are asked as numbers; knows nothing of what blocks mean, of
-//! heads, or of who belongs to a cluster. It works on any stream: TCP, TLS on it, or pipes in memory.
+//! Knows disks and volumes by their ids, heads by their epochs, and what they are asked as numbers; knows nothing of
+//! what blocks mean, of how a head does what it is asked, or of who belongs to a cluster. It works on any stream: TCP, TLS on it, or pipes in memory.
 //!
 //! # What it promises
 //!
 //! - A request is sent once. If its connection breaks, or its deadline passes, it is answered with
-//!   [`crate::shard::ShardError::Unreachable`]: its outcome is unknown. It is never sent again.
+//!   [`crate::shard::ShardError::Unreachable`]: its outcome is unknown. It is never sent again (but by `forward.rs`).
 //! - Requests about one volume to one disk that change something arrive in the order in which they
 //!   were made, also across connections: before a connection is taken, the one before it of the same
 //!   process is cut, and what it had not delivered by then never will be.
-//! - A request is sent as soon as it is made, not when its future is polled; a dropped future leaves it running.
+//! - A change to a volume whose outcome is unknown is over before the next one of this process begins
+//!   (`remote_volume.rs` says how); `forward.rs` may therefore repeat it.
+//! - A request to a disk is sent as soon as it is made, not when its future is polled; a dropped future leaves it running.
 //! - No request hangs: while there is no connection, requests fail after [`RpcConfig::down_patience`].
 //! - A disk that does not answer holds up no other one: the window of a connection is shared so that a
 //!   part of it is always left to the others.

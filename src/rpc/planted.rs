@@ -17,6 +17,13 @@ pub(super) enum Bug {
 }
 
 #[cfg(test)]
+impl Bug {
+    /// Those that chance finds; the last one takes more than that.
+    pub(super) const BY_CHANCE: [Self; 4] =
+        [Self::RepeatAtOnce, Self::TurnTooSoon, Self::LateAccepted, Self::AnyEpoch];
+}
+
+#[cfg(test)]
 thread_local! {
     pub(super) static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
 }

@@ -295,7 +295,8 @@ impl VolumeHead {
         let state = VolumeState { size_bytes: get.u64()?, read_only: get.flag()? };
         let (content, fits) = match opcode {
             Opcode::VolumeRead => (Content::Read, payload_bytes == bytes as usize),
-            Opcode::VolumeMap => (Content::Map, payload_bytes > 0),
+            // An empty one is no list, which is found out where it is read.
+            Opcode::VolumeMap => (Content::Map, true),
             Opcode::Attach => {
                 let answer = VolumeAnswer::Attached { epoch: Epoch(get.u64()?), turn: get.u64()? };
                 (Content::None(answer), payload_bytes == 0)

@@ -140,7 +140,7 @@ async fn converse_more(net: &Net, peer: &Peer) {
     let volume = RemoteVolume::attach(peer, super::VOLUME).await.unwrap();
     net.shelf.delay.set(Duration::from_secs(1));
     let write = volume.write(0, vec![0; 1].into());
-    drop(timeout(Duration::from_millis(500), write).await.unwrap_err());
+    assert!(timeout(Duration::from_millis(500), write).await.is_err());
     net.shelf.delay.set(Duration::ZERO);
     volume.write(0, vec![1; 1].into()).await.unwrap();
     sleep(Duration::from_secs(1)).await;

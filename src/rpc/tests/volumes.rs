@@ -14,6 +14,7 @@ use crate::export::memory::MemoryTarget;
 use crate::export::{BlockTarget, TargetError};
 use crate::id::Epoch;
 use crate::limits::RPC_VOLUME_PIECE_BYTES;
+use crate::rpc::planted::{Bug, PLANTED};
 use crate::rpc::{RemoteVolume, RpcConfig};
 use crate::sim::pipe::PipeFaults;
 use crate::sim::simulate;
@@ -113,8 +114,12 @@ fn long_requests_go_in_pieces() {
         let peer = net.peer(RpcConfig::default());
         let remote = RemoteVolume::attach(&peer, VOLUME).await.unwrap();
         let long: Bytes = (0..3 * most + 700).map(|n| u8::try_from(n % 251).unwrap()).collect();
-        remote.write(100, long.clone()).await.unwrap();
-        assert_eq!(target.running_max(), 4, "side by side");
+        target.hold(true);
+        let mut write = Box::pin(remote.write(100, long.clone()));
+        assert!(timeout(Duration::from_secs(1), &mut write).await.is_err());
+        assert!(target.running() >= 2, "side by side, as the window allows");
+        target.hold(false);
+        write.await.unwrap();
         let there = target.read(100, long.len()).await.unwrap().concat();
         assert!(there == long, "what was written");
         let read = remote.read(100, long.len()).await.unwrap();
@@ -189,7 +194,7 @@ fn a_volume_that_is_not_there_and_one_that_changes() {
 }
 
 /// What `unknown` makes unknown is over before a later change of the same process begins.
-fn nothing_lands_late(unknown: impl AsyncFn(&Net, &RemoteVolume)) {
+fn nothing_lands_late(unknown: &impl AsyncFn(&Net, &RemoteVolume)) {
     simulate(async {
         let (net, target) = served(RpcConfig::default(), SIZE);
         let peer = net.peer(RpcConfig::default());
@@ -215,7 +220,7 @@ fn nothing_lands_late(unknown: impl AsyncFn(&Net, &RemoteVolume)) {
 
 #[test]
 fn a_change_whose_answer_is_lost_does_not_land_late() {
-    nothing_lands_late(async |net, remote| {
+    nothing_lands_late(&async |net, remote| {
         let mut lost = Box::pin(remote.write(0, vec![1; 4096].into()));
         assert!(timeout(Duration::from_millis(10), &mut lost).await.is_err());
         net.pipes.borrow()[0].cut();
@@ -225,7 +230,7 @@ fn a_change_whose_answer_is_lost_does_not_land_late() {
 
 #[test]
 fn a_change_that_is_given_up_does_not_land_late() {
-    nothing_lands_late(async |_, remote| {
+    nothing_lands_late(&async |_, remote| {
         for _ in 0..3 {
             let write = remote.write(0, vec![1; 4096].into());
             assert!(timeout(Duration::from_millis(10), write).await.is_err());
@@ -235,15 +240,17 @@ fn a_change_that_is_given_up_does_not_land_late() {
 
 #[test]
 fn a_change_that_takes_for_ever_does_not_land_late() {
-    nothing_lands_late(async |_, remote| {
+    nothing_lands_late(&async |_, remote| {
         let write = remote.zero(0, 4096, false).await;
         assert_eq!(write, Err(TargetError::Stopped), "after the longest deadline");
     });
 }
 
-#[test]
-fn a_change_that_is_not_begun_when_its_connection_ends_never_is() {
-    simulate(async {
+/// What is there in the end after a change whose connection ended while its head was looked for, one
+/// that was made after it over a second connection, and the end of that.
+fn looked_for_too_long(bug: Option<Bug>) -> u8 {
+    PLANTED.set(bug);
+    let byte = simulate(async {
         let (net, target) = served(RpcConfig::default(), SIZE);
         let peer = net.peer(RpcConfig::default());
         let remote = RemoteVolume::attach(&peer, VOLUME).await.unwrap();
@@ -256,10 +263,18 @@ fn a_change_that_is_not_begun_when_its_connection_ends_never_is() {
         let began = Instant::now();
         remote.write(0, vec![2; 4096].into()).await.unwrap();
         assert!(began.elapsed() < Duration::from_secs(2), "nothing to wait for");
+        net.pipes.borrow()[1].cut();
         sleep(Duration::from_mins(1)).await;
-        let data = target.read(0, 4096).await.unwrap().concat();
-        assert!(data.iter().all(|byte| *byte == 2), "an old copy landed late");
+        target.read(0, 4096).await.unwrap().concat()[0]
     });
+    PLANTED.set(None);
+    byte
+}
+
+#[test]
+fn a_change_that_is_not_begun_when_its_connection_ends_never_is() {
+    assert_eq!(looked_for_too_long(None), 2, "an old copy landed late");
+    assert_eq!(looked_for_too_long(Some(Bug::EndedAccepted)), 1, "the planted bug shows");
 }
 
 #[test]
