@@ -1,6 +1,6 @@
 //! A node as its users see it: `sdsd dev` as a process, and the clients of others against it.
 //!
-//! Needs qemu-utils, libnbd-bin, fio, etcd-server and etcd-client (`tools/test` installs them); a
+//! Needs qemu-utils, libnbd-bin, fio, python3, etcd-server and etcd-client (`tools/test` installs them); a
 //! test whose tool is missing fails and says so. Disks are small files in `/dev/shm` or
 //! `target/tmp`.
 
@@ -8,6 +8,8 @@
 
 #[path = "e2e/clients.rs"]
 mod clients;
+#[path = "e2e/cluster.rs"]
+mod cluster;
 #[path = "e2e/control.rs"]
 mod control;
 #[path = "e2e/crash.rs"]

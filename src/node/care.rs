@@ -133,6 +133,9 @@ impl Node {
 
     /// Why a sick disk cannot be set aside; none if it can.
     fn why_keep(&self, slot: &DiskSlot) -> Option<&'static str> {
+        if self.cluster.is_some() {
+            return Some("in a cluster that is for an operator: `sdsctl disk drain` empties it");
+        }
         let slots = self.slots();
         let others = slots.iter().filter(|s| s.is_online() && s.id != slot.id);
         let domains: BTreeSet<u32> = others.map(|s| s.record.borrow().domain).collect();

@@ -67,6 +67,7 @@ use crate::meta::record::{PoolRecord, VolumeRecord};
 use crate::meta::schema::{Schema, SchemaError};
 use crate::meta::{MetaError, MetaStore, StoreIdentity};
 use crate::obs::metrics::Metrics;
+use crate::rpc::ServerMetrics;
 use crate::shard::disks::Disks;
 use crate::volume::head::{Head, HeadConfig};
 
@@ -146,6 +147,7 @@ pub struct Node {
     /// Where NBD is served, as prefixes and suffixes of URIs around the name of an export.
     export_uris: RefCell<Vec<(String, String)>>,
     nbd: RefCell<Option<Rc<NbdMetrics>>>,
+    rpc: RefCell<Option<Rc<ServerMetrics>>>,
     metrics: Metrics,
     /// Held by whoever changes what the store says.
     changes: tokio::sync::Mutex<()>,
@@ -190,6 +192,7 @@ impl Node {
             deleting: RefCell::default(),
             export_uris: RefCell::default(),
             nbd: RefCell::default(),
+            rpc: RefCell::default(),
             metrics: Metrics::new(),
             changes: tokio::sync::Mutex::new(()),
             started: Instant::now(),

@@ -323,6 +323,15 @@ impl Node {
             self.check_removable(id)?;
         }
         self.empty_disk(&slot).await?;
+        if self.cluster.is_some() && !self.users_everywhere(id).await?.is_empty() {
+            self.mark_removing(&slot).await?;
+            return Err(ApiError::conflict(format!(
+                "disk {id} still has data of volumes of other nodes, which is being rebuilt elsewhere"
+            ))
+            .with_hint(format!(
+                "it is removed as soon as it is empty; `sdsctl disk online {id}` keeps the disk"
+            )));
+        }
         let _lock = self.changes.lock().await;
         self.finish_removal(&slot).await?;
         Ok(Removed { kind: "disk".into(), name: id.to_string() })
@@ -355,6 +364,9 @@ impl Node {
             }
             let node = self.clone();
             tokio::task::spawn_local(async move {
+                if !matches!(node.users_everywhere(slot.id).await, Ok(users) if users.is_empty()) {
+                    return;
+                }
                 // Whoever changes something now leaves it for the next look.
                 let Ok(_lock) = node.changes.try_lock() else { return };
                 let wanted = slot.record.borrow().removing && node.users_of(slot.id).is_empty();
@@ -366,7 +378,7 @@ impl Node {
     }
 
     /// The volumes that need a disk, as far as they can tell.
-    fn users_of(&self, disk: DiskId) -> Vec<String> {
+    pub(super) fn users_of(&self, disk: DiskId) -> Vec<String> {
         let volumes = self.volumes.borrow();
         let uses =
             |volume: &&Rc<VolumeSlot>| volume.serving().is_none_or(|head| head.uses_disk(disk));
@@ -379,19 +391,7 @@ impl Node {
         let users = || self.users_of(slot.id);
         let drained = !users().is_empty();
         if drained {
-            let _lock = self.changes.lock().await;
-            self.update_disk(slot.id, |record| {
-                record.removing = true;
-                if record.state == DiskState::Online {
-                    record.state = DiskState::Draining;
-                }
-            })
-            .await?;
-            if slot.is_online() {
-                self.begin_draining(slot);
-            } else {
-                self.registry.forget(slot.id);
-            }
+            self.mark_removing(slot).await?;
         }
         let empty = async {
             while !users().is_empty() && slot.record.borrow().removing {
@@ -420,6 +420,24 @@ impl Node {
              first; `sdsctl disk online {}` keeps the disk",
             slot.id
         )))
+    }
+
+    /// Notes that a disk is to be removed once it is empty.
+    async fn mark_removing(self: &Rc<Self>, slot: &Rc<DiskSlot>) -> Result<(), ApiError> {
+        let _lock = self.changes.lock().await;
+        self.update_disk(slot.id, |record| {
+            record.removing = true;
+            if record.state == DiskState::Online {
+                record.state = DiskState::Draining;
+            }
+        })
+        .await?;
+        if slot.is_online() {
+            self.begin_draining(slot);
+        } else {
+            self.registry.forget(slot.id);
+        }
+        Ok(())
     }
 
     /// Refuses to remove a disk while a volume is not served, or would lose data with it: its head

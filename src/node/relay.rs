@@ -13,12 +13,14 @@ use super::Node;
 use crate::admin::backend::{Command, Question};
 use crate::admin::error::ApiError;
 use crate::admin::types::VolumeName;
-use crate::id::DiskId;
+use crate::id::{DiskId, VolumeId};
 use crate::rpc::{AskError, Questions};
 use crate::shard::LocalFuture;
 
 /// How long another node may take: as long as a command may.
 const PATIENCE: Duration = Duration::from_secs(28);
+/// How long another node may take to tell who needs a disk.
+const USERS_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What one node asks another.
 #[derive(Debug, Serialize, Deserialize)]
@@ -29,7 +31,12 @@ pub(super) enum Ask {
     /// How many clients are attached there to a volume.
     Attached {
         /// Its id.
-        volume: crate::id::VolumeId,
+        volume: VolumeId,
+    },
+    /// Which volumes it serves, and which of them need a disk.
+    Users {
+        /// The disk.
+        disk: DiskId,
     },
     /// To do this.
     Do(Question),
@@ -40,6 +47,15 @@ impl Ask {
     pub(super) fn encode(&self) -> Bytes {
         serde_json::to_vec(self).map(Bytes::from).unwrap_or_default()
     }
+}
+
+/// Answer to [`Ask::Users`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Users {
+    /// The volumes that are served there.
+    pub(super) served: Vec<VolumeId>,
+    /// Names of those that need the disk, as far as they can tell.
+    pub(super) users: Vec<String>,
 }
 
 /// Answers what other nodes ask.
@@ -55,6 +71,9 @@ impl Questions for NodeQuestions {
                     .map(Bytes::from)
                     .map_err(|error| error.to_string()),
                 Ask::Attached { volume } => Ok(self.0.attached_here(volume).to_string().into()),
+                Ask::Users { disk } => serde_json::to_vec(&self.0.users_here(disk))
+                    .map(Bytes::from)
+                    .map_err(|error| error.to_string()),
                 Ask::Do(question) => {
                     let (command, answer) = question.command();
                     self.0.answer_here(command).await;
@@ -80,6 +99,37 @@ impl Node {
             Err(error) => Err(ApiError::timeout(format!("node {node}: {error}"))
                 .with_hint("look at the present state before you repeat it")),
         });
+    }
+
+    fn users_here(&self, disk: DiskId) -> Users {
+        let volumes = self.volumes.borrow();
+        let served = volumes.values().filter(|slot| slot.serving().is_some());
+        Users { served: served.map(|slot| slot.id).collect(), users: self.users_of(disk) }
+    }
+
+    /// Names of the volumes of the cluster that need a disk.
+    ///
+    /// # Errors
+    /// A volume is served by nobody who answers: nobody knows what it needs.
+    pub(super) async fn users_everywhere(&self, disk: DiskId) -> Result<Vec<String>, ApiError> {
+        let mut users = self.users_of(disk);
+        let Some(cluster) = self.cluster.as_ref() else { return Ok(users) };
+        let mut served = self.users_here(disk).served;
+        for (_, peer) in cluster.others() {
+            let answer = peer.ask(Ask::Users { disk }.encode(), USERS_PATIENCE).await;
+            let told = answer.ok().and_then(|bytes| serde_json::from_slice::<Users>(&bytes).ok());
+            if let Some(told) = told {
+                served.extend(told.served);
+                users.extend(told.users);
+            }
+        }
+        match cluster.volumes().into_iter().find(|placed| !served.contains(&placed.record.id)) {
+            None => Ok(users),
+            Some(placed) => Err(ApiError::conflict(format!(
+                "volume {}/{} is not served, and it alone knows what needs the disk",
+                placed.record.pool, placed.record.name
+            ))),
+        }
     }
 
     /// The other node that a command is for.

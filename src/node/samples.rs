@@ -6,7 +6,7 @@ use crate::admin::health;
 use crate::admin::types::{RepairProgress, Space};
 use crate::export::nbd::wire::{Command, Errno};
 use crate::obs::sample::{
-    DiskSample, NbdSample, NodeSample, PoolSample, RpcServerSample, Sample, ScrubSample,
+    DiskSample, NbdSample, NodeSample, PoolSample, RpcPeerSample, RpcServerSample, Sample, ScrubSample,
     VolumeSample,
 };
 use crate::volume::head::HeadStats;
@@ -56,9 +56,12 @@ impl Node {
                 .map(|slot| sample_volume(slot, Self::volume_space(&usages, slot.id)))
                 .collect(),
             nbd: self.sample_nbd(),
-            // A node has no disks of others yet.
-            rpc_peers: Vec::new(),
-            rpc_server: RpcServerSample::default(),
+            rpc_peers: self.cluster.as_ref().map_or_else(Vec::new, |cluster| {
+                cluster.peers().iter().map(RpcPeerSample::of).collect()
+            }),
+            rpc_server: self.rpc.borrow().as_ref().map_or_else(RpcServerSample::default, |counts| {
+                RpcServerSample::of(counts)
+            }),
         }
     }
 

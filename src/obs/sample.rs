@@ -260,8 +260,7 @@ pub struct RpcServerSample {
 
 impl RpcServerSample {
     /// What a server counts now.
-    pub fn of(server: &crate::rpc::Server) -> Self {
-        let counts = server.metrics();
+    pub fn of(counts: &crate::rpc::ServerMetrics) -> Self {
         Self {
             connections: counts.connections.get(),
             refused: counts.refused.get(),

@@ -92,7 +92,7 @@ fn a_node_on_etcd_outlives_its_outages() {
     let other = dir.path().join("other");
     std::fs::create_dir(&other).expect("a directory");
     let said = refused(&["--config", configure(&other, &etcd.urls(), "").to_str().expect("UTF-8")]);
-    assert!(said.contains("several nodes cannot share one yet"), "{said}");
+    assert!(said.contains("only the nodes of a cluster share one"), "{said}");
 
     // A kill in the midst of it, and a restart of the node.
     etcd.kill(0);

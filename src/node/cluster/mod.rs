@@ -288,6 +288,11 @@ impl Cluster {
         self.links.borrow().get(node).map(|link| link.peer.clone())
     }
 
+    /// The connections to all nodes.
+    pub(super) fn peers(&self) -> Vec<Peer> {
+        self.links.borrow().values().map(|link| link.peer.clone()).collect()
+    }
+
     /// The nodes that answer, and the ways to them.
     pub(super) fn others(&self) -> Vec<(String, Peer)> {
         let links = self.links.borrow();

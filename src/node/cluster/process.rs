@@ -144,6 +144,7 @@ impl Door {
         let served = directories(node);
         let server =
             Server::new(cluster.own.clone(), served, RpcConfig::default(), stopped.clone());
+        *node.rpc.borrow_mut() = Some(server.metrics().clone());
         let Self { tls, listener, .. } = self;
         let node = Rc::downgrade(node);
         tokio::task::spawn_local(async move {

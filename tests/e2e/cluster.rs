@@ -1,0 +1,231 @@
+//! A cluster of real processes, as `tools/cluster` starts it: what clients notice when nodes die, move and return.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::support::{directory, run};
+
+/// Time until a cluster is whole again.
+const HEAL_PATIENCE: Duration = Duration::from_mins(3);
+
+/// A cluster in a directory of its own.
+struct Cluster {
+    dir: TempDir,
+}
+
+/// Where a node is reached.
+struct Address {
+    admin: String,
+    nbd: String,
+}
+
+fn tool(dir: &Path, arguments: &[&str]) -> String {
+    let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/cluster");
+    let done = Command::new(tool).arg("--dir").arg(dir).args(arguments).output();
+    let done = done.expect("tools/cluster can be run");
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "tools/cluster {arguments:?}: {said}");
+    String::from_utf8(done.stdout).expect("UTF-8")
+}
+
+impl Cluster {
+    fn up(nodes: usize, extra: &[&str]) -> Self {
+        let dir = directory();
+        let sdsd = PathBuf::from(env!("CARGO_BIN_EXE_sdsd"));
+        let bin = sdsd.parent().expect("a directory").display().to_string();
+        let nodes = nodes.to_string();
+        let mut arguments = vec![
+            "up", "--nodes", &nodes, "--disks", "1", "--size", "1G", "--base-port", "0", "--bin", &bin,
+        ];
+        arguments.extend(extra);
+        tool(dir.path(), &arguments);
+        Self { dir }
+    }
+
+    fn order(&self, arguments: &[&str]) -> String {
+        tool(self.dir.path(), arguments)
+    }
+
+    fn address(&self, node: usize) -> Address {
+        let told = self.order(&["status"]);
+        let name = format!("n{node} ");
+        let line = told.lines().find(|line| line.starts_with(&name)).expect("the node is told of");
+        let field = |key: &str| {
+            let found = line.split_whitespace().find_map(|word| word.strip_prefix(key));
+            found.expect("it is in the line").to_owned()
+        };
+        Address { admin: field("admin="), nbd: field("nbd=") }
+    }
+
+    fn ctl_raw(&self, node: usize, arguments: &[&str]) -> (bool, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sdsctl"));
+        command.args(["--endpoint", &self.address(node).admin]);
+        command.arg("--credentials").arg(self.dir.path().join("trust/admin"));
+        let done = command.args(arguments).output().expect("sdsctl can be run");
+        let text = if done.status.success() { done.stdout } else { done.stderr };
+        (done.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    fn ctl(&self, node: usize, arguments: &[&str]) -> String {
+        let (ok, said) = self.ctl_raw(node, arguments);
+        assert!(ok, "sdsctl {arguments:?}: {said}");
+        said
+    }
+
+    fn json(&self, node: usize, arguments: &[&str]) -> Value {
+        let mut all = vec!["-o", "json"];
+        all.extend(arguments);
+        serde_json::from_str(&self.ctl(node, &all)).expect("JSON")
+    }
+
+    /// Name of the node that serves the only volume.
+    fn head(&self, node: usize) -> String {
+        let volumes = self.json(node, &["volume", "ls"]);
+        volumes[0]["node"].as_str().expect("a name").to_owned()
+    }
+
+    fn wait(&self, what: &str, node: usize, holds: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + HEAL_PATIENCE;
+        while !holds(self) {
+            let status = self.ctl_raw(node, &["status"]).1;
+            assert!(Instant::now() < deadline, "{what}: {status}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    fn wait_whole(&self, node: usize) {
+        self.wait("whole again", node, |cluster| {
+            let volumes = cluster.json(node, &["volume", "ls"]);
+            let volumes = volumes.as_array().expect("a list");
+            volumes.iter().all(|v| v["state"] == "online" && v["redundancy"] == "full")
+                && cluster.json(node, &["status"])["health"] == "ok"
+        });
+    }
+
+    /// Random writes to a volume through a node, which are read back and compared, for some seconds.
+    fn load(&self, node: usize, volume: &str, seconds: u32) -> Child {
+        let uri = format!("--uri={}{volume}", self.address(node).nbd);
+        let runtime = format!("--runtime={seconds}");
+        let mut command = Command::new("fio");
+        command.args(["--name=load", "--ioengine=nbd", &uri, "--rw=randrw", "--bs=4k", "--iodepth=8"]);
+        command.args(["--size=48M", "--verify=crc32c", "--time_based", &runtime, "--output-format=json"]);
+        command.args(["--verify_fatal=1", "--randrepeat=1", "--do_verify=1"]);
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        child.expect("fio can be run")
+    }
+}
+
+/// Longest write of a load that ended well, seconds.
+fn longest(load: Child) -> f64 {
+    let done = load.wait_with_output().expect("fio ends");
+    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
+    let report: Value =
+        serde_json::from_str(&text[text.find('{').expect("a report")..]).expect("JSON");
+    let job = &report["jobs"][0];
+    assert_eq!(job["error"], 0, "{text}");
+    job["write"]["clat_ns"]["max"].as_f64().expect("a number") / 1e9
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+                let log = std::fs::read_to_string(entry.path().join("log")).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("{}:", entry.path().display());
+                lines.iter().rev().take(15).rev().for_each(|line| eprintln!("  {line}"));
+            }
+        }
+        let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/cluster");
+        let down = Command::new(tool).arg("--dir").arg(self.dir.path()).arg("down").status();
+        assert!(std::thread::panicking() || down.is_ok_and(|status| status.success()));
+    }
+}
+
+#[test]
+fn any_node_dies_under_load_and_clients_of_others_see_no_error() {
+    let cluster = Cluster::up(4, &[]);
+    cluster.ctl(1, &["pool", "create", "p", "--replicas", "3", "--failure-domain", "node"]);
+    cluster.ctl(2, &["volume", "create", "p/v", "--size", "64M"]);
+    let (refused, said) =
+        cluster.ctl_raw(1, &["pool", "create", "q", "--ec", "4+2", "--failure-domain", "node"]);
+    assert!(!refused && said.contains("needs 6 of them"), "{said}");
+    let nodes = cluster.json(3, &["node", "ls"]);
+    assert_eq!(nodes.as_array().expect("a list").len(), 4, "{nodes}");
+    assert_eq!(cluster.head(1), "n2");
+
+    // Clients are at the first node: a node without the head, then that with it.
+    let load = cluster.load(1, "p/v", 12);
+    std::thread::sleep(Duration::from_secs(3));
+    cluster.order(&["kill", "n3"]);
+    println!("longest write while a node without the head dies: {:.2} s", longest(load));
+    cluster.order(&["start", "n3"]);
+    cluster.wait_whole(1);
+    let load = cluster.load(1, "p/v", 15);
+    std::thread::sleep(Duration::from_secs(3));
+    cluster.order(&["kill", "n2"]);
+    println!("longest write while the node with the head dies: {:.2} s", longest(load));
+    assert_ne!(cluster.head(1), "n2");
+    let (_, said) = cluster.ctl_raw(1, &["node", "show", "n2"]);
+    assert!(said.contains("down"), "{said}");
+    cluster.order(&["start", "n2"]);
+    cluster.wait_whole(1);
+
+    // The head's node stops in order, then is drained: no error, and less of a stall.
+    let head = cluster.head(1);
+    let load = cluster.load(if head == "n1" { 4 } else { 1 }, "p/v", 12);
+    std::thread::sleep(Duration::from_secs(3));
+    cluster.order(&["stop", &head]);
+    println!("longest write while the node with the head stops: {:.2} s", longest(load));
+    cluster.order(&["start", &head]);
+    cluster.wait_whole(1);
+    let head = cluster.head(1);
+    let from = if head == "n1" { 4 } else { 1 };
+    let load = cluster.load(from, "p/v", 12);
+    std::thread::sleep(Duration::from_secs(3));
+    cluster.ctl(from, &["node", "drain", &head]);
+    println!("longest write while the node with the head is drained: {:.2} s", longest(load));
+    cluster.wait("drained", from, |cluster| {
+        let node = cluster.json(from, &["node", "show", &head]);
+        let disks = cluster.json(from, &["disk", "ls"]);
+        let disks = disks.as_array().expect("a list").iter();
+        let taken = disks.filter(|d| d["node"] == head.as_str()).map(|d| d["slots_used"].as_u64());
+        node["volumes"] == 0 && taken.sum::<Option<u64>>() == Some(0)
+    });
+    cluster.ctl(from, &["node", "undrain", &head]);
+    cluster.ctl(from, &["volume", "rm", "p/v", "--yes"]);
+    cluster.wait("deleted", from, |cluster| {
+        cluster.json(from, &["volume", "ls"]).as_array().is_some_and(Vec::is_empty)
+    });
+}
+
+#[test]
+fn a_coded_pool_of_six_nodes_survives_any_and_etcd_may_go_away() {
+    let cluster = Cluster::up(6, &["--tls"]);
+    cluster.ctl(1, &["pool", "create", "p", "--ec", "4+2", "--failure-domain", "node"]);
+    cluster.ctl(1, &["volume", "create", "p/v", "--size", "64M"]);
+    let uri = format!("{}p/v", cluster.address(4).nbd);
+    run("qemu-io", &["-f", "raw", &uri, "-c", "write -P 5 48M 16M"]);
+    let load = cluster.load(3, "p/v", 12);
+    std::thread::sleep(Duration::from_secs(3));
+    cluster.order(&["kill", "n1"]);
+    println!("longest write while the node with the head dies: {:.2} s", longest(load));
+    run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
+    cluster.order(&["start", "n1"]);
+    cluster.wait_whole(2);
+
+    // Without etcd clients read and write on; without a certificate nobody is answered.
+    cluster.order(&["kill", "etcd1"]);
+    longest(cluster.load(2, "p/v", 8));
+    cluster.order(&["start", "etcd1"]);
+    cluster.wait_whole(2);
+    let mut stranger = Command::new(env!("CARGO_BIN_EXE_sdsctl"));
+    stranger.args(["--endpoint", &cluster.address(1).admin, "status"]);
+    let stranger = stranger.env("HOME", "/nonexistent").output().expect("sdsctl can be run");
+    assert!(!stranger.status.success(), "somebody without credentials gives orders");
+}
