@@ -1,26 +1,30 @@
 //! A volume wherever its head runs: requests follow it from node to node.
 //!
-//! [`Forwarder`] finds the head of a volume through [`Locate`], hands requests to it, and finds the next one
-//! when it stops, cannot be reached or was replaced. Knows heads by their epochs and nothing of connections or nodes.
+//! [`Forwarder`] finds the head of a volume through [`Locate`], hands requests to it, and finds the
+//! next one when it stops, cannot be reached or was replaced. Knows heads by their epochs and
+//! nothing of connections or nodes.
 //!
 //! # Why a change may be repeated
 //!
-//! A head that stopped, or a connection that broke, leaves changes behind whose outcome is unknown. An old copy must never
-//! be done after something that the client made later. Let `W` be such a change, sent to the head of epoch `e`,
-//! and let it be repeated at a head of epoch `f`:
+//! A head that stopped, or a connection that broke, leaves changes behind whose outcome is unknown.
+//! An old copy must never be done after something that the client made later. Let `W` be such a
+//! change, sent to the head of epoch `e`, and let it be repeated at a head of epoch `f`:
 //!
-//! - `f > e`: the head of `f` serves only after its take-over has fenced all heads before it on the disks, and has
-//!   settled the log: what `e` wrote by then is in the state that `f` begins with; what it writes later is on no whole
-//!   write set and void for ever. A copy of `W` that arrives at the node of `f` is refused, for it names `e`.
-//!   So the old copy is done before `f` serves, or never; the repeated one and all that follow come later.
-//! - `f = e`: the head runs on and may have the old copy in hand. [`Served::target`] begins no further change
-//!   before the server has said that the old copy is done or never will be begun ([`super::RemoteVolume`] has how).
+//! - `f > e`: the head of `f` serves only after its take-over has fenced all heads before it on the
+//!   disks, and has settled the log: what `e` wrote by then is in the state that `f` begins with;
+//!   what it writes later is on no whole write set and void for ever. A copy of `W` that arrives at
+//!   the node of `f` is refused, for it names `e`. So the old copy is done before `f` serves, or
+//!   never; the repeated one and all that follow come later.
+//! - `f = e`: the head runs on and may have the old copy in hand. [`Served::target`] begins no
+//!   further change before the server has said that the old copy is done or never will be begun
+//!   ([`super::RemoteVolume`] has how).
 //! - `f < e` does not happen: a head older than one that was seen is not asked at all.
 //!
-//! The same holds for a change that failed for good here (an I/O error to the client, outcome unknown) and
-//! for what the client writes afterwards: no write that follows is overtaken by it.
+//! The same holds for a change that failed for good here (an I/O error to the client, outcome
+//! unknown) and for what the client writes afterwards: no write that follows is overtaken by it.
 //!
-//! A read may always be repeated. An old head answers none once the next one serves (the read lease).
+//! A read may always be repeated. An old head answers none once the next one serves (the read
+//! lease).
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;

@@ -2,29 +2,32 @@
 //!
 //! # What may be relied on
 //!
-//! A change (a write, a zero) whose connection broke, whose deadline passed, or whose future was dropped, has an
-//! *unknown outcome*: it may be done, it may never be done, and **it may still be done later**, by a head
-//! that runs on and has it in hand. Whoever repeats it, or writes there anew, must not have the old copy
-//! land on what it was told since is done. This module sees to that for as long as one head serves:
+//! A change (a write, a zero) whose connection broke, whose deadline passed, or whose future was
+//! dropped, has an *unknown outcome*: it may be done, it may never be done, and **it may still be
+//! done later**, by a head that runs on and has it in hand. Whoever repeats it, or writes there
+//! anew, must not have the old copy land on what it was told since is done. This module sees to
+//! that for as long as one head serves:
 //!
-//! - Each change carries the epoch of the head that it is meant for, and another head refuses it. So no
-//!   copy reaches a newer head.
-//! - Each change carries a *turn* that the server gave to this core of this node for the volume. After an unknown
-//!   outcome, no further change is sent before the server has given a new turn. It gives it when
-//!   every change of an earlier turn that it had begun is over; what it had not begun, it refuses from
-//!   then on, and what an earlier connection still holds, it will never read
+//! - Each change carries the epoch of the head that it is meant for, and another head refuses it.
+//!   So no copy reaches a newer head.
+//! - Each change carries a *turn* that the server gave to this core of this node for the volume.
+//!   After an unknown outcome, no further change is sent before the server has given a new turn. It
+//!   gives it when every change of an earlier turn that it had begun is over; what it had not
+//!   begun, it refuses from then on, and what an earlier connection still holds, it will never read
 //!   ([`crate::rpc`]: the connection before is cut).
 //! - So a change that is made after another one of this process was answered, or had its outcome
 //!   called unknown, or was given up, is also done after it. `server/volumes.rs` is the other half.
 //!
-//! What is done twice is done twice with the same content and without another change of that process between that was
-//! made later, but one that was made while it was under way: overlapping changes under way at once are done in any order, and
-//! what is read there may go back and forth until the last of them is answered.
+//! What is done twice is done twice with the same content and without another change of that
+//! process between that was made later, but one that was made while it was under way: overlapping
+//! changes under way at once are done in any order, and what is read there may go back and forth
+//! until the last of them is answered.
 //!
-//! It says nothing of changes that *other nodes* sent for the same client: who moves a client to another
-//! export must end its requests at the first, as with any multipath.
+//! It says nothing of changes that *other nodes* sent for the same client: who moves a client to
+//! another export must end its requests at the first, as with any multipath.
 //!
-//! Knows a [`Peer`] and a volume's id; knows not who else might serve the volume: that is `forward.rs`.
+//! Knows a [`Peer`] and a volume's id; knows not who else might serve the volume: that is
+//! `forward.rs`.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;

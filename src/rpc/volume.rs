@@ -1,9 +1,9 @@
-//! Requests to a volume whose head runs on another node, and what is answered: the fields of control
-//! parts, each written and read in one place, as `message.rs` does it for disks.
+//! Requests to a volume whose head runs on another node, and what is answered: the fields of
+//! control parts, each written and read in one place, as `message.rs` does it for disks.
 //!
-//! Knows [`BlockTarget`] and the numbers that requests carry so that none is done too late: the epoch of
-//! the head that it is meant for, and its *turn* (see [`super::remote_volume`]). Whether they are the right ones is
-//! judged by the server.
+//! Knows [`BlockTarget`] and the numbers that requests carry so that none is done too late: the
+//! epoch of the head that it is meant for, and its *turn* (see [`super::remote_volume`]). Whether
+//! they are the right ones is judged by the server.
 
 use std::rc::Rc;
 

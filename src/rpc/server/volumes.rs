@@ -1,16 +1,17 @@
-//! Requests to volumes whose heads run here: which of them are begun, and when an earlier one is over.
+//! Requests to volumes whose heads run here: which of them are begun, and when an earlier one is
+//! over.
 //!
-//! A caller that lost the answer to a change must be able to learn that the change will not happen any
-//! more before it makes a later one. So each change has the *turn* that its caller (a core of a node)
-//! was given for the volume; an attach without the present turn begins a new one.
+//! A caller that lost the answer to a change must be able to learn that the change will not happen
+//! any more before it makes a later one. So each change has the *turn* that its caller (a core of a
+//! node) was given for the volume; an attach without the present turn begins a new one.
 //!
 //! # Invariants
-//! - No change is begun whose turn is over, whose epoch is not that of the head, or whose connection has
-//!   ended, even if it was received before.
-//! - An attach that begins a turn is answered when every change of the turns before it, on the same head,
-//!   is over, whatever connection it came by.
-//! - A [`Gate`] exists while a connection knows it or a change of it runs. If there is none, then nothing of
-//!   earlier turns can come: the connections of a caller do not live side by side.
+//! - No change is begun whose turn is over, whose epoch is not that of the head, or whose
+//!   connection has ended, even if it was received before.
+//! - An attach that begins a turn is answered when every change of the turns before it, on the same
+//!   head, is over, whatever connection it came by.
+//! - A [`Gate`] exists while a connection knows it or a change of it runs. If there is none, then
+//!   nothing of earlier turns can come: the connections of a caller do not live side by side.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
