@@ -133,7 +133,9 @@ fn draft_of(path: &Path) -> PathBuf {
 
 /// Makes a directory, which nobody else may look into if it was not there.
 pub(super) fn make_dir(dir: &Path) -> Result<(), TrustError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    // Those around it are as the user makes directories: other things may be there too.
+    let around = dir.parent().map_or(Ok(()), fs::create_dir_all);
+    let made = around.and_then(|()| DirBuilder::new().recursive(true).mode(0o700).create(dir));
     made.or_else(|why| fail(dir, why))
 }
 
