@@ -13,6 +13,7 @@ use admin_support::FakeNode;
 use sds::admin::access::Access;
 use sds::admin::client::{Client, ClientError};
 use sds::admin::error::ErrorCode;
+use sds::admin::joining::{CreateNodeToken, RenewNode};
 use sds::config::Config;
 use sds::trust::{ClientTls, Credentials, Kind};
 
@@ -160,7 +161,7 @@ fn operators_are_let_in_and_nobody_else() {
     // A node is not an operator.
     let node = cluster.client("node", Kind::Node);
     assert_eq!(code(node.status()), ErrorCode::Forbidden);
-    assert_eq!(code(node.create_node_token(&Default::default())), ErrorCode::Forbidden);
+    assert_eq!(code(node.create_node_token(&CreateNodeToken::default())), ErrorCode::Forbidden);
     assert_eq!(code(client.renew_node(&renewal())), ErrorCode::Forbidden);
     let credentials = Credentials::load(&cluster.path("node"), Kind::Node).unwrap();
     let nobody = ClientTls::pinned(credentials.authority_fingerprint()).unwrap();
@@ -174,9 +175,9 @@ fn operators_are_let_in_and_nobody_else() {
     cluster.client("eve", Kind::Admin).status().unwrap();
 }
 
-fn renewal() -> sds::admin::joining::RenewNode {
+fn renewal() -> RenewNode {
     let request = sds::trust::SigningRequest::new().unwrap().pem().unwrap();
-    sds::admin::joining::RenewNode { request }
+    RenewNode { request }
 }
 
 #[test]

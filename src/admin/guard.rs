@@ -96,16 +96,15 @@ impl Listener for GuardedListener {
                         return accepted;
                     }
                 }
-                taken = take(Arc::clone(&self.permits), &mut self.listener) => match &self.tls {
-                    Some(tls) => {
+                taken = take(Arc::clone(&self.permits), &mut self.listener) => {
+                    if let Some(tls) = &self.tls {
                         self.handshakes.spawn(secure(tls.clone(), taken, self.idle));
-                    }
-                    None => {
+                    } else {
                         let (permit, stream, peer) = taken;
                         let wire = Wire::Plain(stream);
                         return (GuardedStream::new(wire, Who::Local, self.idle, permit), peer);
                     }
-                },
+                }
             }
         }
     }

@@ -34,9 +34,10 @@ impl fmt::Debug for TlsConnector {
 
 /// Says what was behind an error of TLS.
 fn explained(error: io::Error) -> Error {
-    match error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {
-        true => Error::Io(io::Error::new(error.kind(), reason(&error))),
-        false => Error::from(error),
+    if error.get_ref().is_some_and(<dyn std::error::Error + Send + Sync>::is::<rustls::Error>) {
+        Error::Io(io::Error::new(error.kind(), reason(&error)))
+    } else {
+        Error::from(error)
     }
 }
 

@@ -113,7 +113,8 @@ impl Credentials {
         if !with_authority {
             return self.certified.clone();
         }
-        let chain = [&self.certified.cert[..], &[self.authority.clone()]].concat();
+        let authority = std::slice::from_ref(&self.authority);
+        let chain = [&self.certified.cert[..], authority].concat();
         Arc::new(CertifiedKey::new(chain, self.certified.key.clone()))
     }
 }

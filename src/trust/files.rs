@@ -120,6 +120,7 @@ impl Layout {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "errors are handed over as they come")]
 pub(super) fn fail<T>(path: &Path, why: impl ToString) -> Result<T, TrustError> {
     Err(TrustError::File { path: path.to_owned(), why: why.to_string() })
 }
@@ -132,7 +133,9 @@ fn draft_of(path: &Path) -> PathBuf {
 
 /// Makes a directory, which nobody else may look into if it was not there.
 pub(super) fn make_dir(dir: &Path) -> Result<(), TrustError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    // Those around it are as the user makes directories: other things may be there too.
+    let around = dir.parent().map_or(Ok(()), fs::create_dir_all);
+    let made = around.and_then(|()| DirBuilder::new().recursive(true).mode(0o700).create(dir));
     made.or_else(|why| fail(dir, why))
 }
 
@@ -163,7 +166,7 @@ fn sync_dir(dir: &Path) -> Result<(), TrustError> {
 
 /// Reads a file that anybody may read.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>, TrustError> {
-    File::open(path).map_err(Some).and_then(|file| take(file)).or_else(|why| told(path, why))
+    File::open(path).map_err(Some).and_then(take).or_else(|why| told(path, why))
 }
 
 /// Reads a private key, which nobody but its owner may read or write.

@@ -18,7 +18,8 @@ const OTHER: ClusterId = ClusterId::from_bytes([0xc2; 16]);
 const SECOND: NodeId = NodeId::from_bytes([2; 16]);
 
 fn long_ago() -> UnixTime {
-    UnixTime::since_unix_epoch(Duration::from_secs(now().as_secs()) - 2 * NODE_LIFETIME)
+    let years_back = now().as_secs() - 2 * NODE_LIFETIME.as_secs();
+    UnixTime::since_unix_epoch(Duration::from_secs(years_back))
 }
 
 fn admin(cluster: ClusterId) -> Holder {

@@ -86,8 +86,8 @@ fn met(cluster: &Cluster, certificates: Option<&[CertificateDer<'_>]>) -> io::Re
 }
 
 /// The same error in plain words.
-fn explained(error: io::Error) -> io::Error {
-    io::Error::new(error.kind(), reason(&error))
+fn explained(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), reason(error))
 }
 
 fn spoken(alpn: Option<&[u8]>) -> io::Result<()> {
@@ -143,7 +143,7 @@ impl NodeTls {
         stream: TcpStream,
     ) -> io::Result<(server::TlsStream<TcpStream>, NodeId)> {
         let accepting = TlsAcceptor::from(self.server.clone()).accept(stream);
-        let stream = accepting.await.map_err(explained)?;
+        let stream = accepting.await.map_err(|error| explained(&error))?;
         let (_, connection) = stream.get_ref();
         spoken(connection.alpn_protocol())?;
         let holder = met(&self.cluster, connection.peer_certificates())?;
@@ -172,7 +172,7 @@ impl NodeConnector {
         let name = ServerName::try_from(format!("{}.sds.internal", self.node));
         let name = name.or_else(refuse)?;
         let connector = TlsConnector::from(self.config.clone());
-        let stream = connector.connect(name, stream).await.map_err(explained)?;
+        let stream = connector.connect(name, stream).await.map_err(|error| explained(&error))?;
         let (_, connection) = stream.get_ref();
         spoken(connection.alpn_protocol())?;
         let holder = met(&self.cluster, connection.peer_certificates())?;
