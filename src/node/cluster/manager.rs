@@ -187,8 +187,11 @@ impl Cluster {
     /// The nodes that heads may be placed on.
     pub(super) fn eligible(&self) -> Vec<String> {
         let view = self.view.borrow();
+        let links = self.links.borrow();
         let running = view.members.iter().filter(|(name, member, _)| {
-            member.state == MemberState::Active && view.alive.get(name).is_some()
+            let reached = *name == self.own.name
+                || links.get(*name).is_some_and(|link| super::far::is_up(&link.peer));
+            member.state == MemberState::Active && view.alive.get(name).is_some() && reached
         });
         running.map(|(name, ..)| name.to_owned()).collect()
     }

@@ -9,7 +9,10 @@
 //!
 //! - `far.rs`: disks of other nodes, behind one connection per node;
 //! - `places.rs`: takes over what is placed here, gives up what is placed elsewhere;
-//! - `lease.rs`: says that this node runs; `manager.rs`: places the volumes of nodes that do not.
+//! - `lease.rs`: says that this node runs; `manager.rs`: places the volumes of nodes that do not;
+//!   `isolation.rs`: gives up what a node cannot serve that reaches too few others;
+//! - `heads.rs`: volumes for clients, wherever they are served; `nodes.rs`: orders of operators;
+//!   `process.rs`: sockets.
 //!
 //! # Invariants
 //!
@@ -23,6 +26,7 @@
 
 mod far;
 mod heads;
+mod isolation;
 mod lease;
 mod manager;
 mod nodes;
@@ -341,6 +345,7 @@ impl Node {
         tokio::task::spawn_local(self.clone().attend_far_disks());
         tokio::task::spawn_local(self.clone().reconcile());
         tokio::task::spawn_local(self.clone().manage());
+        tokio::task::spawn_local(self.clone().watch_isolation());
     }
 
     /// Does what the store says, whenever that changes.

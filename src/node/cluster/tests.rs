@@ -120,7 +120,6 @@ struct Host {
     name: String,
     id: NodeId,
     devices: Rc<Devices>,
-    store_down: Rc<Cell<bool>>,
     process: RefCell<Option<JoinHandle<()>>>,
     node: Rc<RefCell<Option<Rc<Node>>>>,
 }
@@ -159,7 +158,6 @@ impl Town {
             name: format!("n{index}"),
             id: NodeId::from_bytes(self.env.random_bytes()),
             devices,
-            store_down: Rc::default(),
             process: RefCell::default(),
             node: Rc::default(),
         });
@@ -450,5 +448,68 @@ fn a_volume_is_deleted_everywhere_and_by_any_node() {
         let forgotten = || town.nodes().iter().all(|node| node.deleting.borrow().is_empty());
         until("nobody drops it any more", Duration::from_mins(1), forgotten).await;
         assert!(town.node(0).gather().await.volumes.is_empty());
+    });
+}
+
+#[test]
+fn a_head_that_is_cut_off_from_all_others_never_serves_old_data() {
+    run(async || {
+        let town = Town::new(5, 1).await;
+        town.start_all().await;
+        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = town.server_of(volume).await;
+        let (near, far) = (target(&town.node(first)).await, target(&town.node((first + 1) % 5)).await);
+        write(&near, 1).await;
+        check(&far, 1).await;
+        let own = town.hosts[first].name.clone();
+        for host in town.hosts.iter().filter(|host| host.name != own) {
+            town.net.cut(&own, &host.name);
+        }
+        let cut = Instant::now();
+        // Nobody but the store is reached by it; a client of it waits.
+        let stuck = near.clone();
+        let late = tokio::task::spawn_local(async move { stuck.write(0, piece(0, 2)).await });
+        write(&far, 3).await;
+        assert!(cut.elapsed() < Duration::from_secs(15), "{:?}", cut.elapsed());
+        for number in 0..32 {
+            let read = near.read(number * PIECE as u64, PIECE);
+            let read = timeout(Duration::from_millis(500), read).await;
+            if let Ok(Ok(data)) = read {
+                assert!(data.concat() == piece(number, 3), "piece {number} is old");
+            }
+        }
+        check(&far, 3).await;
+        town.net.heal();
+        let _either = timeout(Duration::from_mins(1), late).await.expect("it ends");
+        town.until_met(5).await;
+        // What was written beside it may have come before or after.
+        let first_piece = far.read(0, PIECE).await.expect("readable").concat();
+        assert!([piece(0, 2), piece(0, 3)].iter().any(|piece| *piece == first_piece));
+        write(&near, 4).await;
+        check(&far, 4).await;
+    });
+}
+
+#[test]
+fn without_the_store_a_cluster_serves_on_and_nobody_is_judged() {
+    run(async || {
+        let town = Town::new(4, 1).await;
+        town.start_all().await;
+        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = town.server_of(volume).await;
+        let export = target(&town.node((first + 1) % 4)).await;
+        write(&export, 1).await;
+        town.store_away(true);
+        for round in 0..10 {
+            sleep(Duration::from_mins(1)).await;
+            write(&export, round).await;
+            check(&export, round).await;
+        }
+        town.store_away(false);
+        sleep(Duration::from_secs(30)).await;
+        assert_eq!(town.server_of(volume).await, first, "nobody was taken for dead");
+        check(&export, 9).await;
+        let whole = || town.node(first).heads().iter().all(|head| head.reduced().0 == 0);
+        until("it is whole", Duration::from_mins(2), whole).await;
     });
 }
