@@ -26,6 +26,7 @@ pub mod limits;
 pub mod meta;
 pub mod node;
 pub mod obs;
+pub mod placement;
 pub mod planted;
 pub mod rpc;
 pub mod segment;

@@ -29,6 +29,8 @@ use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::{BLOCK_SIZE, DiskId};
 use crate::limits::{REPAIR_BYTES_MAX, SLOT_BYTES_MAX};
+use crate::placement::choose::{Candidate, Request, choose};
+use crate::placement::copysets::{Copysets, Domain, SCATTER_WIDTH, bounded};
 use crate::segment::slot_blocks;
 
 /// How long a disk that failed a request is avoided for new segments.
@@ -41,6 +43,9 @@ const EXERCISE_EVERY: Duration = Duration::from_millis(500);
 const EXERCISE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a disk may take to tell its fill.
 const INFO_PATIENCE: Duration = Duration::from_secs(1);
+
+/// None where every combination is allowed.
+type MaybeCopysets = Option<Rc<Copysets>>;
 
 struct Entry {
     client: Rc<dyn ShardClient>,
@@ -74,6 +79,8 @@ pub struct Registry {
     expected: RefCell<BTreeMap<DiskId, Domains>>,
     /// Disks that are replaced, and by which.
     heirs: RefCell<BTreeMap<DiskId, DiskId>>,
+    /// By level and width, as far as they were asked for since a disk came or went.
+    copysets: RefCell<BTreeMap<(Level, usize), MaybeCopysets>>,
     /// Counts the disks that came.
     arrivals: Cell<u64>,
     /// Counts the changes of what is known of their fill.
@@ -114,6 +121,7 @@ impl Default for Registry {
             known: RefCell::default(),
             expected: RefCell::default(),
             heirs: RefCell::default(),
+            copysets: RefCell::default(),
             arrivals: Cell::new(0),
             version: Cell::new(0),
             slot_bytes_min: Cell::new(SLOT_BYTES_MAX),
@@ -285,6 +293,9 @@ impl Disks {
     /// Chooses up to `count` disks in different domains by weighted random draw (weight: slots
     /// that are free for `class`), healthy ones first and then slow ones, out of those that `allowed`
     /// admits, avoiding the domains in `taken`. Fewer are returned when there are no more.
+    ///
+    /// Where there are many domains they are, with those in `taken`, a copyset if one is healthy
+    /// ([`crate::placement::copysets`]); and they are spread over the domains of the next wider level.
     pub fn choose(
         &self,
         env: &Env,
@@ -294,39 +305,58 @@ impl Disks {
         allowed: impl Fn(DiskId) -> bool,
     ) -> Vec<Target> {
         let disks = self.known.borrow();
-        let mut taken = taken.to_vec();
-        let mut chosen = Vec::with_capacity(count);
-        let rank = |e: &Entry| if e.healthy() { u8::from(self.is_slow(e.info.id)) } else { 2 };
-        for wanted in 0..=2 {
-            let mut pool: Vec<&Entry> =
-                disks.values().filter(|e| rank(e) == wanted && allowed(e.info.id)).collect();
-            while chosen.len() < count {
-                pool.retain(|e| !taken.contains(&self.domain_of(e)));
-                // A disk that seems full comes last, but it may have room meanwhile.
-                let weight = |e: &Entry| 64 * u64::from(e.free_for(class)).pow(2) + 1;
-                let total: u64 = pool.iter().map(|e| weight(e)).sum();
-                if total == 0 {
-                    break;
-                }
-                let mut draw = env.random_below(total);
-                let index = pool
-                    .iter()
-                    .position(|e| {
-                        let hit = draw < weight(e);
-                        draw = draw.wrapping_sub(weight(e));
-                        hit
-                    })
-                    .expect("the draw is below the sum of the weights");
-                let entry = pool.swap_remove(index);
-                taken.push(self.domain_of(entry));
-                chosen.push(Target {
-                    disk: entry.info.id,
-                    client: entry.client.clone(),
-                    slot_bytes: entry.info.slot_bytes,
-                });
-            }
+        let slow = self.watch.slow();
+        let entries: Vec<&Entry> = disks.values().filter(|e| allowed(e.info.id)).collect();
+        let is_slow = |e: &Entry| slow.binary_search(&e.info.id).is_ok();
+        let rank = |e: &Entry| if e.healthy() { u8::from(is_slow(e)) } else { 2 };
+        let candidate = |e: &&Entry| Candidate {
+            domains: e.domains,
+            rank: rank(e),
+            free: e.free_for(class),
+            slots: e.info.slots,
+            load: 0,
+        };
+        let candidates: Vec<Candidate> = entries.iter().map(candidate).collect();
+        let wider = |domain: u32| {
+            let there = disks.values().find(|e| self.domain_of(e) == domain)?;
+            Some(there.domains.at(self.level.wider()?))
+        };
+        let taken: Vec<_> = taken.iter().map(|domain| (*domain, wider(*domain))).collect();
+        let copysets = self.copysets(&disks, count + taken.len());
+        let copysets = copysets.as_deref();
+        let request = Request { level: self.level, count, taken: &taken, copysets };
+        let target = |at: usize| Target {
+            disk: entries[at].info.id,
+            client: entries[at].client.clone(),
+            slot_bytes: entries[at].info.slot_bytes,
+        };
+        choose(&candidates, request, env).into_iter().map(target).collect()
+    }
+
+    /// The sets that write sets of `width` domains are taken from; none where there are so few
+    /// domains that every combination is allowed. All nodes that know the same disks have the same.
+    fn copysets(&self, disks: &BTreeMap<DiskId, Entry>, width: usize) -> MaybeCopysets {
+        if !bounded(disks.len(), width, SCATTER_WIDTH) {
+            return None;
         }
-        chosen
+        if let Some(known) = self.copysets.borrow().get(&(self.level, width)) {
+            return known.clone();
+        }
+        let mut domains: BTreeMap<u32, Domain> = BTreeMap::new();
+        for entry in disks.values().filter(|entry| !entry.draining) {
+            let number = self.domain_of(entry);
+            let wider = self.level.wider().map_or(0, |wider| entry.domains.at(wider));
+            let domain = domains.entry(number).or_insert(Domain { number, wider, weight: 0 });
+            domain.weight += u64::from(entry.info.slots);
+        }
+        let domains: Vec<Domain> = domains.into_values().collect();
+        let cluster = disks.values().next().map(|entry| entry.info.cluster.to_bytes());
+        let seed = cluster.map_or(0, |bytes| u64::from(crc32fast::hash(&bytes)));
+        let sets = bounded(domains.len(), width, SCATTER_WIDTH)
+            .then(|| Copysets::build(&domains, width, SCATTER_WIDTH, seed).ok().map(Rc::new))
+            .flatten();
+        self.copysets.borrow_mut().insert((self.level, width), sets.clone());
+        sets
     }
 
     /// Counts a head, whose pool survives the loss of `parity` domains, among those that share the
@@ -386,6 +416,7 @@ impl Registry {
         let entry = Entry { client, domains, suspect_until: None, draining: false, arrival, info };
         self.expected.borrow_mut().remove(&entry.info.id);
         self.known.borrow_mut().insert(entry.info.id, entry);
+        self.copysets.borrow_mut().clear();
         self.fill_changed();
         self.changed.notify_waiters();
     }
@@ -397,6 +428,7 @@ impl Registry {
             self.expected.borrow_mut().insert(disk, entry.domains);
         }
         self.watch.remove(disk);
+        self.copysets.borrow_mut().clear();
         self.fill_changed();
         self.changed.notify_waiters();
     }
@@ -436,6 +468,7 @@ impl Registry {
     pub fn set_draining(&self, disk: DiskId, draining: bool) {
         if let Some(entry) = self.known.borrow_mut().get_mut(&disk) {
             entry.draining = draining;
+            self.copysets.borrow_mut().clear();
         }
         self.changed.notify_waiters();
     }

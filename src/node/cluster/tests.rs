@@ -16,7 +16,7 @@ use crate::admin::types::{CreatePool, CreateVolume, FailureDomain, PoolScheme};
 use crate::disk::device::BlockDevice;
 use crate::env::Env;
 use crate::export::{BlockTarget, ExportDirectory};
-use crate::meta::memory::MemoryStore;
+use crate::meta::memory::{Faults, MemoryStore};
 use crate::meta::record::ClusterRecord;
 use crate::meta::schema::Schema;
 use crate::node::exports::Exports;
@@ -128,6 +128,8 @@ struct Host {
 pub(super) struct Town {
     env: Env,
     store: MemoryStore,
+    /// Of all nodes' ways to the store.
+    store_faults: Rc<Faults>,
     net: Rc<Net>,
     hosts: Vec<Host>,
 }
@@ -141,7 +143,8 @@ impl Town {
         let record = ClusterRecord { id: ClusterId::from_bytes([7; 16]), incarnation: 1 };
         let schema = Schema::new(Rc::new(store.client(Rc::default())));
         schema.initialise(&record).await.expect("the store is empty");
-        let mut town = Self { env, store, net: Rc::default(), hosts: Vec::new() };
+        let mut town =
+            Self { env, store, store_faults: Rc::default(), net: Rc::default(), hosts: Vec::new() };
         for _ in 0..nodes {
             town.add_host(disks);
         }
@@ -180,7 +183,7 @@ impl Town {
         let options = NodeOptions {
             name: host.name.clone(),
             env: self.env.clone(),
-            store: Rc::new(self.store.client(Rc::default())),
+            store: Rc::new(self.store.client(self.store_faults.clone())),
             opener: host.devices.clone(),
             cluster: Some(cluster),
             head: HeadConfig::default(),
@@ -257,6 +260,10 @@ impl Town {
             device.crash();
             *device = device.reopen();
         }
+    }
+
+    fn store_away(&self, away: bool) {
+        self.store_faults.unavailable.set(away);
     }
 
     /// The node that serves a volume, once one does.

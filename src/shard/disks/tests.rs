@@ -27,10 +27,10 @@ async fn client() -> Rc<dyn ShardClient> {
     Rc::new(LocalClient::new(Disk::open(Rc::new(device)).await.expect("opened")))
 }
 
-async fn registry() -> Disks {
+async fn registry(count: u8) -> Disks {
     let disks = Disks::default();
     let client = client().await;
-    for number in 0..DISKS {
+    for number in 0..count {
         let (id, cluster) = (id(number), ClusterId::from_bytes([9; 16]));
         let info = DiskInfo { id, cluster, slot_bytes: 1 << 20, slots: 1_000, slots_free: 1_000 };
         disks.add(client.clone(), domains(number), info);
@@ -48,7 +48,7 @@ fn counts(disks: &Disks) -> [(usize, usize, (usize, usize)); 3] {
 
 #[tokio::test(start_paused = true)]
 async fn domains_are_those_of_the_level() {
-    let disks = registry().await;
+    let disks = registry(DISKS).await;
     assert_eq!(counts(&disks), [(12, 12, (12, 12)), (6, 6, (6, 6)), (3, 3, (3, 3))]);
     // One disk of node 0 fails, node 1 goes with all its disks, node 2 is emptied.
     disks.report(id(0), &ShardError::Unreachable);
@@ -66,7 +66,7 @@ async fn domains_are_those_of_the_level() {
 
 #[tokio::test(start_paused = true)]
 async fn no_two_chosen_disks_share_a_domain_of_the_level() {
-    let disks = registry().await;
+    let disks = registry(DISKS).await;
     let env = Env::from_seed(3);
     for (level, most) in [(Level::Disk, 12), (Level::Node, 6), (Level::Rack, 3)] {
         let view = disks.at(level);
@@ -83,4 +83,40 @@ async fn no_two_chosen_disks_share_a_domain_of_the_level() {
         assert!(chosen.iter().all(|target| view.domain(target.disk) != Some(1)), "{level}");
         assert_eq!(chosen.len(), most - 1);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn write_sets_over_many_domains_are_few_and_the_same_for_all_who_know_the_disks() {
+    let (disks, env) = (registry(120).await, Env::from_seed(5));
+    let (nodes, other) = (disks.at(Level::Node), registry(120).await.at(Level::Node));
+    let drawn = |view: &Disks, taken: &[u32]| -> BTreeSet<u32> {
+        let chosen = view.choose(&env, SlotClass::Client, 3 - taken.len(), taken, |_| true);
+        let found = chosen.iter().filter_map(|target| view.domain(target.disk));
+        found.chain(taken.iter().copied()).collect()
+    };
+    let sets: BTreeSet<_> = (0..2_000).map(|_| drawn(&nodes, &[])).collect();
+    let again: BTreeSet<_> = (0..2_000).map(|_| drawn(&other, &[])).collect();
+    // 60 nodes on 5 rings; of all combinations, 2,000 draws would be almost all different.
+    assert!((200..=300).contains(&sets.len()), "{}", sets.len());
+    assert!(sets.union(&again).count() <= 300, "{}", sets.union(&again).count());
+    let racks = |set: &BTreeSet<u32>| set.iter().map(|node| node / 2).collect::<BTreeSet<_>>();
+    assert!(sets.iter().all(|set| racks(set).len() == 3), "in different racks");
+    // A repair of one shard completes a set again.
+    let copysets = nodes.copysets(&nodes.known.borrow(), 3).expect("many domains");
+    let number = |at: &u32| copysets.domains()[*at as usize].number;
+    let all: BTreeSet<BTreeSet<u32>> =
+        copysets.sets().map(|(set, _)| set.iter().map(number).collect()).collect();
+    assert!(sets.is_subset(&all) && again.is_subset(&all));
+    for set in sets.iter().take(20) {
+        let rest: Vec<u32> = set.iter().copied().take(2).collect();
+        assert!(all.contains(&drawn(&nodes, &rest)), "{rest:?}");
+    }
+    // A node that leaves is in no set any more.
+    disks.set_draining(id(0), true);
+    disks.remove(id(1));
+    assert!((0..500).all(|_| !drawn(&nodes, &[]).contains(&0)));
+    // Few domains: every combination.
+    let few = registry(40).await.at(Level::Node);
+    let sets: BTreeSet<_> = (0..2_000).map(|_| drawn(&few, &[])).collect();
+    assert!(sets.len() > 500, "{}", sets.len());
 }

@@ -1,0 +1,172 @@
+//! Placement in a cluster of 60 nodes in 5 racks with 24 disks each and 700 volumes, 8 PB in all:
+//! drawing a write set, building copysets, spreading heads, planning what to move.
+//!
+//! Besides the times it tells, as text, how many write sets there are and what the plans move.
+
+#![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
+#![allow(clippy::print_stdout, reason = "figures that are no times")]
+
+use std::collections::BTreeSet;
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use sds::env::Env;
+use sds::id::{DiskId, VolumeId};
+use sds::placement::choose::{Candidate, Request, choose};
+use sds::placement::copysets::{Copysets, Domain, SCATTER_WIDTH};
+use sds::placement::{heads, rebalance};
+use sds::shard::domain::{Domains, Level};
+
+const RACKS: u32 = 5;
+const NODES: u32 = 60;
+/// Disks of a node.
+const DISKS: u32 = 24;
+const VOLUMES: u32 = 700;
+/// 8 PB over 1,440 disks in slots of 1 GiB.
+const SLOTS: u32 = 5_174;
+/// Slots in use, percent.
+const FILL: u32 = 60;
+/// Disks over which each volume is spread.
+const SPREAD: u32 = 480;
+
+fn domains(disk: u32) -> Domains {
+    let node = disk / DISKS;
+    Domains { disk, node, rack: node % RACKS }
+}
+
+fn candidates() -> Vec<Candidate> {
+    let free = |disk: u32| SLOTS - (SLOTS * (FILL - 5 + disk * 7 % 11) / 100);
+    let candidate = |disk| Candidate {
+        domains: domains(disk),
+        rank: 0,
+        free: free(disk),
+        slots: SLOTS,
+        load: 0,
+    };
+    (0..NODES * DISKS).map(candidate).collect()
+}
+
+fn nodes() -> Vec<Domain> {
+    (0..NODES)
+        .map(|number| Domain { number, wider: number % RACKS, weight: (DISKS * SLOTS).into() })
+        .collect()
+}
+
+fn id(number: u32) -> [u8; 16] {
+    u128::from(number + 1).to_be_bytes()
+}
+
+/// Of all triples of nodes, the percentage that `lost` of some set are: their loss loses data.
+fn fatal_percent(sets: &Copysets, lost: usize) -> f64 {
+    assert_eq!(lost, 3, "triples");
+    let mut fatal = BTreeSet::new();
+    for (set, _) in sets.sets() {
+        let mut set = set.to_vec();
+        set.sort_unstable();
+        for a in 0..set.len() {
+            for b in a + 1..set.len() {
+                fatal.extend(set[b + 1..].iter().map(|c| (set[a], set[b], *c)));
+            }
+        }
+    }
+    let all = f64::from(NODES * (NODES - 1) * (NODES - 2) / 6);
+    100.0 * f64::from(u32::try_from(fatal.len()).expect("fewer than all")) / all
+}
+
+fn bench_sets(c: &mut Criterion) {
+    let (nodes, env) = (nodes(), Env::from_seed(1));
+    let disks: Vec<Domain> = (0..NODES * DISKS)
+        .map(|disk| Domain { number: disk, wider: disk / DISKS, weight: SLOTS.into() })
+        .collect();
+    let candidates = candidates();
+    for width in [3, 6] {
+        let build = |of: &[Domain]| Copysets::build(of, width, SCATTER_WIDTH, 1).expect("enough");
+        c.bench_function(&format!("copysets of {width} nodes"), |b| b.iter(|| build(&nodes)));
+        c.bench_function(&format!("copysets of {width} disks"), |b| b.iter(|| build(&disks)));
+        let sets = build(&nodes);
+        println!(
+            "{} copysets of {width} nodes; three nodes lost at once hit three of a set in {:.2} % \
+             of all cases",
+            sets.sets().count(),
+            fatal_percent(&sets, 3)
+        );
+        for (name, copysets) in [("any", None), ("a copyset", Some(&sets))] {
+            let request = Request { level: Level::Node, count: width, taken: &[], copysets };
+            c.bench_function(&format!("choose {width} disks, {name}"), |b| {
+                b.iter(|| choose(black_box(&candidates), request, &env));
+            });
+        }
+    }
+}
+
+fn bench_heads(c: &mut Criterion) {
+    let env = Env::from_seed(2);
+    // One node is down, one is new.
+    let node = |number| heads::Node { number, weight: 1, load: 0, open: number != 7 };
+    let nodes: Vec<heads::Node> = (0..NODES).map(node).collect();
+    let volume = |number: u32| heads::Volume {
+        id: VolumeId::from_bytes(id(number)),
+        load: 10 + env.random_below(90),
+        node: Some(number % (NODES - 1)),
+    };
+    let volumes: Vec<heads::Volume> = (0..VOLUMES).map(volume).collect();
+    let spread = || heads::spread_heads(&nodes, &volumes, 10).expect("nodes are up");
+    let homeless = volumes.iter().filter(|volume| volume.node == Some(7)).count();
+    println!(
+        "spread_heads: {} moves, {homeless} of them from the node that is down",
+        spread().len()
+    );
+    c.bench_function("spread_heads", |b| b.iter(spread));
+}
+
+fn bench_rebalance(c: &mut Criterion) {
+    // The last two nodes are new and empty, and one node is to be emptied.
+    let old = (NODES - 2) * DISKS;
+    let mut used = vec![0_u64; (NODES * DISKS) as usize];
+    let volumes: Vec<rebalance::Volume> = (0..VOLUMES)
+        .map(|number| {
+            let each = u64::from(old * SLOTS / 100 * FILL / VOLUMES / SPREAD);
+            let slots = (0..SPREAD).map(|step| {
+                let disk = (number * 37 + step * 31) % old;
+                used[disk as usize] += each;
+                (DiskId::from_bytes(id(disk)), each)
+            });
+            let slots = slots.collect();
+            let segments = each * u64::from(SPREAD) / 6;
+            rebalance::Volume {
+                id: VolumeId::from_bytes(id(number)),
+                level: Level::Node,
+                segments,
+                slots,
+            }
+        })
+        .collect();
+    let disk = |number: u32| rebalance::Disk {
+        id: DiskId::from_bytes(id(number)),
+        domains: domains(number),
+        slots: SLOTS.into(),
+        used: used[number as usize],
+        open: number / DISKS != 7,
+    };
+    let disks: Vec<rebalance::Disk> = (0..NODES * DISKS).map(disk).collect();
+    let plan = rebalance::rebalance(&disks, &volumes, 10);
+    let moved: u64 = plan.shifts.iter().map(|shift| shift.slots).sum();
+    println!(
+        "rebalance: {} shifts, {moved} of {} slots move, {} find no place",
+        plan.shifts.len(),
+        used.iter().sum::<u64>(),
+        plan.left
+    );
+    c.bench_function("rebalance", |b| b.iter(|| rebalance::rebalance(&disks, &volumes, 10)));
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(3));
+    targets = bench_sets, bench_heads, bench_rebalance
+}
+criterion_main!(benches);

@@ -1,0 +1,482 @@
+//! Properties of placement, over clusters of all shapes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::choose::{Candidate, Request, choose, choose_all};
+use super::copysets::{Copysets, Domain, SCATTER_WIDTH, bounded, rings};
+use super::{TooFewDomains, heads, rebalance};
+use crate::env::Env;
+use crate::id::{DiskId, VolumeId};
+use crate::shard::domain::{Domains, Level};
+
+const SLOTS: u32 = 1_000;
+
+fn disk_id(number: usize) -> DiskId {
+    DiskId::from_bytes(u128::try_from(number).expect("small").to_be_bytes())
+}
+
+fn volume_id(number: usize) -> VolumeId {
+    VolumeId::from_bytes(u128::try_from(number).expect("small").to_be_bytes())
+}
+
+/// Disks of nodes in turn, and these of racks in turn.
+fn candidates(racks: u32, nodes: u32, disks: u32) -> Vec<Candidate> {
+    let domains = |disk| Domains { disk, node: disk % nodes, rack: disk % nodes % racks };
+    let candidate = |disk| Candidate {
+        domains: domains(disk),
+        rank: 0,
+        free: SLOTS / 2,
+        slots: SLOTS,
+        load: 0,
+    };
+    (0..nodes * disks).map(candidate).collect()
+}
+
+/// Nodes in racks in turn.
+fn nodes(count: u32, racks: u32) -> Vec<Domain> {
+    (0..count).map(|number| Domain { number, wider: number % racks, weight: 24 }).collect()
+}
+
+fn sets_of(copysets: &Copysets) -> BTreeSet<BTreeSet<u32>> {
+    let number = |at: &u32| copysets.domains()[*at as usize].number;
+    copysets.sets().map(|(set, _)| set.iter().map(number).collect()).collect()
+}
+
+fn request(level: Level, count: usize) -> Request<'static> {
+    Request { level, count, taken: &[], copysets: None }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn chosen_disks_share_no_domain_and_are_as_many_as_there_can_be(
+        shape in (1_u32..5, 1_u32..12, 1_u32..5),
+        level in prop::sample::select(&Level::ALL[..]),
+        count in 0_usize..14,
+        ranks in prop::collection::vec(0_u8..4, 60),
+        frees in prop::collection::vec(0_u32..SLOTS, 60),
+        seed: u64,
+    ) {
+        let mut disks = candidates(shape.0, shape.1, shape.2);
+        for ((disk, rank), free) in disks.iter_mut().zip(ranks).zip(frees) {
+            (disk.rank, disk.free) = (rank, free);
+        }
+        let of = |rank: u8| -> BTreeSet<u32> {
+            disks.iter().filter(|c| c.rank <= rank).map(|c| c.domains.at(level)).collect()
+        };
+        let env = Env::from_seed(seed);
+        let chosen = choose(&disks, request(level, count), &env);
+        let found: BTreeSet<u32> = chosen.iter().map(|at| disks[*at].domains.at(level)).collect();
+        prop_assert_eq!(found.len(), chosen.len());
+        prop_assert_eq!(chosen.len(), count.min(of(u8::MAX).len()));
+        // No slow or failing one as long as a domain has a better one.
+        for rank in 0..2 {
+            let good = chosen.iter().filter(|at| disks[**at].rank <= rank).count();
+            prop_assert!(good >= count.min(of(rank).len()));
+        }
+        let all = choose_all(&disks, request(level, count), &env);
+        let (have, need) = (of(u8::MAX).len(), count);
+        prop_assert_eq!(all.err(), (have < need).then_some(TooFewDomains { have, need }));
+        let again = choose(&disks, request(level, count), &Env::from_seed(seed));
+        prop_assert_eq!(again, chosen);
+    }
+
+    #[test]
+    fn racks_share_a_write_set_evenly_as_far_as_they_have_nodes(
+        racks in 1_u32..6,
+        count in 1_u32..30,
+        width in 2_usize..9,
+        seed: u64,
+    ) {
+        let mut disks = candidates(racks, count, 2);
+        let mut sizes: BTreeMap<u32, usize> = BTreeMap::new();
+        for node in 0..count {
+            *sizes.entry(node % racks).or_default() += 1;
+        }
+        let fits = |most: &usize| sizes.values().map(|size| size.min(most)).sum::<usize>() >= width;
+        let most = (1..width).find(fits).unwrap_or(width);
+        let domains = nodes(count, racks);
+        let copysets = Copysets::build(&domains, width, 8, seed);
+        prop_assert_eq!(copysets.is_err(), domains.len() < width);
+        for copysets in [None, copysets.as_ref().ok()] {
+            let request = Request { copysets, ..request(Level::Node, width) };
+            let chosen = choose(&disks, request, &Env::from_seed(seed));
+            let mut used: BTreeMap<u32, usize> = BTreeMap::new();
+            for at in &chosen {
+                *used.entry(disks[*at].domains.rack).or_default() += 1;
+            }
+            prop_assert!(used.values().all(|used| *used <= most), "{used:?}, {most} at most");
+        }
+        // A rack that is all but full is no obstacle.
+        disks.iter_mut().filter(|c| c.domains.rack == 0).for_each(|c| c.free = 1);
+        let others = disks.iter().filter(|c| c.domains.rack != 0);
+        let others = others.map(|c| c.domains.node).collect::<BTreeSet<_>>().len();
+        if others >= width {
+            let chosen = choose(&disks, request(Level::Node, width), &Env::from_seed(seed));
+            let scarce = chosen.iter().filter(|at| disks[**at].free == 1).count();
+            prop_assert!(scarce <= 1, "{scarce}");
+        }
+    }
+
+    #[test]
+    fn a_node_that_comes_changes_only_the_sets_it_is_in_and_few_of_them(
+        count in 12_u32..70,
+        width in 2_usize..9,
+        new in 1_000_u32..2_000,
+        seed: u64,
+    ) {
+        let few = nodes(count, 1);
+        let many: Vec<Domain> =
+            few.iter().copied().chain([Domain { number: new, wider: 0, weight: 24 }]).collect();
+        let old = Copysets::build(&few, width, SCATTER_WIDTH, seed).expect("enough");
+        let all = Copysets::build(&many, width, SCATTER_WIDTH, seed).expect("enough");
+        let (old, all) = (sets_of(&old), sets_of(&all));
+        let rings = rings(width, SCATTER_WIDTH);
+        // Each ring lets go of one set for each of the node's predecessors in it.
+        prop_assert!(old.difference(&all).count() <= (width - 1) * rings);
+        prop_assert!(all.difference(&old).count() <= width * rings);
+        prop_assert!(all.difference(&old).all(|set| set.contains(&new)));
+    }
+
+    #[test]
+    fn with_racks_each_set_of_a_node_that_goes_changes_in_one_member(
+        count in 12_u32..60,
+        racks in 3_u32..5,
+        seed: u64,
+    ) {
+        let all = nodes(count, racks);
+        let gone = u32::try_from(seed % u64::from(count)).expect("below count");
+        let few: Vec<Domain> = all.iter().copied().filter(|d| d.number != gone).collect();
+        let sets = |domains| sets_of(&Copysets::build(domains, 3, SCATTER_WIDTH, seed).expect("enough"));
+        let (all, few) = (sets(&all), sets(&few));
+        prop_assert!(all.difference(&few).all(|set| set.contains(&gone)));
+        for set in few.difference(&all) {
+            let one_other = |old: &&BTreeSet<u32>| old.contains(&gone) && old.difference(set).count() == 1;
+            prop_assert!(all.iter().any(|old| one_other(&old)), "{set:?}");
+        }
+    }
+
+    #[test]
+    fn shares_give_each_domain_what_its_weight_is(
+        (weights, width, most) in prop_oneof![
+            (prop::collection::vec(12_u64..=24, 24..70), 2_usize..=4, Just(0.1)),
+            (prop::collection::vec(12_u64..=18, 24..70), 5_usize..=8, Just(0.25)),
+        ],
+        seed: u64,
+    ) {
+        let domain = |(number, weight): (u32, &u64)| Domain { number, wider: 0, weight: *weight };
+        let domains: Vec<Domain> = (0..).zip(&weights).map(domain).collect();
+        let sets = Copysets::build(&domains, width, SCATTER_WIDTH, seed).expect("enough");
+        let all: u64 = weights.iter().sum();
+        let shares: f64 = sets.sets().map(|(_, share)| share).sum();
+        prop_assert!((shares - 1.0).abs() < 1e-6, "{shares}");
+        for (domain, part) in sets.balance() {
+            let ratio = part * all as f64 / domain.weight as f64;
+            prop_assert!((ratio - 1.0).abs() < most, "{ratio} of {domain:?}");
+        }
+    }
+
+    #[test]
+    fn heads_are_balanced_with_the_fewest_moves_where_volumes_are_alike(
+        weights in prop_oneof![
+            prop::collection::vec((Just(1_u64), prop::bool::weighted(0.8)), 1..12),
+            prop::collection::vec((1_u64..4, prop::bool::weighted(0.8)), 1..12),
+        ],
+        homes in prop::collection::vec(prop::option::of(0_u32..14), 0..200),
+    ) {
+        let node = |(number, (weight, open)): (u32, &(u64, bool))| heads::Node {
+            number, weight: *weight, load: 0, open: *open,
+        };
+        let nodes: Vec<heads::Node> = (0..).zip(&weights).map(node).collect();
+        let volume = |(number, node): (usize, &Option<u32>)| heads::Volume {
+            id: volume_id(number), load: 100, node: *node,
+        };
+        let volumes: Vec<heads::Volume> = homes.iter().enumerate().map(volume).collect();
+        let open: Vec<&heads::Node> = nodes.iter().filter(|node| node.open).collect();
+        let moves = match heads::spread_heads(&nodes, &volumes, 10) {
+            Ok(moves) => moves,
+            Err(error) => {
+                prop_assert!(open.is_empty() && !volumes.is_empty());
+                prop_assert_eq!(error, heads::NoNode { volumes: volumes.len(), nodes: nodes.len() });
+                return Ok(());
+            }
+        };
+        let is_open = |number: u32| open.iter().any(|node| node.number == number);
+        let moved: BTreeMap<VolumeId, u32> = moves.iter().map(|m| (m.volume, m.to)).collect();
+        prop_assert_eq!(moved.len(), moves.len(), "none moves twice");
+        prop_assert!(moves.iter().all(|m| is_open(m.to) && m.from != Some(m.to)));
+        let alike = open.iter().all(|node| node.weight == open[0].weight);
+        let weight: u64 = open.iter().map(|node| node.weight).sum();
+        let all = volumes.len() as u64;
+        let (mut too_much, mut too_little, mut homeless) = (0, 0, volumes.len() as u64);
+        for node in &open {
+            let served = |v: &&heads::Volume| moved.get(&v.id).copied().or(v.node) == Some(node.number);
+            let now = volumes.iter().filter(served).count() as u64;
+            let before = volumes.iter().filter(|v| v.node == Some(node.number)).count() as u64;
+            homeless -= before;
+            let part = all * node.weight;
+            let most = (part * 110 / (100 * weight)).max(part.div_ceil(weight));
+            let least = (part * 90).div_ceil(100 * weight).min(part / weight);
+            // Where a volume counts more on one node than on the other, one may be off.
+            let slack = u64::from(!alike);
+            prop_assert!((least.saturating_sub(slack)..=most + slack).contains(&now),
+                "{now} of {least} to {most}");
+            too_much += before.saturating_sub(most);
+            too_little += least.saturating_sub(before);
+        }
+        let fewest = (homeless + too_much).max(too_little);
+        let slack = if alike { 0 } else { open.len() as u64 };
+        prop_assert!((fewest..=fewest + slack).contains(&(moves.len() as u64)), "{fewest}: {moves:?}");
+        prop_assert_eq!(heads::spread_heads(&nodes, &volumes, 10).ok(), Some(moves));
+    }
+
+    #[test]
+    fn slots_are_balanced_with_the_fewest_moves(
+        fills in prop::collection::vec((0_u64..SLOTS.into(), prop::bool::weighted(0.9)), 6..40),
+        per_node in 1_u32..4,
+    ) {
+        // Volumes with few slots on each disk, so that no segment is in the way.
+        let disk = |(number, (used, open)): (u32, &(u64, bool))| rebalance::Disk {
+            id: disk_id(number as usize),
+            domains: Domains { disk: number, node: number / per_node, rack: 0 },
+            slots: u64::from(SLOTS) * u64::from(number % 2 + 1),
+            used: *used,
+            open: *open,
+        };
+        let disks: Vec<rebalance::Disk> = (0..).zip(&fills).map(disk).collect();
+        let volume = |number: u64| rebalance::Volume {
+            id: volume_id(usize::try_from(number).expect("few")),
+            level: Level::Node,
+            segments: 100_000,
+            slots: disks.iter().map(|d| (d.id, d.used / 5 + u64::from(number < d.used % 5))).collect(),
+        };
+        let volumes: Vec<rebalance::Volume> = (0..5).map(volume).collect();
+        check_balance(&disks, &volumes)?;
+    }
+}
+
+/// Applies a plan: all within 10 % but for rounding, with no more moves than needed.
+fn check_balance(
+    disks: &[rebalance::Disk],
+    volumes: &[rebalance::Volume],
+) -> Result<(), TestCaseError> {
+    let plan = rebalance::rebalance(disks, volumes, 10);
+    let open = || disks.iter().filter(|disk| disk.open);
+    let slots: u64 = open().map(|disk| disk.slots).sum();
+    let used: u64 = disks.iter().map(|disk| disk.used).sum();
+    let mut on: BTreeMap<(VolumeId, DiskId), u64> = BTreeMap::new();
+    for volume in volumes {
+        on.extend(volume.slots.iter().map(|(disk, slots)| ((volume.id, *disk), *slots)));
+    }
+    for shift in &plan.shifts {
+        let from = on.entry((shift.volume, shift.from)).or_default();
+        prop_assert!(*from >= shift.slots, "it has no more to give");
+        *from -= shift.slots;
+        *on.entry((shift.volume, shift.to)).or_default() += shift.slots;
+    }
+    if slots < used {
+        prop_assert!(plan.left >= used - slots, "there is no room");
+        return Ok(());
+    }
+    prop_assert_eq!(plan.left, 0);
+    let (mut gives, mut gets) = (0.0, 0.0);
+    for disk in disks {
+        let now: u64 =
+            on.iter().filter(|((_, at), _)| *at == disk.id).map(|(_, slots)| slots).sum();
+        if !disk.open {
+            prop_assert_eq!(now, 0);
+            gives += disk.used as f64;
+            continue;
+        }
+        prop_assert!(now <= disk.slots);
+        let part = used as f64 * disk.slots as f64 / slots as f64;
+        let (least, most) =
+            ((part * 0.9).min(part - 1.0) - 1e-6, (part * 1.1).max(part + 1.0) + 1e-6);
+        prop_assert!((least..=most).contains(&(now as f64)), "{now} of {least} to {most}");
+        gives += (disk.used as f64 - most).max(0.0);
+        gets += (least - disk.used as f64).max(0.0);
+    }
+    let moved: u64 = plan.shifts.iter().map(|shift| shift.slots).sum();
+    // Whole slots take up to two more a disk.
+    let minimum = f64::max(gives, gets) + 2.0 * disks.len() as f64;
+    prop_assert!(moved as f64 <= minimum * 1.15, "{moved} moved, {minimum} are needed");
+    Ok(())
+}
+
+#[test]
+fn segments_never_get_two_slots_in_a_domain_by_a_plan() {
+    // Three nodes with two disks, a volume with a slot in each node: nothing may cross nodes.
+    let disk = |number: u32, used| rebalance::Disk {
+        id: disk_id(number as usize),
+        domains: Domains { disk: number, node: number / 2, rack: 0 },
+        slots: 100,
+        used,
+        open: number != 5,
+    };
+    let fills = [40, 0, 40, 0, 20, 20];
+    let disks: Vec<_> = (0..).zip(fills).map(|(number, used)| disk(number, used)).collect();
+    let volume = rebalance::Volume {
+        id: volume_id(1),
+        level: Level::Node,
+        segments: 40,
+        slots: disks.iter().map(|disk| (disk.id, disk.used)).collect(),
+    };
+    let plan = rebalance::rebalance(&disks, &[volume], 10);
+    assert!(!plan.shifts.is_empty());
+    for shift in &plan.shifts {
+        let node = |id| disks.iter().find(|disk| disk.id == id).map(|disk| disk.domains.node);
+        assert_eq!(node(shift.from), node(shift.to), "{shift:?}");
+    }
+    let left_of_closed: u64 =
+        plan.shifts.iter().filter(|s| s.from == disk_id(5)).map(|s| s.slots).sum();
+    assert_eq!(left_of_closed, 20, "to the other disk of the node");
+    assert_eq!(rebalance::rebalance(&[], &[], 10), rebalance::Plan::default());
+}
+
+#[test]
+fn disks_are_drawn_in_proportion_to_what_they_have_free_squared_and_fill_alike() {
+    let env = Env::from_seed(11);
+    let mut disks = candidates(3, 30, 4);
+    // Every third node is new and empty.
+    for disk in &mut disks {
+        disk.free = if disk.domains.node % 3 == 0 { SLOTS } else { SLOTS * 6 / 10 };
+    }
+    for bounded in [false, true] {
+        let domains = nodes(30, 1);
+        let sets = Copysets::build(&domains, 3, SCATTER_WIDTH, 5).expect("enough");
+        let mut disks = disks.clone();
+        for disk in &mut disks {
+            disk.domains.rack = 0;
+        }
+        let copysets = bounded.then_some(&sets);
+        for _ in 0..24_000 {
+            let request = Request { copysets, ..request(Level::Node, 3) };
+            for at in choose(&disks, request, &env) {
+                disks[at].free -= 1;
+            }
+        }
+        let free: u32 = disks.iter().map(|disk| disk.free).sum();
+        let average = f64::from(free) / disks.len() as f64;
+        for disk in &disks {
+            let off = (f64::from(disk.free) - average).abs() / f64::from(SLOTS);
+            assert!(off < 0.1, "{off}: {disk:?}, on average {average}");
+        }
+    }
+}
+
+#[test]
+fn equal_nodes_get_equal_parts_of_many_segments() {
+    let (disks, env) = (candidates(1, 60, 2), Env::from_seed(3));
+    let domains = nodes(60, 1);
+    for width in [3, 6] {
+        let sets = Copysets::build(&domains, width, SCATTER_WIDTH, 5).expect("enough");
+        let mut counts = vec![0.0; 60];
+        let mut used = BTreeSet::new();
+        let rounds = 20_000;
+        for _ in 0..rounds {
+            let request = Request { copysets: Some(&sets), ..request(Level::Node, width) };
+            let chosen = choose(&disks, request, &env);
+            used.insert(chosen.iter().map(|at| disks[*at].domains.node).collect::<BTreeSet<_>>());
+            for at in &chosen {
+                counts[disks[*at].domains.node as usize] += 1.0;
+            }
+        }
+        let even = f64::from(rounds) * width as f64 / 60.0;
+        let worst = counts.iter().map(|count: &f64| (count / even - 1.0).abs()).fold(0.0, f64::max);
+        assert!(worst < 0.1, "{worst}");
+        assert!(used.is_subset(&sets_of(&sets)), "no others");
+        assert_eq!(used.len(), sets_of(&sets).len(), "all of them");
+    }
+}
+
+#[test]
+fn sets_are_few_and_meet_about_as_many_others_as_asked() {
+    for (racks, width, scatter) in [(1, 3, 20), (1, 6, 20), (5, 3, 20), (10, 6, 20), (1, 2, 8)] {
+        let sets = Copysets::build(&nodes(60, racks), width, scatter, 9).expect("enough");
+        let rings = rings(width, scatter);
+        let scatter = scatter.max(rings * 2 * (width - 1));
+        let all = sets_of(&sets);
+        assert!(all.len() <= 60 * rings, "{}", all.len());
+        let mut met = vec![BTreeSet::<u32>::new(); 60];
+        for set in &all {
+            for at in set {
+                met[*at as usize].extend(set.iter().filter(|b| *b != at));
+            }
+        }
+        let average = met.iter().map(BTreeSet::len).sum::<usize>() as f64 / 60.0;
+        assert!(average >= scatter as f64 * 0.75, "{racks} {width}: {average}");
+        assert!(average <= scatter as f64 * 1.6, "{racks} {width}: {average}");
+    }
+}
+
+#[test]
+fn a_repair_completes_a_set_and_a_broken_one_is_left() {
+    let (mut disks, env) = (candidates(1, 40, 2), Env::from_seed(3));
+    let domains = nodes(40, 1);
+    let sets = Copysets::build(&domains, 4, SCATTER_WIDTH, 5).expect("enough");
+    let all = sets_of(&sets);
+    let taken: Vec<(u32, Option<u32>)> =
+        all.first().expect("a set").iter().take(3).map(|node| (*node, Some(0))).collect();
+    let wanted = Request { level: Level::Node, count: 1, taken: &taken, copysets: Some(&sets) };
+    for _ in 0..20 {
+        let chosen = choose(&disks, wanted, &env);
+        let mut set: BTreeSet<u32> = taken.iter().map(|(node, _)| *node).collect();
+        set.extend(chosen.iter().map(|at| disks[*at].domains.node));
+        assert!(all.contains(&set), "{set:?}");
+    }
+    // Half of the nodes suspect: no set is whole any more, but there are four nodes.
+    for disk in disks.iter_mut().filter(|disk| disk.domains.node > 4) {
+        disk.rank = 2;
+    }
+    let request = Request { copysets: Some(&sets), ..request(Level::Node, 4) };
+    let chosen = choose(&disks, request, &env);
+    assert_eq!(chosen.len(), 4);
+    assert!(chosen.iter().all(|at| disks[*at].rank == 0));
+}
+
+#[test]
+fn nothing_comes_of_nothing() {
+    let env = Env::from_seed(1);
+    for count in [0, 1, 3] {
+        assert!(choose(&[], request(Level::Rack, count), &env).is_empty());
+    }
+    assert_eq!(
+        Copysets::build(&[], 3, 20, 0).map(|_| ()).map_err(|e| e.to_string()),
+        Err("a write set needs 3 failure domains, there are 0".to_owned())
+    );
+    let none = Copysets::build(&[], 0, 0, 0).expect("nothing");
+    assert_eq!(none.sets().count(), 0);
+    let weightless: Vec<Domain> =
+        nodes(5, 2).into_iter().map(|d| Domain { weight: 0, ..d }).collect();
+    assert!(
+        Copysets::build(&weightless, 1, 0, 0)
+            .is_ok_and(|sets| sets.sets().count() == 5 * rings(1, 0))
+    );
+    assert!(!bounded(1_000, 1, 20) && !bounded(21, 3, 20) && bounded(22, 3, 20));
+    assert!(!bounded(30, 16, 20) && bounded(32, 16, 20));
+    assert_eq!(heads::spread_heads(&[], &[], 10), Ok(Vec::new()));
+    // Nor of too much.
+    let most = heads::Node { number: 1, weight: u64::MAX, load: u64::MAX, open: true };
+    let volume = heads::Volume { id: volume_id(1), load: u64::MAX, node: None };
+    let nodes = [most, heads::Node { number: 2, ..most }];
+    assert_eq!(heads::spread_heads(&nodes, &[volume, volume], 10).map(|moves| moves.len()), Ok(2));
+    let domains = Domains::of_one_node(0);
+    let (slots, id) = (u64::MAX, disk_id(1));
+    let full = rebalance::Disk { id, domains, slots, used: slots, open: true };
+    let empty = rebalance::Disk { id: disk_id(2), used: 0, ..full };
+    let volume = rebalance::Volume {
+        id: volume_id(1),
+        level: Level::Disk,
+        segments: slots,
+        slots: vec![(id, slots)],
+    };
+    assert_eq!(rebalance::rebalance(&[full, empty], &[volume], 10).shifts.len(), 1);
+    let mut disks = candidates(1, 4, 1);
+    for disk in &mut disks {
+        disk.free = u32::MAX;
+    }
+    assert_eq!(choose(&disks, request(Level::Disk, 4), &env).len(), 4);
+}
