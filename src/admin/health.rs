@@ -115,7 +115,7 @@ fn assess_disk(disk: &Disk) -> Option<Reason> {
         DiskState::Failed => format!("failed{because}"),
         DiskState::Missing => format!("is missing{because}"),
     };
-    Some(Reason { level: HealthLevel::Warning, subject: format!("disk {}", disk.path), message })
+    Some(Reason { level: HealthLevel::Warning, subject: format!("disk {}", disk.place()), message })
 }
 
 fn assess_pool(pool: &Pool, reasons: &mut Vec<Reason>) {

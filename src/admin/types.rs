@@ -647,6 +647,17 @@ impl StartScrub {
     }
 }
 
+impl Disk {
+    /// Its path, with its node where there are several.
+    pub fn place(&self) -> String {
+        if self.node.is_empty() {
+            self.path.clone()
+        } else {
+            format!("{}:{}", self.node, self.path)
+        }
+    }
+}
+
 /// Body of `POST /v1/disks`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

@@ -174,7 +174,7 @@ fn table(disks: &[Disk]) -> String {
     for disk in disks {
         table.row(vec![
             disk.id.to_string(),
-            disk.path.clone(),
+            disk.place(),
             disk.state.to_string(),
             human_bytes(disk.size),
             human_bytes(disk.used),
@@ -246,7 +246,7 @@ fn details(disk: &Disk) -> String {
         format!("append {} µs, read {} µs (mean)", disk.latency.append_us, disk.latency.read_us);
     let mut pairs = vec![
         ("id", disk.id.to_string()),
-        ("path", disk.path.clone()),
+        ("path", disk.place()),
         ("state", disk.state.to_string()),
         ("reason", non_empty(disk.state_reason.clone().unwrap_or_default(), "-")),
         ("size", human_bytes(disk.size)),

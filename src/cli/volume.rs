@@ -110,7 +110,8 @@ fn resized(volume: &Volume, before: u64) -> String {
 }
 
 fn table(volumes: &[Volume]) -> String {
-    let mut table = Table::new(&[
+    let clustered = volumes.iter().any(|volume| !volume.node.is_empty());
+    let mut titles = vec![
         "NAME",
         ">SIZE",
         ">ALLOCATED",
@@ -119,9 +120,13 @@ fn table(volumes: &[Volume]) -> String {
         "STATE",
         "REDUNDANCY",
         "EXPORTS",
-    ]);
+    ];
+    if clustered {
+        titles.insert(1, "NODE");
+    }
+    let mut table = Table::new(&titles);
     for volume in volumes {
-        table.row(vec![
+        let mut row = vec![
             volume.name.clone(),
             human_bytes(volume.size),
             human_bytes(volume.allocated),
@@ -130,7 +135,11 @@ fn table(volumes: &[Volume]) -> String {
             volume.state.to_string(),
             volume.redundancy.to_string(),
             non_empty(volume.exports.join(" "), "-"),
-        ]);
+        ];
+        if clustered {
+            row.insert(1, non_empty(volume.node.clone(), "-"));
+        }
+        table.row(row);
     }
     table.render()
 }

@@ -323,6 +323,8 @@ mod tests {
     use std::rc::Rc;
     use std::time::Duration;
 
+    use tokio::task::LocalSet;
+
     use super::*;
     use crate::env::Env;
     use crate::meta::MetaStore;
@@ -364,34 +366,42 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn there_is_one_manager_at_a_time() {
-        let (client, schema) = store();
-        let lease = client.lease_grant(Duration::from_secs(2)).await.expect("granted");
-        let other = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
-        assert!(schema.stand_for_manager("a", lease).await.expect("answered"));
-        assert!(!schema.stand_for_manager("b", other).await.expect("answered"));
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        assert!(schema.stand_for_manager("b", other).await.expect("answered"));
+        LocalSet::new()
+            .run_until(async {
+                let (client, schema) = store();
+                let lease = client.lease_grant(Duration::from_secs(2)).await.expect("granted");
+                let other = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
+                assert!(schema.stand_for_manager("a", lease).await.expect("answered"));
+                assert!(!schema.stand_for_manager("b", other).await.expect("answered"));
+                tokio::time::sleep(Duration::from_secs(4)).await;
+                assert!(schema.stand_for_manager("b", other).await.expect("answered"));
+            })
+            .await;
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_node_that_runs_is_not_removed() {
-        let (client, schema) = store();
-        let lease = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
-        let alive = AliveRecord {
-            id: NodeId::from_bytes([1; 16]),
-            instance: 1,
-            address: "a:1".into(),
-            admin: "a:2".into(),
-            exports: vec![],
-            version: "0".into(),
-        };
-        let error = schema.set_alive("a", &alive, lease).await.expect_err("no such node");
-        assert!(matches!(error, SchemaError::NotFound(_)), "{error}");
-        schema.join(&member(1, "a")).await.expect("the name is free");
-        schema.set_alive("a", &alive, lease).await.expect("it is a node");
-        let error = schema.remove_member("a").await.expect_err("it runs");
-        assert!(matches!(error, SchemaError::Invalid(_)), "{error}");
-        client.lease_revoke(lease).await.expect("it is there");
-        schema.remove_member("a").await.expect("it stopped");
+        LocalSet::new()
+            .run_until(async {
+                let (client, schema) = store();
+                let lease = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
+                let alive = AliveRecord {
+                    id: NodeId::from_bytes([1; 16]),
+                    instance: 1,
+                    address: "a:1".into(),
+                    admin: "a:2".into(),
+                    exports: vec![],
+                    version: "0".into(),
+                };
+                let error = schema.set_alive("a", &alive, lease).await.expect_err("no such node");
+                assert!(matches!(error, SchemaError::NotFound(_)), "{error}");
+                schema.join(&member(1, "a")).await.expect("the name is free");
+                schema.set_alive("a", &alive, lease).await.expect("it is a node");
+                let error = schema.remove_member("a").await.expect_err("it runs");
+                assert!(matches!(error, SchemaError::Invalid(_)), "{error}");
+                client.lease_revoke(lease).await.expect("it is there");
+                schema.remove_member("a").await.expect("it stopped");
+            })
+            .await;
     }
 }

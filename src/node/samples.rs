@@ -6,8 +6,8 @@ use crate::admin::health;
 use crate::admin::types::{RepairProgress, Space};
 use crate::export::nbd::wire::{Command, Errno};
 use crate::obs::sample::{
-    DiskSample, NbdSample, NodeSample, PoolSample, RpcPeerSample, RpcServerSample, Sample, ScrubSample,
-    VolumeSample,
+    DiskSample, NbdSample, NodeSample, PoolSample, RpcPeerSample, RpcServerSample, Sample,
+    ScrubSample, VolumeSample,
 };
 use crate::volume::head::HeadStats;
 
@@ -59,9 +59,11 @@ impl Node {
             rpc_peers: self.cluster.as_ref().map_or_else(Vec::new, |cluster| {
                 cluster.peers().iter().map(RpcPeerSample::of).collect()
             }),
-            rpc_server: self.rpc.borrow().as_ref().map_or_else(RpcServerSample::default, |counts| {
-                RpcServerSample::of(counts)
-            }),
+            rpc_server: self
+                .rpc
+                .borrow()
+                .as_ref()
+                .map_or_else(RpcServerSample::default, |counts| RpcServerSample::of(counts)),
         }
     }
 

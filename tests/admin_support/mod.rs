@@ -254,6 +254,15 @@ impl State {
                     self.scrubs(name.as_deref())
                 })));
             }
+            Command::NodeList { reply } => drop(reply.send(Ok(Vec::new()))),
+            Command::NodeShow { node, reply }
+            | Command::NodeDrain { node, reply }
+            | Command::NodeUndrain { node, reply } => {
+                drop(reply.send(Err(ApiError::not_found(format!("no such node: {node}")))));
+            }
+            Command::NodeRemove { node, reply } => {
+                drop(reply.send(Err(ApiError::not_found(format!("no such node: {node}")))));
+            }
             other => panic!("unexpected {other:?}"),
         }
     }

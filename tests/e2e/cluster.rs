@@ -39,7 +39,17 @@ impl Cluster {
         let bin = sdsd.parent().expect("a directory").display().to_string();
         let nodes = nodes.to_string();
         let mut arguments = vec![
-            "up", "--nodes", &nodes, "--disks", "1", "--size", "1G", "--base-port", "0", "--bin", &bin,
+            "up",
+            "--nodes",
+            &nodes,
+            "--disks",
+            "1",
+            "--size",
+            "1G",
+            "--base-port",
+            "0",
+            "--bin",
+            &bin,
         ];
         arguments.extend(extra);
         tool(dir.path(), &arguments);
@@ -101,7 +111,7 @@ impl Cluster {
         self.wait("whole again", node, |cluster| {
             let volumes = cluster.json(node, &["volume", "ls"]);
             let volumes = volumes.as_array().expect("a list");
-            volumes.iter().all(|v| v["state"] == "online" && v["redundancy"] == "full")
+            volumes.iter().all(|v| v["state"] == "online" && v["redundancy"]["state"] == "full")
                 && cluster.json(node, &["status"])["health"] == "ok"
         });
     }
@@ -111,8 +121,21 @@ impl Cluster {
         let uri = format!("--uri={}{volume}", self.address(node).nbd);
         let runtime = format!("--runtime={seconds}");
         let mut command = Command::new("fio");
-        command.args(["--name=load", "--ioengine=nbd", &uri, "--rw=randrw", "--bs=4k", "--iodepth=8"]);
-        command.args(["--size=48M", "--verify=crc32c", "--time_based", &runtime, "--output-format=json"]);
+        command.args([
+            "--name=load",
+            "--ioengine=nbd",
+            &uri,
+            "--rw=randrw",
+            "--bs=4k",
+            "--iodepth=8",
+        ]);
+        command.args([
+            "--size=48M",
+            "--verify=crc32c",
+            "--time_based",
+            &runtime,
+            "--output-format=json",
+        ]);
         command.args(["--verify_fatal=1", "--randrepeat=1", "--do_verify=1"]);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         child.expect("fio can be run")

@@ -72,7 +72,11 @@ impl Node {
             let Some(revision) = revision else { continue };
             let any = self.options.env.random_below(others.len() as u64);
             let node = others[usize::try_from(any).expect("below their number")].clone();
-            tracing::warn!(volume = slot.name(), to = node, "given away: too few nodes are reached");
+            tracing::warn!(
+                volume = slot.name(),
+                to = node,
+                "given away: too few nodes are reached"
+            );
             let place = PlaceRecord { node, next: None };
             let placed = timeout(PATIENCE, self.schema.set_place(slot.id, &place, Some(revision)));
             if !matches!(placed.await, Ok(Ok(_))) {

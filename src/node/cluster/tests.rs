@@ -465,7 +465,8 @@ fn a_head_that_is_cut_off_from_all_others_never_serves_old_data() {
         town.start_all().await;
         let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
         let first = town.server_of(volume).await;
-        let (near, far) = (target(&town.node(first)).await, target(&town.node((first + 1) % 5)).await);
+        let (near, far) =
+            (target(&town.node(first)).await, target(&town.node((first + 1) % 5)).await);
         write(&near, 1).await;
         check(&far, 1).await;
         let own = town.hosts[first].name.clone();
