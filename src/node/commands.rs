@@ -33,7 +33,7 @@ impl Node {
             Command::NodeShow { node, reply } => send(reply, self.show_node(&node).await),
             Command::NodeDrain { node, reply } => send(reply, self.drain_node(&node, true).await),
             Command::NodeUndrain { node, reply } => {
-                send(reply, self.drain_node(&node, false).await)
+                send(reply, self.drain_node(&node, false).await);
             }
             Command::NodeRemove { node, reply } => send(reply, self.remove_node(&node).await),
             Command::DiskList { reply } => send(reply, Ok(self.gather().await.disks)),

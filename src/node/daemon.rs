@@ -34,6 +34,7 @@ use crate::disk::uring::Ring;
 use crate::env::Env;
 use crate::export::nbd::{self, Server, TlsMode, UnixSocket};
 use crate::id::DiskId;
+use crate::meta::MetaStore;
 use crate::shard::local::LocalClient;
 use crate::units::TimeSpan;
 use crate::volume::head::HeadConfig;
@@ -144,6 +145,40 @@ impl Sockets {
     }
 }
 
+/// What the configuration says of a node that is alone.
+fn node_options(
+    config: &Config,
+    env: Env,
+    store: Rc<dyn MetaStore>,
+    opener: Rc<dyn DeviceOpener>,
+) -> NodeOptions {
+    let TimeSpan(period) = config.scrub.period;
+    NodeOptions {
+        name: config.node.clone(),
+        env,
+        store,
+        opener,
+        cluster: None,
+        head: HeadConfig {
+            overlay_extents_max: config.cache.overlay_extents,
+            scrub_period: (!period.is_zero()).then_some(period),
+            unix_seconds,
+            ..HeadConfig::default()
+        },
+        space: SpaceLevels {
+            warning_percent: config.space.warning_percent,
+            critical_percent: config.space.critical_percent,
+            overcommit_percent: config.space.overcommit_percent,
+        },
+        care: Care {
+            set_aside_after: Duration::from_secs(config.care.set_aside_seconds),
+            smart_every: Duration::from_secs(config.care.smart_seconds),
+        },
+        index_cache_bytes: usize::try_from(config.cache.index.0).unwrap_or(usize::MAX),
+        unix_seconds,
+    }
+}
+
 async fn run_local(
     config: &Config,
     dev: Option<&DevOptions>,
@@ -163,48 +198,11 @@ async fn run_local(
         Some(dev) => dev.prepare(&*opener).await?,
         None => absolute(&config.disks)?,
     };
-    let store = store::open(
-        config,
-        door.as_ref().and_then(Door::holder).map(|h| h.cluster),
-        &*opener,
-        &env,
-        &paths,
-    )
-    .await?;
-    let TimeSpan(period) = config.scrub.period;
-    let head = HeadConfig {
-        overlay_extents_max: config.cache.overlay_extents,
-        scrub_period: (!period.is_zero()).then_some(period),
-        unix_seconds,
-        ..HeadConfig::default()
-    };
-    let cluster = match &door {
-        None => None,
-        Some(door) => {
-            let node = store::node_record(&config.data_dir, &env)?;
-            let (admin, exports) = (sockets.addresses.admin, uris(&sockets.addresses));
-            Some(door.options(config, &env, &node, Told { admin, exports }))
-        }
-    };
-    let options = NodeOptions {
-        name: config.node.clone(),
-        env,
-        store,
-        opener,
-        cluster,
-        head,
-        space: SpaceLevels {
-            warning_percent: config.space.warning_percent,
-            critical_percent: config.space.critical_percent,
-            overcommit_percent: config.space.overcommit_percent,
-        },
-        care: Care {
-            set_aside_after: Duration::from_secs(config.care.set_aside_seconds),
-            smart_every: Duration::from_secs(config.care.smart_seconds),
-        },
-        index_cache_bytes: usize::try_from(config.cache.index.0).unwrap_or(usize::MAX),
-        unix_seconds,
-    };
+    let known = door.as_ref().and_then(Door::holder).map(|holder| holder.cluster);
+    let store = store::open(config, known, &*opener, &env, &paths).await?;
+    let told = || Told { admin: sockets.addresses.admin, exports: uris(&sockets.addresses) };
+    let cluster = door.as_ref().map(|door| door.options(config, &env, told())).transpose()?;
+    let options = NodeOptions { cluster, ..node_options(config, env, store, opener) };
     let listed = if dev.is_some_and(DevOptions::is_made) { &[][..] } else { &paths };
     let node = Node::start(options, listed).await.map_err(error)?;
     let others = door.map(|door| door.serve(&node));

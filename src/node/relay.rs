@@ -144,8 +144,8 @@ impl Node {
             | Command::DiskOnline { disk, .. } => self.node_of_disk(*disk),
             Command::VolumeShow { volume, .. }
             | Command::VolumeResize { volume, .. }
-            | Command::VolumeRemove { volume, .. } => self.node_of_volume(volume),
-            Command::ScrubStart { volume: Some(volume), .. } => self.node_of_volume(volume),
+            | Command::VolumeRemove { volume, .. }
+            | Command::ScrubStart { volume: Some(volume), .. } => self.node_of_volume(volume),
             _ => None,
         };
         node.filter(|node| *node != self.options.name)

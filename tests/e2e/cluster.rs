@@ -142,7 +142,7 @@ impl Cluster {
     }
 }
 
-/// Longest write of a load that ended well, seconds.
+/// Longest request of a load that ended well, seconds.
 fn longest(load: Child) -> f64 {
     let done = load.wait_with_output().expect("fio ends");
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
@@ -151,7 +151,8 @@ fn longest(load: Child) -> f64 {
         serde_json::from_str(&text[text.find('{').expect("a report")..]).expect("JSON");
     let job = &report["jobs"][0];
     assert_eq!(job["error"], 0, "{text}");
-    job["write"]["clat_ns"]["max"].as_f64().expect("a number") / 1e9
+    let longest = |kind: &str| job[kind]["clat_ns"]["max"].as_f64().expect("a number");
+    longest("read").max(longest("write")) / 1e9
 }
 
 impl Drop for Cluster {
@@ -160,8 +161,8 @@ impl Drop for Cluster {
             for entry in std::fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
                 let log = std::fs::read_to_string(entry.path().join("log")).unwrap_or_default();
                 let lines: Vec<&str> = log.lines().collect();
-                eprintln!("{}:", entry.path().display());
-                lines.iter().rev().take(15).rev().for_each(|line| eprintln!("  {line}"));
+                println!("{}:", entry.path().display());
+                lines.iter().rev().take(15).rev().for_each(|line| println!("  {line}"));
             }
         }
         let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/cluster");
@@ -186,13 +187,13 @@ fn any_node_dies_under_load_and_clients_of_others_see_no_error() {
     let load = cluster.load(1, "p/v", 12);
     std::thread::sleep(Duration::from_secs(3));
     cluster.order(&["kill", "n3"]);
-    println!("longest write while a node without the head dies: {:.2} s", longest(load));
+    println!("longest request while a node without the head dies: {:.2} s", longest(load));
     cluster.order(&["start", "n3"]);
     cluster.wait_whole(1);
     let load = cluster.load(1, "p/v", 15);
     std::thread::sleep(Duration::from_secs(3));
     cluster.order(&["kill", "n2"]);
-    println!("longest write while the node with the head dies: {:.2} s", longest(load));
+    println!("longest request while the node with the head dies: {:.2} s", longest(load));
     assert_ne!(cluster.head(1), "n2");
     let (_, said) = cluster.ctl_raw(1, &["node", "show", "n2"]);
     assert!(said.contains("down"), "{said}");
@@ -204,7 +205,7 @@ fn any_node_dies_under_load_and_clients_of_others_see_no_error() {
     let load = cluster.load(if head == "n1" { 4 } else { 1 }, "p/v", 12);
     std::thread::sleep(Duration::from_secs(3));
     cluster.order(&["stop", &head]);
-    println!("longest write while the node with the head stops: {:.2} s", longest(load));
+    println!("longest request while the node with the head stops: {:.2} s", longest(load));
     cluster.order(&["start", &head]);
     cluster.wait_whole(1);
     let head = cluster.head(1);
@@ -212,7 +213,7 @@ fn any_node_dies_under_load_and_clients_of_others_see_no_error() {
     let load = cluster.load(from, "p/v", 12);
     std::thread::sleep(Duration::from_secs(3));
     cluster.ctl(from, &["node", "drain", &head]);
-    println!("longest write while the node with the head is drained: {:.2} s", longest(load));
+    println!("longest request while the node with the head is drained: {:.2} s", longest(load));
     cluster.wait("drained", from, |cluster| {
         let node = cluster.json(from, &["node", "show", &head]);
         let disks = cluster.json(from, &["disk", "ls"]);
@@ -237,7 +238,7 @@ fn a_coded_pool_of_six_nodes_survives_any_and_etcd_may_go_away() {
     let load = cluster.load(3, "p/v", 12);
     std::thread::sleep(Duration::from_secs(3));
     cluster.order(&["kill", "n1"]);
-    println!("longest write while the node with the head dies: {:.2} s", longest(load));
+    println!("longest request while the node with the head dies: {:.2} s", longest(load));
     run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
     cluster.order(&["start", "n1"]);
     cluster.wait_whole(2);

@@ -108,7 +108,7 @@ impl Node {
         self.schema.set_member_state(name, state).await.map_err(api_error)?;
         let (from, to) =
             if drain { (Kept::Online, Kept::Draining) } else { (Kept::Draining, Kept::Online) };
-        for record in self.disks_of(cluster, name) {
+        for record in Self::disks_of(cluster, name) {
             if record.state == from && !record.removing {
                 self.update_disk(record.id, |disk| disk.state = to).await?;
                 self.take_up(record.id);
@@ -128,7 +128,7 @@ impl Node {
         self.show_node(name).await
     }
 
-    fn disks_of(&self, cluster: &Cluster, name: &str) -> Vec<DiskRecord> {
+    fn disks_of(cluster: &Cluster, name: &str) -> Vec<DiskRecord> {
         let view = cluster.view.borrow();
         let own = view.disks.iter().filter(|(_, disk, _)| disk.node == name);
         own.map(|(_, disk, _)| disk.clone()).filter(|disk| disk.state != Kept::Removed).collect()
@@ -156,7 +156,7 @@ impl Node {
 
     /// Takes up what other nodes ordered of this node's disks.
     pub(super) fn know_own_disks(self: &Rc<Self>, cluster: &Cluster) {
-        for record in self.disks_of(cluster, &self.options.name) {
+        for record in Self::disks_of(cluster, &self.options.name) {
             let slot = self.disks.borrow().get(&record.id).cloned();
             // Who changes something now knows better.
             let Some(slot) = slot.filter(|_| self.changes.try_lock().is_ok()) else { continue };
@@ -171,7 +171,7 @@ impl Node {
     pub(in crate::node) async fn remove_node(&self, name: &str) -> Result<Removed, ApiError> {
         let Some(cluster) = self.cluster.as_ref() else { return Err(self.no_such_node(name)) };
         let _lock = self.changes.lock().await;
-        let disks = self.disks_of(cluster, name);
+        let disks = Self::disks_of(cluster, name);
         if !disks.is_empty() {
             return Err(ApiError::conflict(format!("node {name} has {} disks", disks.len()))
                 .with_hint(format!(

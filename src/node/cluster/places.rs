@@ -104,9 +104,10 @@ impl Node {
                 continue;
             }
             let pool = self.pools.borrow().get(&record.pool).cloned();
-            match pool {
-                Some(pool) => self.adopt(record.clone(), pool),
-                None => tracing::error!(volume = record.name, pool = record.pool, "no such pool"),
+            if let Some(pool) = pool {
+                self.adopt(record.clone(), pool);
+            } else {
+                tracing::error!(volume = record.name, pool = record.pool, "no such pool");
             }
         }
     }

@@ -12,9 +12,9 @@ use super::{ClusterOptions, Wire, directories};
 use crate::config::{Config, StoreBackend};
 use crate::env::Env;
 use crate::id::NodeId;
-use crate::meta::record::NodeRecord;
 use crate::node::Node;
 use crate::node::daemon::{DaemonError, error, fail};
+use crate::node::store;
 use crate::rpc::handshake::Target;
 use crate::rpc::tcp::TcpDial;
 use crate::rpc::tls::{TlsDial, serve_tls};
@@ -96,6 +96,14 @@ impl Door {
             None => None,
             Some(dir) => {
                 let credentials = Credentials::load(dir, Kind::Node).map_err(error)?;
+                let named = &credentials.holder().name;
+                if *named != config.node {
+                    return fail(format!(
+                        "the credentials in {} are those of node '{named}', and this is node '{}'",
+                        dir.display(),
+                        config.node
+                    ));
+                }
                 Some(NodeTls::new(&credentials).map_err(error)?)
             }
         };
@@ -115,15 +123,15 @@ impl Door {
         &self,
         config: &Config,
         env: &Env,
-        node: &NodeRecord,
         told: Told,
-    ) -> ClusterOptions {
+    ) -> Result<ClusterOptions, DaemonError> {
+        let node = store::node_record(&config.data_dir, env)?;
         let cluster = &config.cluster;
         // The port may have been any.
         let address = cluster.advertise.clone().unwrap_or_else(|| self.address.to_string());
-        ClusterOptions {
+        Ok(ClusterOptions {
             id: self.holder().and_then(Holder::node).unwrap_or(node.id),
-            host: node.host.clone(),
+            host: node.host,
             rack: cluster.rack.clone(),
             address,
             admin: told.admin.to_string(),
@@ -134,7 +142,7 @@ impl Door {
             },
             lease: LEASE,
             out_after: Duration::from_secs(cluster.out_after_seconds),
-        }
+        })
     }
 
     /// Serves the disks of the node to the others until the sender is dropped.
