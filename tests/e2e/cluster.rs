@@ -155,6 +155,7 @@ fn longest(load: Child) -> f64 {
     longest("read").max(longest("write")) / 1e9
 }
 
+#[allow(clippy::print_stdout, reason = "what the nodes said, for who looks into a failure")]
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() {
