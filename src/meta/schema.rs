@@ -23,6 +23,7 @@ use std::rc::Rc;
 use bytes::Bytes;
 
 use super::envelope::EnvelopeError;
+use super::members::{PlaceRecord, place_key};
 use super::record::{
     self, ClusterRecord, DiskRecord, PoolRecord, Record, VolumeNameRecord, VolumeRecord,
     VolumeState,
@@ -337,6 +338,19 @@ impl Schema {
         volume: &VolumeRecord,
         root: Option<&[u8]>,
     ) -> SchemaResult<()> {
+        self.create_volume_at(volume, root, None).await
+    }
+
+    /// The same, and says where its head is to be, for the nodes of a cluster.
+    ///
+    /// # Errors
+    /// As [`Schema::create_volume`].
+    pub async fn create_volume_at(
+        &self,
+        volume: &VolumeRecord,
+        root: Option<&[u8]>,
+        place: Option<&PlaceRecord>,
+    ) -> SchemaResult<()> {
         let name = volume_name_key(&volume.pool, &volume.name);
         let mut txn = Txn::new()
             .when(Condition::KeyExists(pool_key(&volume.pool)))
@@ -347,6 +361,9 @@ impl Schema {
             .put(volume_key(volume.id), encode(volume)?);
         if let Some(root) = root {
             txn = txn.put(root_key(volume.id), Bytes::copy_from_slice(root));
+        }
+        if let Some(place) = place {
+            txn = txn.put(place_key(volume.id), encode(place)?);
         }
         if volume.state != VolumeState::Active {
             return Err(SchemaError::Invalid("a volume is created active".into()));
@@ -416,7 +433,7 @@ impl Schema {
                 .put(volume_key(id), encode(&tombstone)?)
                 .delete(volume_name_key(&tombstone.pool, &tombstone.name))
                 .delete(root_key(id))
-                .delete(super::members::place_key(id))
+                .delete(place_key(id))
                 .delete(scrub_key(id));
             if self.commit(txn).await? {
                 return Ok(tombstone);

@@ -325,8 +325,9 @@ impl Node {
             };
             let set = self.new_log_set(&pool)?;
             let root = Root::fresh(record.id, set, description(&record, &pool));
-            self.schema.create_volume(&record, Some(&root.encode())).await.map_err(api_error)?;
-            self.place_here(record.id).await?;
+            let (root, place) = (root.encode(), self.place_here());
+            let made = self.schema.create_volume_at(&record, Some(&root), place.as_ref()).await;
+            made.map_err(api_error)?;
             if !self.volumes.borrow().contains_key(&record.id) {
                 self.adopt(record.clone(), pool);
             }

@@ -8,7 +8,6 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
-use futures_util::future::join_all;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Cluster, Node};
@@ -41,6 +40,8 @@ pub(in crate::node) struct FarDisk {
     down_since: Cell<Instant>,
     asked: Cell<Instant>,
     told_lost: Cell<bool>,
+    /// Somebody looks after it right now.
+    attended: Cell<bool>,
     why: RefCell<String>,
 }
 
@@ -57,6 +58,7 @@ impl FarDisk {
             down_since: Cell::new(now),
             asked: Cell::new(now),
             told_lost: Cell::new(false),
+            attended: Cell::new(false),
             why: RefCell::new("its node was not met yet".into()),
         })
     }
@@ -127,7 +129,19 @@ impl Node {
     pub(super) async fn attend_far_disks(self: Rc<Self>) {
         let Some(cluster) = self.cluster.as_ref() else { return };
         while !self.stopping.get() {
-            join_all(cluster.far().iter().map(|disk| self.attend(cluster, disk))).await;
+            for disk in cluster.far() {
+                // One that hangs holds up no other one.
+                if disk.attended.replace(true) {
+                    continue;
+                }
+                let node = self.clone();
+                tokio::task::spawn_local(async move {
+                    if let Some(cluster) = node.cluster.as_ref() {
+                        node.attend(cluster, &disk).await;
+                    }
+                    disk.attended.set(false);
+                });
+            }
             sleep(LOOK_EVERY).await;
         }
     }

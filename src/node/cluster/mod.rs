@@ -377,6 +377,10 @@ impl Node {
 
     fn know_pools(&self, cluster: &Cluster) {
         let view = cluster.view.borrow();
+        // Who changes them right now knows better.
+        if self.changes.try_lock().is_err() {
+            return;
+        }
         let pools = view.pools.iter().map(|(name, pool, _)| (name.to_owned(), pool.clone()));
         *self.pools.borrow_mut() = pools.collect();
     }

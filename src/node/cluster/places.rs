@@ -10,11 +10,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::{Cluster, Node};
-use crate::admin::error::ApiError;
 use crate::id::VolumeId;
 use crate::meta::members::PlaceRecord;
 use crate::meta::record::{VolumeRecord, VolumeState};
-use crate::node::volumes::{VolumeSlot, api_error};
+use crate::node::volumes::VolumeSlot;
 
 /// How long it is tried to note that a volume was handed over.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(30);
@@ -48,14 +47,10 @@ impl Cluster {
 }
 
 impl Node {
-    /// Says that a new volume is served here.
-    pub(in crate::node) async fn place_here(&self, id: VolumeId) -> Result<(), ApiError> {
-        if self.cluster.is_none() {
-            return Ok(());
-        }
-        let place = PlaceRecord { node: self.options.name.clone(), next: None };
-        // Whoever placed it meanwhile is as good.
-        self.schema.set_place(id, &place, None).await.map(drop).map_err(api_error)
+    /// Where a new volume is to be served: here.
+    pub(in crate::node) fn place_here(&self) -> Option<PlaceRecord> {
+        self.cluster.as_ref()?;
+        Some(PlaceRecord { node: self.options.name.clone(), next: None })
     }
 
     /// Takes over and gives up volumes.
