@@ -234,7 +234,8 @@ impl Node {
     pub async fn stop(self: &Rc<Self>) {
         self.stopping.set(true);
         let slots: Vec<Rc<VolumeSlot>> = self.volumes.borrow().values().cloned().collect();
-        let releases = slots.iter().map(|slot| slot.release());
+        let numbered = slots.iter().enumerate();
+        let releases = numbered.map(|(number, slot)| self.part_with(slot, number));
         let all = futures_util::future::join_all(releases);
         if tokio::time::timeout(RELEASE_PATIENCE, all).await.is_err() {
             tracing::warn!("not every volume was released in time: the next start recovers them");

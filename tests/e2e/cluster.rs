@@ -136,7 +136,7 @@ impl Cluster {
             &runtime,
             "--output-format=json",
         ]);
-        command.args(["--verify_fatal=1", "--randrepeat=1", "--do_verify=1"]);
+        command.args(["--verify_fatal=1", "--verify_state_save=0"]).current_dir(self.dir.path());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         child.expect("fio can be run")
     }

@@ -161,12 +161,13 @@ impl Node {
 
     async fn give(&self, cluster: &Cluster, orders: Vec<Order>) {
         let ordered = &cluster.ordered;
-        ordered.borrow_mut().retain(|_, since| since.elapsed() < ORDER_PATIENCE);
+        ordered.borrow_mut().retain(|_, (_, since)| since.elapsed() < ORDER_PATIENCE);
         for Order { volume, place, revision } in orders {
-            if ordered.borrow().contains_key(&volume) {
+            // What was ordered for this very place may not be seen here yet.
+            if ordered.borrow().get(&volume).is_some_and(|(of, _)| *of == revision) {
                 continue;
             }
-            ordered.borrow_mut().insert(volume, Instant::now());
+            ordered.borrow_mut().insert(volume, (revision, Instant::now()));
             let (to, next) = (place.node.clone(), place.next.clone());
             match timeout(PATIENCE, self.schema.set_place(volume, &place, revision)).await {
                 Ok(Ok(true)) => tracing::info!(%volume, to, next, "volume placed"),

@@ -219,8 +219,8 @@ pub(super) struct Cluster {
     judges_from: Cell<Instant>,
     /// Clients of this node that are attached to volumes, wherever these are served.
     attached: RefCell<BTreeMap<VolumeId, u32>>,
-    /// Places that were ordered and are not seen yet.
-    ordered: RefCell<BTreeMap<VolumeId, Instant>>,
+    /// Places that were ordered and may not be seen yet: instead of which revision, and when.
+    ordered: RefCell<BTreeMap<VolumeId, (Option<u64>, Instant)>>,
 }
 
 impl Cluster {

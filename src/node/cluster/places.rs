@@ -135,6 +135,28 @@ impl Node {
         }
     }
 
+    /// Releases a volume because this node stops, and places it on another one that runs.
+    pub(in crate::node) async fn part_with(&self, slot: &VolumeSlot, number: usize) {
+        slot.release().await;
+        let Some(cluster) = self.cluster.as_ref() else { return };
+        let mut others = cluster.eligible();
+        others.retain(|node| *node != self.options.name);
+        let revision = {
+            let view = cluster.view.borrow();
+            let place = view.places.get(&slot.id.to_string());
+            place.filter(|(p, _)| p.node == self.options.name).map(|(_, revision)| revision)
+        };
+        let Some(node) = others.get(number % others.len().max(1)).cloned() else { return };
+        let Some(revision) = revision else { return };
+        let place = PlaceRecord { node: node.clone(), next: None };
+        match self.schema.set_place(slot.id, &place, Some(revision)).await {
+            Ok(true) => tracing::info!(volume = slot.name(), to = node, "placed elsewhere"),
+            // The manager places it.
+            Ok(false) => {}
+            Err(error) => tracing::warn!(volume = slot.name(), %error, "not placed elsewhere"),
+        }
+    }
+
     async fn hand_over(self: Rc<Self>, slot: Rc<VolumeSlot>, next: String, revision: u64) {
         let Some(cluster) = self.cluster.as_ref() else { return };
         let started = Instant::now();

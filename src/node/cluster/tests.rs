@@ -521,3 +521,27 @@ fn without_the_store_a_cluster_serves_on_and_nobody_is_judged() {
         until("it is whole", Duration::from_mins(2), whole).await;
     });
 }
+
+#[test]
+fn a_node_that_stops_in_order_is_followed_at_once() {
+    run(async || {
+        let town = Town::new(4, 1).await;
+        town.start_all().await;
+        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = town.server_of(volume).await;
+        let export = target(&town.node((first + 1) % 4)).await;
+        write(&export, 1).await;
+        let node = town.node(first);
+        let stops = tokio::task::spawn_local(async move { node.stop().await });
+        let started = Instant::now();
+        write(&export, 2).await;
+        let took = started.elapsed();
+        assert!(took < Duration::from_millis(500), "{took:?}");
+        check(&export, 2).await;
+        stops.await.expect("it stops");
+        town.kill(first);
+        town.start(first);
+        town.until_met(4).await;
+        check(&export, 2).await;
+    });
+}
