@@ -22,6 +22,8 @@ mod etcd;
 mod etcd_support;
 #[path = "e2e/faults.rs"]
 mod faults;
+#[path = "e2e/guest.rs"]
+mod guest;
 #[path = "nbd_threaded/identity.rs"]
 mod identity;
 #[path = "e2e/slow.rs"]

@@ -161,6 +161,17 @@ pub struct PlaceRecord {
     /// Where it is to go: `node` releases the volume and then makes this `node`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+    /// Whether it is there, or is to go there, because the volume's client is on that machine. Such a place is not
+    /// changed for balance.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub at_client: bool,
+}
+
+impl PlaceRecord {
+    /// A place on a node, to stay.
+    pub fn on(node: impl Into<String>) -> Self {
+        Self { node: node.into(), next: None, at_client: false }
+    }
 }
 
 impl Record for PlaceRecord {

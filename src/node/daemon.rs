@@ -24,7 +24,7 @@ use super::dev::DevOptions;
 use super::opener::{DeviceOpener, UringOpener, open_patiently};
 use super::recover::{self, Found, Rebuilt};
 use super::space::SpaceLevels;
-use super::{Exports, Node, NodeOptions, descriptors, store};
+use super::{Exports, LocalExports, Node, NodeOptions, descriptors, store};
 use crate::admin::access::Access;
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
@@ -285,9 +285,13 @@ impl NbdService {
         let connections_max = descriptors::connections_max(files_max, servers);
         let plain_settings = nbd::NbdConfig { connections_max, ..nbd::NbdConfig::default() };
         let settings = nbd::NbdConfig { tls: mode, ..plain_settings.clone() };
-        let tcp = Server::new(directory.clone(), settings, stopped.clone());
-        let unix =
-            if plain { tcp.clone() } else { Server::new(directory, plain_settings, stopped) };
+        let tcp = Server::new(directory, settings, stopped.clone());
+        let local = Rc::new(LocalExports(node.clone()));
+        let unix = if plain {
+            tcp.with_directory(local)
+        } else {
+            Server::new(local, plain_settings, stopped)
+        };
         let mut tasks = Vec::new();
         for listener in listeners {
             let server = tcp.clone();

@@ -182,6 +182,30 @@ impl Node {
 /// The volumes of a node as a directory of exports.
 pub struct Exports(pub Rc<Node>);
 
+/// The same volumes for clients on this machine: in a cluster, their heads come here.
+pub struct LocalExports(pub Rc<Node>);
+
+impl ExportDirectory for LocalExports {
+    fn list(&self) -> Vec<String> {
+        Exports(self.0.clone()).list()
+    }
+
+    fn open(&self, name: &str) -> LocalFuture<'_, Option<Rc<dyn BlockTarget>>> {
+        Box::pin(open(self.0.clone(), name.to_owned(), true))
+    }
+}
+
+async fn open(node: Rc<Node>, name: String, local: bool) -> Option<Rc<dyn BlockTarget>> {
+    if let Some(cluster) = node.cluster.as_ref() {
+        let (pool, name) = name.split_once('/').unwrap_or((DEFAULT_POOL, &name));
+        let named = |v: &VolumeRecord| v.pool == pool && v.name == name;
+        let found = cluster.volumes().into_iter().find(|placed| named(&placed.record));
+        return node.attach(found?.record.id, local).await;
+    }
+    let slot = node.exported(&name).filter(|slot| !slot.closing.get())?;
+    Some(Rc::new(Attachment::new(node, slot)))
+}
+
 impl ExportDirectory for Exports {
     fn list(&self) -> Vec<String> {
         if let Some(cluster) = self.0.cluster.as_ref() {
@@ -204,19 +228,7 @@ impl ExportDirectory for Exports {
     }
 
     fn open(&self, name: &str) -> LocalFuture<'_, Option<Rc<dyn BlockTarget>>> {
-        if let Some(cluster) = self.0.cluster.as_ref() {
-            let (pool, name) = name.split_once('/').unwrap_or((DEFAULT_POOL, name));
-            let named = |v: &VolumeRecord| v.pool == pool && v.name == name;
-            let found = cluster.volumes().into_iter().find(|placed| named(&placed.record));
-            let node = self.0.clone();
-            return Box::pin(async move { node.attach(found?.record.id).await });
-        }
-        let target = self
-            .0
-            .exported(name)
-            .filter(|slot| !slot.closing.get())
-            .map(|slot| Rc::new(Attachment::new(self.0.clone(), slot)) as Rc<dyn BlockTarget>);
-        Box::pin(std::future::ready(target))
+        Box::pin(open(self.0.clone(), name.to_owned(), false))
     }
 }
 

@@ -71,7 +71,7 @@ use crate::rpc::ServerMetrics;
 use crate::shard::disks::Disks;
 use crate::volume::head::{Head, HeadConfig};
 
-pub use self::exports::{DEFAULT_POOL, Exports};
+pub use self::exports::{DEFAULT_POOL, Exports, LocalExports};
 
 /// Pause between two looks at disks and heads.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);

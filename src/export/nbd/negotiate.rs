@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::big_endian::{U32, U64};
 
-use super::server::Shared;
+use super::server::Server;
 use super::wire::{
     BASE_ALLOCATION, BASE_ALLOCATION_ID, Fields, INIT_MAGIC, OPTION_MAGIC, OPTION_REPLY_MAGIC,
     OptionHeader, OptionReplyHeader, STRING_BYTES_MAX, export_flag, handshake_flag, info, option,
@@ -112,7 +112,7 @@ impl Refusal {
 /// One run of option haggling, on a plain or an encrypted stream.
 pub(super) struct Negotiation<'a, S> {
     pub(super) stream: &'a mut S,
-    pub(super) server: &'a Shared,
+    pub(super) server: &'a Server,
     pub(super) flags: ClientFlags,
     /// Whether the stream is encrypted.
     pub(super) encrypted: bool,
@@ -133,7 +133,7 @@ struct State {
 impl<'a, S: AsyncRead + AsyncWrite + Unpin> Negotiation<'a, S> {
     pub(super) fn new(
         stream: &'a mut S,
-        server: &'a Shared,
+        server: &'a Server,
         flags: ClientFlags,
         encrypted: bool,
         refuse: Option<&'a str>,
@@ -235,7 +235,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Negotiation<'a, S> {
         if let Some(text) = self.refuse {
             return Some(Refusal::new(option_reply::ERR_POLICY, text));
         }
-        if self.server.stopping() {
+        if self.server.shared.stopping() {
             return Some(Refusal::new(option_reply::ERR_SHUTDOWN, "the server is stopping"));
         }
         (self.must_encrypt() && option != option::STARTTLS)
@@ -243,7 +243,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Negotiation<'a, S> {
     }
 
     fn must_encrypt(&self) -> bool {
-        self.server.config.tls.required() && !self.encrypted
+        self.server.shared.config.tls.required() && !self.encrypted
     }
 
     async fn export_name(&mut self, data: &[u8]) -> Result<Outcome, NegotiationError> {
@@ -313,7 +313,7 @@ impl<'a, S: AsyncRead + AsyncWrite + Unpin> Negotiation<'a, S> {
         if self.encrypted {
             return Err(Refusal::invalid("TLS is on already"));
         }
-        if self.server.config.tls.acceptor().is_none() {
+        if self.server.shared.config.tls.acceptor().is_none() {
             return Err(Refusal::new(option_reply::ERR_POLICY, "TLS is not configured here"));
         }
         Ok(Some(Outcome::StartTls))

@@ -72,7 +72,6 @@ impl Default for NbdConfig {
 
 /// What all connections of a server share.
 pub(super) struct Shared {
-    pub(super) directory: Rc<dyn ExportDirectory>,
     pub(super) config: NbdConfig,
     metrics: Rc<NbdMetrics>,
     budget: Rc<Budget>,
@@ -101,7 +100,8 @@ impl Shared {
 /// a [`tokio::task::LocalSet`]. Clones share everything.
 #[derive(Clone)]
 pub struct Server {
-    shared: Rc<Shared>,
+    pub(super) shared: Rc<Shared>,
+    pub(super) directory: Rc<dyn ExportDirectory>,
 }
 
 impl Server {
@@ -114,7 +114,6 @@ impl Server {
         stop: watch::Receiver<bool>,
     ) -> Self {
         let shared = Shared {
-            directory,
             budget: Rc::new(Budget::new(config.memory_bytes_max)),
             config,
             metrics: Rc::default(),
@@ -122,7 +121,13 @@ impl Server {
             log: Throttle::default(),
             stop,
         };
-        Self { shared: Rc::new(shared) }
+        Self { shared: Rc::new(shared), directory }
+    }
+
+    /// The same server, with its limits and counts, for other exports.
+    #[must_use]
+    pub fn with_directory(&self, directory: Rc<dyn ExportDirectory>) -> Self {
+        Self { shared: self.shared.clone(), directory }
     }
 
     /// What the server counts.
@@ -218,7 +223,7 @@ impl Server {
         let mut limit = pin!(self.handshake_limit());
         let plain = async {
             let flags = greet(&mut stream).await?;
-            let negotiation = Negotiation::new(&mut stream, &self.shared, flags, false, refuse);
+            let negotiation = Negotiation::new(&mut stream, self, flags, false, refuse);
             Ok((flags, negotiation.run().await?))
         };
         let Some((flags, outcome)) = self.handshake(peer, plain, limit.as_mut()).await else {
@@ -231,8 +236,7 @@ impl Server {
                 let Some(acceptor) = self.shared.config.tls.acceptor() else { return };
                 let encrypted = async {
                     let mut stream = acceptor.accept(stream).await?;
-                    let negotiation =
-                        Negotiation::new(&mut stream, &self.shared, flags, true, refuse);
+                    let negotiation = Negotiation::new(&mut stream, self, flags, true, refuse);
                     let outcome = negotiation.run().await?;
                     Ok((stream, outcome))
                 };

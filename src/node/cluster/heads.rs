@@ -124,11 +124,16 @@ impl Locate for Finder {
 struct Attachment {
     node: Rc<Node>,
     volume: VolumeId,
+    /// Whether the client is on this machine.
+    local: bool,
     forwarder: Forwarder,
 }
 
 impl Cluster {
-    fn count(&self, volume: VolumeId, more: bool) {
+    fn count(&self, volume: VolumeId, local: bool, more: bool) {
+        if local {
+            self.local.borrow_mut().count(volume, more);
+        }
         let mut attached = self.attached.borrow_mut();
         let count = attached.entry(volume).or_default();
         *count = if more { *count + 1 } else { count.saturating_sub(1) };
@@ -141,7 +146,7 @@ impl Cluster {
 impl Drop for Attachment {
     fn drop(&mut self) {
         if let Some(cluster) = self.node.cluster.as_ref() {
-            cluster.count(self.volume, false);
+            cluster.count(self.volume, self.local, false);
         }
     }
 }
@@ -201,10 +206,11 @@ impl Node {
         count
     }
 
-    /// A volume of the cluster for a client, wherever its head is.
+    /// A volume of the cluster for a client, wherever its head is; `local`: the client is on this machine.
     pub(in crate::node) async fn attach(
         self: &Rc<Self>,
         volume: VolumeId,
+        local: bool,
     ) -> Option<Rc<dyn BlockTarget>> {
         let cluster = self.cluster.as_ref()?;
         let config =
@@ -212,8 +218,8 @@ impl Node {
         let finder = Rc::new(Finder(self.clone()));
         match Forwarder::open(volume, finder, config).await {
             Ok(forwarder) => {
-                cluster.count(volume, true);
-                Some(Rc::new(Attachment { node: self.clone(), volume, forwarder }))
+                cluster.count(volume, local, true);
+                Some(Rc::new(Attachment { node: self.clone(), volume, local, forwarder }))
             }
             Err(error) => {
                 tracing::warn!(%volume, %error, "the volume cannot be attached");

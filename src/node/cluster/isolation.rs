@@ -77,7 +77,7 @@ impl Node {
                 to = node,
                 "given away: too few nodes are reached"
             );
-            let place = PlaceRecord { node, next: None };
+            let place = PlaceRecord::on(node);
             let placed = timeout(PATIENCE, self.schema.set_place(slot.id, &place, Some(revision)));
             if !matches!(placed.await, Ok(Ok(_))) {
                 return;

@@ -64,7 +64,8 @@ fn plan(seats: &[Seat], nodes: &[String], up: impl Fn(&str) -> bool, balance: bo
     for seat in seats {
         let lost = seat.place.as_ref().is_none_or(|(place, _)| !up(&place.node));
         let astray = seat.place.as_ref().is_some_and(|(place, _)| {
-            place.next.as_ref().is_some_and(|next| !load.contains_key(next.as_str()))
+            let possible = |next: &str| load.contains_key(next) || (place.at_client && up(next));
+            place.next.as_ref().is_some_and(|next| !possible(next))
         });
         let target = if lost {
             // Where it was to go, if that is possible: it is counted there.
@@ -74,10 +75,10 @@ fn plan(seats: &[Seat], nodes: &[String], up: impl Fn(&str) -> bool, balance: bo
             if known.is_none() {
                 *load.get_mut(node.as_str()).expect("chosen from it") += 1;
             }
-            PlaceRecord { node, next: None }
+            PlaceRecord::on(node)
         } else if astray {
             let (place, _) = seat.place.as_ref().expect("it goes somewhere");
-            PlaceRecord { node: place.node.clone(), next: None }
+            PlaceRecord::on(&place.node)
         } else {
             continue;
         };
@@ -88,7 +89,9 @@ fn plan(seats: &[Seat], nodes: &[String], up: impl Fn(&str) -> bool, balance: bo
         return orders;
     }
     for seat in seats {
-        let Some((place, revision)) = seat.place.as_ref().filter(|(p, _)| p.next.is_none()) else {
+        let movable = |place: &PlaceRecord| place.next.is_none() && !place.at_client;
+        let Some((place, revision)) = seat.place.as_ref().filter(|(place, _)| movable(place))
+        else {
             continue;
         };
         if moving >= MOVES_MAX {
@@ -108,7 +111,7 @@ fn plan(seats: &[Seat], nodes: &[String], up: impl Fn(&str) -> bool, balance: bo
         moving += 1;
         orders.push(Order {
             volume: seat.volume,
-            place: PlaceRecord { node: place.node.clone(), next: Some(next) },
+            place: PlaceRecord { next: Some(next), ..PlaceRecord::on(&place.node) },
             revision: Some(*revision),
         });
     }
@@ -185,8 +188,18 @@ impl Node {
 }
 
 impl Cluster {
-    /// The nodes that heads may be placed on.
+    /// The nodes that heads may be placed on. One without disks gets only those of its clients, unless there are
+    /// no others.
     pub(super) fn eligible(&self) -> Vec<String> {
+        let running = self.running();
+        let view = self.view.borrow();
+        let with_disks = |name: &&String| view.disks.iter().any(|(_, disk, _)| disk.node == **name);
+        let storing: Vec<String> = running.iter().filter(with_disks).cloned().collect();
+        if storing.is_empty() { running } else { storing }
+    }
+
+    /// The nodes that run, are reached, and are not drained.
+    pub(super) fn running(&self) -> Vec<String> {
         let view = self.view.borrow();
         let links = self.links.borrow();
         let running = view.members.iter().filter(|(name, member, _)| {
@@ -213,7 +226,7 @@ mod tests {
     use super::*;
 
     fn seat(number: u8, node: &str, next: Option<&str>) -> Seat {
-        let place = PlaceRecord { node: node.into(), next: next.map(str::to_owned) };
+        let place = PlaceRecord { next: next.map(str::to_owned), ..PlaceRecord::on(node) };
         let place = (!node.is_empty()).then_some((place, 7));
         Seat { volume: VolumeId::from_bytes([number; 16]), place }
     }
@@ -269,6 +282,23 @@ mod tests {
             .map(|(node, number)| seat(number, node, None))
             .collect();
         assert!(planned(&even, &["a", "b", "c"], &["a", "b", "c"]).is_empty());
+    }
+
+    #[test]
+    fn a_volume_stays_where_its_client_is() {
+        let at_client = |mut seat: Seat| {
+            seat.place.as_mut().expect("it has a place").0.at_client = true;
+            seat
+        };
+        // Node g stores nothing, so nothing is placed there but for clients.
+        let seats = [at_client(seat(1, "g", None)), at_client(seat(2, "a", Some("g")))];
+        assert!(planned(&seats, &["a", "b"], &["a", "b", "g"]).is_empty());
+        // When it is gone, its volumes go elsewhere.
+        let orders = planned(&seats, &["a", "b"], &["a", "b"]);
+        assert_eq!(orders, [(1, "a".into(), None), (2, "a".into(), None)]);
+        // When the client left, it is like others.
+        let orders = planned(&[seat(1, "g", None)], &["a", "b"], &["a", "b", "g"]);
+        assert_eq!(orders, [(1, "g".into(), Some("a".into()))]);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! - `places.rs`: takes over what is placed here, gives up what is placed elsewhere;
 //! - `lease.rs`: says that this node runs; `manager.rs`: places the volumes of nodes that do not;
 //!   `isolation.rs`: gives up what a node cannot serve that reaches too few others;
-//! - `heads.rs`: volumes for clients, wherever they are served; `nodes.rs`: orders of operators;
+//! - `heads.rs`: volumes for clients, wherever they are served; `attract.rs`: brings them to clients of this machine; `nodes.rs`: orders of operators;
 //!   `process.rs`: sockets.
 //!
 //! # Invariants
@@ -24,6 +24,7 @@
 //! - A disk of another node is used only while the connection to its node is up and the disk itself said
 //!   who it is.
 
+mod attract;
 mod far;
 mod heads;
 mod isolation;
@@ -57,6 +58,7 @@ use crate::rpc::{Directories, DiskDirectory, Identity, Peer};
 use crate::shard::ShardClient;
 use crate::shard::domain::Domains;
 
+use attract::LocalClients;
 pub(super) use far::FarDisk;
 pub use heads::NodeVolumes;
 
@@ -219,6 +221,8 @@ pub(super) struct Cluster {
     judges_from: Cell<Instant>,
     /// Clients of this node that are attached to volumes, wherever these are served.
     attached: RefCell<BTreeMap<VolumeId, u32>>,
+    /// Those of them that are on this machine.
+    local: RefCell<LocalClients>,
     /// Places that were ordered and may not be seen yet: instead of which revision, and when.
     ordered: RefCell<BTreeMap<VolumeId, (Option<u64>, Instant)>>,
 }
@@ -266,6 +270,7 @@ impl Cluster {
             far: RefCell::default(),
             leaving: RefCell::default(),
             attached: RefCell::default(),
+            local: RefCell::new(LocalClients::new()),
             ordered: RefCell::default(),
         })
     }
@@ -346,6 +351,7 @@ impl Node {
         tokio::task::spawn_local(self.clone().reconcile());
         tokio::task::spawn_local(self.clone().manage());
         tokio::task::spawn_local(self.clone().watch_isolation());
+        tokio::task::spawn_local(self.clone().attract_heads());
     }
 
     /// Does what the store says, whenever that changes.

@@ -50,7 +50,7 @@ impl Node {
     /// Where a new volume is to be served: here.
     pub(in crate::node) fn place_here(&self) -> Option<PlaceRecord> {
         self.cluster.as_ref()?;
-        Some(PlaceRecord { node: self.options.name.clone(), next: None })
+        Some(PlaceRecord::on(&self.options.name))
     }
 
     /// Takes over and gives up volumes.
@@ -79,7 +79,7 @@ impl Node {
                     head.abandon("another node has the volume");
                 }
             } else if let Some(next) = &place.next {
-                self.begin_hand_over(cluster, &slot, next.clone(), revision);
+                self.begin_hand_over(cluster, &slot, (next.clone(), place.at_client), revision);
             } else {
                 self.note_record(&slot, record);
             }
@@ -124,7 +124,7 @@ impl Node {
         self: &Rc<Self>,
         cluster: &Cluster,
         slot: &Rc<VolumeSlot>,
-        next: String,
+        next: (String, bool),
         revision: u64,
     ) {
         // Without the store nobody could take it over.
@@ -148,7 +148,7 @@ impl Node {
         };
         let Some(node) = others.get(number % others.len().max(1)).cloned() else { return };
         let Some(revision) = revision else { return };
-        let place = PlaceRecord { node: node.clone(), next: None };
+        let place = PlaceRecord::on(&node);
         match self.schema.set_place(slot.id, &place, Some(revision)).await {
             Ok(true) => tracing::info!(volume = slot.name(), to = node, "placed elsewhere"),
             // The manager places it.
@@ -157,12 +157,17 @@ impl Node {
         }
     }
 
-    async fn hand_over(self: Rc<Self>, slot: Rc<VolumeSlot>, next: String, revision: u64) {
+    async fn hand_over(
+        self: Rc<Self>,
+        slot: Rc<VolumeSlot>,
+        (next, at_client): (String, bool),
+        revision: u64,
+    ) {
         let Some(cluster) = self.cluster.as_ref() else { return };
         let started = Instant::now();
         slot.release().await;
         self.volumes.borrow_mut().remove(&slot.id);
-        let place = PlaceRecord { node: next.clone(), next: None };
+        let place = PlaceRecord { node: next.clone(), next: None, at_client };
         loop {
             match self.schema.set_place(slot.id, &place, Some(revision)).await {
                 Ok(true) => {

@@ -19,7 +19,7 @@ use crate::export::{BlockTarget, ExportDirectory};
 use crate::meta::memory::{Faults, MemoryStore};
 use crate::meta::record::ClusterRecord;
 use crate::meta::schema::Schema;
-use crate::node::exports::Exports;
+use crate::node::exports::{Exports, LocalExports};
 use crate::node::opener::{DeviceOpener, OpenFailure};
 use crate::node::{NodeOptions, care, space};
 use crate::rpc::handshake::Target;
@@ -543,5 +543,59 @@ fn a_node_that_stops_in_order_is_followed_at_once() {
         town.start(first);
         town.until_met(4).await;
         check(&export, 2).await;
+    });
+}
+
+#[test]
+fn a_head_comes_to_a_client_on_a_node_without_disks_and_leaves_after_it() {
+    run(async || {
+        let mut town = Town::new(3, 2).await;
+        town.start_all().await;
+        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
+        town.add_host(0);
+        town.start(3);
+        let knows = |host: &Host| {
+            let node = host.node.borrow().clone();
+            node.is_some_and(|node| node.registry.ids().len() == 6)
+        };
+        until("the gateway knows all disks", Duration::from_secs(20), || knows(&town.hosts[3]))
+            .await;
+        // Nothing comes there by itself.
+        sleep(Duration::from_secs(20)).await;
+        assert_ne!(town.server_of(volume).await, 3);
+
+        let open = || async {
+            LocalExports(town.node(3)).open("p/v").await.expect("it is exported there too")
+        };
+        let export = open().await;
+        let longest = Cell::new(Duration::ZERO);
+        let comes = async {
+            let mut number = 0;
+            while town.server_of(volume).await != 3 || number % 32 != 0 {
+                let started = Instant::now();
+                export.write(number % 32 * PIECE as u64, piece(number % 32, 1)).await.expect("ok");
+                longest.set(longest.get().max(started.elapsed()));
+                number += 1;
+                sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(Duration::from_secs(20), comes).await.expect("it comes");
+        assert!(longest.get() < Duration::from_millis(200), "{:?}", longest.get());
+        check(&export, 1).await;
+        sleep(Duration::from_secs(30)).await;
+        assert_eq!(town.server_of(volume).await, 3, "it stays with its client");
+
+        // A second client elsewhere does not draw it away, and it leaves when its own is gone.
+        let other = LocalExports(town.node(0)).open("p/v").await.expect("it is exported");
+        sleep(Duration::from_secs(10)).await;
+        assert_eq!(town.server_of(volume).await, 3);
+        drop(export);
+        let back = async {
+            while town.server_of(volume).await != 0 {
+                sleep(Duration::from_millis(100)).await;
+            }
+        };
+        timeout(Duration::from_mins(2), back).await.expect("it goes to the client that is left");
+        check(&other, 1).await;
     });
 }
