@@ -26,6 +26,8 @@ mod faults;
 mod guest;
 #[path = "nbd_threaded/identity.rs"]
 mod identity;
+#[path = "e2e/partitions.rs"]
+mod partitions;
 #[path = "e2e/slow.rs"]
 mod slow;
 #[path = "e2e/space.rs"]

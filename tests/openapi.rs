@@ -49,7 +49,7 @@ fn every_path_of_the_document_is_served() {
             operations += 1;
         }
     }
-    assert_eq!(operations, 31, "the document and the router have grown together");
+    assert_eq!(operations, 32, "the document and the router have grown together");
 }
 
 fn request(node: &FakeNode, method: &str, path: &str) -> String {

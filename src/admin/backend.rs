@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::error::ApiError;
+use super::events::{Event, EventLevel};
 use super::nodes::Node;
 use super::types::{
     AddDisk, CreatePool, CreateVolume, Disk, Health, Pool, Removed, ResizeVolume, Scrub, Status,
@@ -181,6 +182,10 @@ operations! {
     health = Health {} -> Health;
     /// All metrics in the Prometheus text format.
     metrics = Metrics {} -> String;
+
+    /// The newest events that matter as much, from a time on (milliseconds since 1970), at most so many; the oldest
+    /// first.
+    event_list = EventList { since_unix_ms: u64, level: EventLevel, limit: u32 } -> Vec<Event>;
 
     /// All nodes, sorted by name.
     node_list = NodeList {} -> Vec<Node>;

@@ -10,6 +10,7 @@ use ureq::unversioned::transport::{Connector, TcpConnector};
 use ureq::{Agent, Body};
 
 use super::error::{ApiError, ErrorBody, ErrorCode};
+use super::events::{Event, EventLevel};
 use super::joining::{CreateNodeToken, JoinNode, NodeCertificate, NodeToken, RenewNode};
 use super::nodes::Node;
 use super::tls::TlsConnector;
@@ -138,6 +139,16 @@ impl Client {
     /// The node at a glance.
     pub fn status(&self) -> Result<Status, ClientError> {
         self.get("/v1/status")
+    }
+
+    /// The newest events of all nodes that answer, the oldest first.
+    pub fn events(
+        &self,
+        since_unix_ms: u64,
+        level: EventLevel,
+        limit: u32,
+    ) -> Result<Vec<Event>, ClientError> {
+        self.get(&format!("/v1/events?since_unix_ms={since_unix_ms}&level={level}&limit={limit}"))
     }
 
     /// All disks, sorted by path.

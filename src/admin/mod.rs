@@ -16,6 +16,7 @@ pub mod admission;
 pub mod backend;
 pub mod client;
 pub mod error;
+pub mod events;
 mod guard;
 pub mod health;
 pub mod joining;

@@ -53,6 +53,7 @@ pub(super) type Backend = Arc<dyn AdminBackend>;
         routes::healthz,
         routes::metrics,
         routes::openapi,
+        routes::event::list,
         routes::disk::list,
         routes::disk::add,
         routes::disk::show,
@@ -94,12 +95,13 @@ pub fn openapi_json() -> String {
 
 /// All routes over `backend`.
 fn router(backend: Arc<dyn AdminBackend>, admissions: Arc<Admissions>) -> Router {
-    use routes::{disk, joining, node, pool, scrub, volume};
+    use routes::{disk, event, joining, node, pool, scrub, volume};
     Router::new()
         .route("/healthz", get(routes::healthz))
         .route("/metrics", get(routes::metrics))
         .route("/v1/openapi.json", get(routes::openapi))
         .route("/v1/status", get(routes::status))
+        .route("/v1/events", get(event::list))
         .route("/v1/disks", get(disk::list).post(disk::add))
         .route("/v1/disks/{disk}", get(disk::show).delete(disk::remove))
         .route("/v1/disks/{disk}/offline", put(disk::offline))

@@ -7,6 +7,7 @@
 
 mod cluster;
 mod disk;
+mod events;
 mod inspect;
 mod node;
 mod output;
@@ -42,6 +43,7 @@ Exit codes:
 
 Examples:
   sdsctl status
+  sdsctl events --since 1h --level warning
   sdsctl disk add /dev/sdb
   sdsctl pool create fast --replicas 3
   sdsctl volume create default/vm1 --size 10G
@@ -75,6 +77,8 @@ struct Cli {
 enum Verb {
     /// Health, capacity and progress of repairs at a glance
     Status(status::StatusArgs),
+    /// What happened lately, on all nodes
+    Events(events::EventArgs),
     /// The disks of the node
     #[command(subcommand, visible_alias = "disks")]
     Disk(disk::DiskVerb),
@@ -224,6 +228,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             node::token(*ttl, address.as_ref(), &client, &mut out)
         }
         Verb::Status(args) => status::run(args, &client, &mut out),
+        Verb::Events(args) => events::run(args, &client, &mut out),
         Verb::Disk(verb) => disk::run(verb, &client, &mut out),
         Verb::Pool(verb) => pool::run(verb, &client, &mut out),
         Verb::Volume(verb) => volume::run(verb, &client, &mut out),

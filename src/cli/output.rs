@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use clap::ValueEnum;
 use serde::Serialize;
+use time::OffsetDateTime;
 
 use crate::admin::types::{RepairProgress, Space};
 use crate::units::ByteSize;
@@ -111,6 +112,16 @@ pub(super) fn fields(pairs: &[(&str, String)]) -> String {
                 + "\n"
         })
         .collect()
+}
+
+/// A moment, milliseconds since 1970, in UTC.
+pub(super) fn utc(unix_ms: u64) -> String {
+    let nanos = i128::from(unix_ms) * 1_000_000;
+    let Ok(at) = OffsetDateTime::from_unix_timestamp_nanos(nanos) else {
+        return format!("{unix_ms} ms");
+    };
+    let (date, (hour, minute, second, milli)) = (at.date(), at.time().as_hms_milli());
+    format!("{date} {hour:02}:{minute:02}:{second:02}.{milli:03}")
 }
 
 /// The text without control characters, which could repaint the terminal.

@@ -29,6 +29,9 @@ impl Node {
                 let text = self.metrics.render(&self.sample().await);
                 send(reply, text.map_err(|error| ApiError::internal(error.to_string())));
             }
+            Command::EventList { since_unix_ms, level, limit, reply } => {
+                send(reply, Ok(self.events(since_unix_ms, level, limit).await));
+            }
             Command::NodeList { reply } => send(reply, Ok(self.list_nodes().await)),
             Command::NodeShow { node, reply } => send(reply, self.show_node(&node).await),
             Command::NodeDrain { node, reply } => send(reply, self.drain_node(&node, true).await),

@@ -28,6 +28,7 @@ pub mod daemon;
 mod descriptors;
 pub mod dev;
 mod disks;
+mod events;
 mod exports;
 mod forecast;
 pub mod opener;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::Node;
 use crate::admin::backend::{Command, Question};
 use crate::admin::error::ApiError;
+use crate::admin::events::EventLevel;
 use crate::admin::types::VolumeName;
 use crate::id::{DiskId, VolumeId};
 use crate::rpc::{AskError, Questions};
@@ -28,6 +29,15 @@ const USERS_PATIENCE: Duration = Duration::from_secs(3);
 pub(super) enum Ask {
     /// What it knows ([`super::parts::Parts`]).
     Parts,
+    /// What happened there lately.
+    Events {
+        /// From when on, milliseconds since 1970.
+        since_unix_ms: u64,
+        /// What matters as much.
+        level: EventLevel,
+        /// The newest of them, at most so many.
+        max: u32,
+    },
     /// How many clients are attached there to a volume.
     Attached {
         /// Its id.
@@ -70,6 +80,10 @@ impl Questions for NodeQuestions {
                 Ask::Parts => serde_json::to_vec(&self.0.parts())
                     .map(Bytes::from)
                     .map_err(|error| error.to_string()),
+                Ask::Events { since_unix_ms, level, max } => {
+                    let events = self.0.events_here(since_unix_ms, level, max);
+                    serde_json::to_vec(&events).map(Bytes::from).map_err(|error| error.to_string())
+                }
                 Ask::Attached { volume } => Ok(self.0.attached_here(volume).to_string().into()),
                 Ask::Users { disk } => serde_json::to_vec(&self.0.users_here(disk))
                     .map(Bytes::from)

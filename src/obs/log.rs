@@ -1,8 +1,13 @@
-//! Set-up of the log: compact lines on standard error, filtered by `SDS_LOG`.
+//! Set-up of the log: compact lines on standard error, filtered by `SDS_LOG`, and what is kept of it as events.
 
 use std::io::{IsTerminal, stderr};
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, fmt, registry};
+
+use super::events::{Keeper, is_event};
 
 /// The environment variable with the filter, such as `info,sds::disk=debug`.
 pub const LOG_VARIABLE: &str = "SDS_LOG";
@@ -33,11 +38,10 @@ pub enum LogError {
 pub fn init(default: &str) -> Result<(), LogError> {
     let value = std::env::var(LOG_VARIABLE).unwrap_or_default();
     let filter = filter(if value.is_empty() { default } else { &value })?;
-    tracing_subscriber::fmt()
-        .compact()
-        .with_env_filter(filter)
-        .with_writer(stderr)
-        .with_ansi(stderr().is_terminal())
+    let lines = fmt::layer().compact().with_writer(stderr).with_ansi(stderr().is_terminal());
+    registry()
+        .with(lines.with_filter(filter))
+        .with(Keeper.with_filter(filter_fn(is_event)))
         .try_init()
         .map_err(|_| LogError::Twice)
 }

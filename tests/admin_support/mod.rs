@@ -254,6 +254,7 @@ impl State {
                     self.scrubs(name.as_deref())
                 })));
             }
+            Command::EventList { reply, .. } => drop(reply.send(Ok(Vec::new()))),
             Command::NodeList { reply } => drop(reply.send(Ok(Vec::new()))),
             Command::NodeShow { node, reply }
             | Command::NodeDrain { node, reply }

@@ -2,6 +2,7 @@
 //! the API's own errors.
 
 pub(super) mod disk;
+pub(super) mod event;
 pub(super) mod joining;
 pub(super) mod node;
 pub(super) mod pool;
