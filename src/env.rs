@@ -6,9 +6,16 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::{RngCore, SeedableRng};
+
+/// Time since 1970, for what people read and for how long certificates are valid; never for a decision of the engine.
+#[allow(clippy::disallowed_methods, reason = "the one place that asks for it")]
+pub fn wall_clock() -> Duration {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
+}
 
 /// The randomness of one node. Clones share the stream.
 #[derive(Clone)]

@@ -19,7 +19,7 @@ const BANNED: &[(&str, &[&str], &str)] = &[
     ("#[ignore", &["tests/model.rs"], "a test that does not run tests nothing"),
     ("std::time::Instant", OUTSIDE_OF_NODE, "breaks replay: use tokio::time::Instant"),
     ("std::time::{Duration, Instant", OUTSIDE_OF_NODE, "breaks replay: use tokio::time::Instant"),
-    ("SystemTime::now", &["src/node/daemon.rs"], "breaks replay: use crate::env"),
+    ("SystemTime::now", &["src/env.rs"], "breaks replay: use crate::env"),
     ("thread::spawn", OWN_THREADS, "breaks replay: only the owner of a blocking store may"),
     ("HashMap", &[], "its order is random: use BTreeMap"),
     ("HashSet", &[], "its order is random: use BTreeSet"),

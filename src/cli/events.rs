@@ -10,6 +10,7 @@ use super::Failure;
 use super::output::{Format, Output, printable, utc};
 use crate::admin::client::{Client, ClientError};
 use crate::admin::events::{Event, EventLevel};
+use crate::env::wall_clock;
 use crate::units::TimeSpan;
 
 /// Pause between two questions of `--follow`.
@@ -53,7 +54,7 @@ pub(super) fn run(args: &EventArgs, client: &Client, out: &mut Output) -> Result
         None => 0,
         Some(span) => {
             let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            millis(now()).saturating_sub(millis(span.0))
+            millis(wall_clock()).saturating_sub(millis(span.0))
         }
     };
     let mut events = client.events(since, args.level, args.limit)?;
@@ -67,7 +68,7 @@ pub(super) fn run(args: &EventArgs, client: &Client, out: &mut Output) -> Result
         let text = match out.format() {
             Format::Table => fresh.iter().map(|event| line(event)).collect(),
             Format::Json => {
-                let lines = fresh.iter().map(|event| serde_json::to_string(event));
+                let lines = fresh.into_iter().map(serde_json::to_string);
                 lines.map(|line| Ok(line? + "\n")).collect::<std::io::Result<String>>()?
             }
         };
@@ -87,12 +88,6 @@ pub(super) fn run(args: &EventArgs, client: &Client, out: &mut Output) -> Result
             }
         };
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "what a user calls now")]
-fn now() -> Duration {
-    let now = std::time::SystemTime::now();
-    now.duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
 }
 
 fn table(events: &[Event]) -> String {

@@ -31,7 +31,7 @@ use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
 use crate::disk::Disk;
 use crate::disk::uring::Ring;
-use crate::env::Env;
+use crate::env::{Env, wall_clock};
 use crate::export::nbd::{self, Server, TlsMode, UnixSocket};
 use crate::id::DiskId;
 use crate::meta::MetaStore;
@@ -444,9 +444,6 @@ fn uris(addresses: &Addresses) -> Vec<(String, String)> {
 }
 
 /// Seconds since 1970.
-#[allow(clippy::disallowed_methods, reason = "for records that people read, never a decision")]
 pub(super) fn unix_seconds() -> u64 {
-    std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
+    wall_clock().as_secs()
 }

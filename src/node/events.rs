@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 
 use super::Node;
+use super::cluster::Cluster;
 use super::relay::Ask;
 use crate::admin::events::{Event, EventLevel};
 use crate::obs::events::recent;
@@ -36,7 +37,7 @@ impl Node {
         max: u32,
     ) -> Vec<Event> {
         let mut events = self.events_here(since_unix_ms, level, max);
-        let others = self.cluster.as_ref().map(|cluster| cluster.others()).unwrap_or_default();
+        let others = self.cluster.as_ref().map(Cluster::others).unwrap_or_default();
         let question = Ask::Events { since_unix_ms, level, max }.encode();
         let asked = others.into_iter().map(|(name, peer)| {
             let question = question.clone();

@@ -7,13 +7,13 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::{Debug, Write as _};
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use tracing::field::{Field, Visit};
 use tracing::{Event as Logged, Level, Metadata, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
 
 use crate::admin::events::{Event, EventLevel};
+use crate::env::wall_clock;
 
 /// Events that are kept.
 const EVENTS_MAX: usize = 2_000;
@@ -76,10 +76,8 @@ fn read(logged: &Logged<'_>) -> Event {
         _ => EventLevel::Info,
     };
     let target = logged.metadata().target();
-    #[expect(clippy::disallowed_methods, reason = "people read when it was")]
-    let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Event {
-        at_unix_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+        at_unix_ms: u64::try_from(wall_clock().as_millis()).unwrap_or(u64::MAX),
         node: String::new(),
         level,
         part: target.strip_prefix("sds::").unwrap_or(target).to_owned(),
