@@ -100,73 +100,12 @@ fn bench_sets(c: &mut Criterion) {
     }
 }
 
-fn bench_heads(c: &mut Criterion) {
-    let env = Env::from_seed(2);
-    // One node is down, one is new.
-    let node = |number| heads::Node { number, weight: 1, load: 0, open: number != 7 };
-    let nodes: Vec<heads::Node> = (0..NODES).map(node).collect();
-    let volume = |number: u32| heads::Volume {
-        id: VolumeId::from_bytes(id(number)),
-        load: 10 + env.random_below(90),
-        node: Some(number % (NODES - 1)),
-    };
-    let volumes: Vec<heads::Volume> = (0..VOLUMES).map(volume).collect();
-    let spread = || heads::spread_heads(&nodes, &volumes, 10).expect("nodes are up");
-    let homeless = volumes.iter().filter(|volume| volume.node == Some(7)).count();
-    println!(
-        "spread_heads: {} moves, {homeless} of them from the node that is down",
-        spread().len()
-    );
-    c.bench_function("spread_heads", |b| b.iter(spread));
-}
-
-fn bench_rebalance(c: &mut Criterion) {
-    // The last two nodes are new and empty, and one node is to be emptied.
-    let old = (NODES - 2) * DISKS;
-    let mut used = vec![0_u64; (NODES * DISKS) as usize];
-    let volumes: Vec<rebalance::Volume> = (0..VOLUMES)
-        .map(|number| {
-            let each = u64::from(old * SLOTS / 100 * FILL / VOLUMES / SPREAD);
-            let slots = (0..SPREAD).map(|step| {
-                let disk = (number * 37 + step * 31) % old;
-                used[disk as usize] += each;
-                (DiskId::from_bytes(id(disk)), each)
-            });
-            let slots = slots.collect();
-            let segments = each * u64::from(SPREAD) / 6;
-            rebalance::Volume {
-                id: VolumeId::from_bytes(id(number)),
-                level: Level::Node,
-                segments,
-                slots,
-            }
-        })
-        .collect();
-    let disk = |number: u32| rebalance::Disk {
-        id: DiskId::from_bytes(id(number)),
-        domains: domains(number),
-        slots: SLOTS.into(),
-        used: used[number as usize],
-        open: number / DISKS != 7,
-    };
-    let disks: Vec<rebalance::Disk> = (0..NODES * DISKS).map(disk).collect();
-    let plan = rebalance::rebalance(&disks, &volumes, 10);
-    let moved: u64 = plan.shifts.iter().map(|shift| shift.slots).sum();
-    println!(
-        "rebalance: {} shifts, {moved} of {} slots move, {} find no place",
-        plan.shifts.len(),
-        used.iter().sum::<u64>(),
-        plan.left
-    );
-    c.bench_function("rebalance", |b| b.iter(|| rebalance::rebalance(&disks, &volumes, 10)));
-}
-
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .sample_size(20)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(3));
-    targets = bench_sets, bench_heads, bench_rebalance
+    targets = bench_sets, bench_balance
 }
 criterion_main!(benches);

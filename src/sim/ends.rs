@@ -73,8 +73,16 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         }
         read_heads(context, &heads, "in the end").await;
         settle_all(context, &heads).await;
-        let bends = context.world.config.spares > 0 && damaged_tables(context).is_empty();
-        if bends && context.failure.borrow().is_none() {
+        let spares = context.world.config.spares > 0 && damaged_tables(context).is_empty();
+        let bends = super::bend::bends(&context.world.config);
+        if spares && !bends && context.failure.borrow().is_none() {
+            if let Err(why) = super::grow::spell(context, &heads).await {
+                context.fail(format!("in the end: {why}"));
+            }
+            read_heads(context, &heads, "on more disks").await;
+            settle_all(context, &heads).await;
+        }
+        if spares && bends && context.failure.borrow().is_none() {
             if let Err(why) = super::bend::spell(context, &heads).await {
                 context.fail(format!("in the end: {why}"));
             }
