@@ -1,7 +1,7 @@
 //! Placement in a cluster of 60 nodes in 5 racks with 24 disks each and 700 volumes, 8 PB in all:
-//! drawing a write set, building copysets, spreading heads, planning what to move.
+//! drawing a write set, building copysets, a head's part of what is to move.
 //!
-//! Besides the times it tells, as text, how many write sets there are and what the plans move.
+//! Besides the times it tells, as text, how many write sets there are and what that part is.
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::print_stdout, reason = "figures that are no times")]
@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use sds::env::Env;
-use sds::id::{DiskId, VolumeId};
+use sds::id::DiskId;
+use sds::placement::balance::{Disk, Part};
 use sds::placement::choose::{Candidate, Request, choose};
 use sds::placement::copysets::{Copysets, Domain, SCATTER_WIDTH};
-use sds::placement::{heads, rebalance};
 use sds::shard::domain::{Domains, Level};
 
 const RACKS: u32 = 5;
@@ -27,8 +27,6 @@ const VOLUMES: u32 = 700;
 const SLOTS: u32 = 5_174;
 /// Slots in use, percent.
 const FILL: u32 = 60;
-/// Disks over which each volume is spread.
-const SPREAD: u32 = 480;
 
 fn domains(disk: u32) -> Domains {
     let node = disk / DISKS;
@@ -98,6 +96,22 @@ fn bench_sets(c: &mut Criterion) {
             });
         }
     }
+}
+
+/// The last two nodes are new and empty: the part of one head.
+fn bench_balance(c: &mut Criterion) {
+    let used = |disk: u32| if disk < (NODES - 2) * DISKS { SLOTS * FILL / 100 } else { 0 };
+    let disk = |number: u32| Disk {
+        id: DiskId::from_bytes(id(number)),
+        slots: SLOTS,
+        used: used(number),
+        own: used(number) * u32::from(number % 3 == 0) / (VOLUMES / 3),
+        leaving: 0,
+    };
+    let disks: Vec<Disk> = (0..NODES * DISKS).map(disk).collect();
+    let part = Part::of(&disks);
+    println!("a head's part of balance: {:.1} slots from {} disks", part.slots(), part.give.len());
+    c.bench_function("part of balance", |b| b.iter(|| Part::of(black_box(&disks))));
 }
 
 criterion_group! {

@@ -100,8 +100,10 @@ impl Part {
         let (over, under) = (sum(1.0, true), sum(-1.0, true));
         let all = over.max(under);
         // Of what those take or give that are off by less.
-        let share = |far: f64, near: f64| if near > 0.0 { ((all - far) / near).min(1.0) } else { 0.0 };
-        let (mild_over, mild_under) = (share(over, sum(1.0, false)), share(under, sum(-1.0, false)));
+        let share =
+            |far: f64, near: f64| if near > 0.0 { ((all - far) / near).min(1.0) } else { 0.0 };
+        let (mild_over, mild_under) =
+            (share(over, sum(1.0, false)), share(under, sum(-1.0, false)));
         let mut part = Self::default();
         let mut lacks = BTreeMap::new();
         for disk in disks {

@@ -20,6 +20,8 @@ pub mod choose;
 pub mod copysets;
 
 #[cfg(test)]
+mod balance_tests;
+#[cfg(test)]
 mod tests;
 
 /// There are fewer failure domains than a write set needs.

@@ -4,23 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
-use super::choose::{Candidate, Request, choose, choose_all};
-use super::copysets::{Copysets, Domain, SCATTER_WIDTH, bounded, rings};
 use super::TooFewDomains;
 use super::balance::Part;
+use super::choose::{Candidate, Request, choose, choose_all};
+use super::copysets::{Copysets, Domain, SCATTER_WIDTH, bounded, rings};
 use crate::env::Env;
-use crate::id::{DiskId, VolumeId};
 use crate::shard::domain::{Domains, Level};
 
 const SLOTS: u32 = 1_000;
-
-fn disk_id(number: usize) -> DiskId {
-    DiskId::from_bytes(u128::try_from(number).expect("small").to_be_bytes())
-}
-
-fn volume_id(number: usize) -> VolumeId {
-    VolumeId::from_bytes(u128::try_from(number).expect("small").to_be_bytes())
-}
 
 /// Disks of nodes in turn, and these of racks in turn.
 fn candidates(racks: u32, nodes: u32, disks: u32) -> Vec<Candidate> {

@@ -115,6 +115,10 @@ pub struct Registry {
     pub changed: Notify,
     /// Heads that rebuild something now.
     repairing: Cell<u32>,
+    /// Bytes of the shards that heads rebuilt since the node started.
+    pub rebuilt_bytes: Cell<u64>,
+    /// The same of those that they moved to where there is room.
+    pub balanced_bytes: Cell<u64>,
     /// Told after each look at the fill of the disks while they are not filled alike.
     pub uneven: Notify,
 }
@@ -146,6 +150,8 @@ impl Default for Registry {
             watch: Rc::default(),
             changed: Notify::new(),
             repairing: Cell::new(0),
+            rebuilt_bytes: Cell::new(0),
+            balanced_bytes: Cell::new(0),
             uneven: Notify::new(),
         }
     }

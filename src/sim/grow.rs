@@ -1,8 +1,6 @@
 //! Disks are added in the end of a run: shards must move there, and moving must come to an end.
 //!
-//! Faults are over, nobody writes. From then on no more moves than there are slots in use, and when nothing has moved for
-//! a while no disk may be off by more than balance allows, but for what cannot be moved: what is open, or in the part of the
-//! log that a root lists as not sealed yet.
+//! Faults are over, nobody writes. From then on no more moves than there are slots in use, and then nothing does.
 
 use std::rc::Rc;
 use std::time::Duration;

@@ -111,7 +111,8 @@ impl Head {
     /// Sleeps about so long, not in step with other heads.
     async fn rest(&self, time: Duration) {
         let half = u64::try_from(time.as_millis() / 2).unwrap_or(u64::MAX).max(1);
-        let until = Instant::now() + time - time / 4 + Duration::from_millis(self.env.random_below(half));
+        let until =
+            Instant::now() + time - time / 4 + Duration::from_millis(self.env.random_below(half));
         while self.is_serving() && Instant::now() < until {
             let stopped = self.width_wanted.notified();
             drop(tokio::time::timeout_at(until, stopped).await);
@@ -253,7 +254,9 @@ impl Head {
             let others = segment.members.iter().enumerate().filter(|(index, _)| *index != shard);
             taken.extend(others.filter_map(|(_, member)| domain.get(&member.disk)));
             let suits = |disk: &DiskId| {
-                !taken.contains(&domain[disk]) && !segment.lies_on(*disk) && !state.lost.contains(disk)
+                !taken.contains(&domain[disk])
+                    && !segment.lies_on(*disk)
+                    && !state.lost.contains(disk)
             };
             let remains = |disk: DiskId| {
                 state.table.freed.iter().any(|(id, s)| *id == segment.id && s.disk == disk)
@@ -340,7 +343,9 @@ impl Head {
         entry.members[shard] = there;
         state.table.freed.insert((segment.id, old));
         add(&self.stats.balanced_shards, 1);
-        add(&self.stats.balanced_bytes, u64::from(segment.blocks) * BLOCK_BYTES);
+        let bytes = u64::from(segment.blocks) * BLOCK_BYTES;
+        add(&self.stats.balanced_bytes, bytes);
+        add(&self.disks.balanced_bytes, bytes);
         true
     }
 

@@ -347,7 +347,9 @@ impl Head {
 
     fn count_rebuilt(&self, segment: &Segment) {
         add(&self.stats.rebuilt_shards, 1);
-        add(&self.stats.rebuilt_bytes, u64::from(segment.blocks) * BLOCK_BYTES);
+        let bytes = u64::from(segment.blocks) * BLOCK_BYTES;
+        add(&self.stats.rebuilt_bytes, bytes);
+        add(&self.disks.rebuilt_bytes, bytes);
     }
 
     /// Where repair stands; none while nothing is to be rebuilt.
