@@ -27,6 +27,7 @@ use crate::meta::schema::Schema;
 use crate::sim::device::{SimConfig, SimDevice};
 use crate::volume::head::HeadConfig;
 
+mod balance;
 mod resize;
 mod space;
 
