@@ -74,6 +74,7 @@ pub fn status(
         },
         repair,
         balance,
+        balance_waits: None,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s,
     }

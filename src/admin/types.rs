@@ -158,6 +158,9 @@ pub struct Status {
     /// Present while shards are moved from full disks to empty ones; its "rebuilt" is "moved".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balance: Option<RepairProgress>,
+    /// Why no shards are moved though disks are not filled alike; none if they are, or shards are moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance_waits: Option<String>,
     /// Version of `sdsd`.
     pub version: String,
     /// Seconds since the node started.

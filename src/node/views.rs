@@ -25,13 +25,11 @@ use crate::volume::usage::Usage;
 impl Node {
     pub(super) fn status(&self, views: &Views) -> Status {
         let uptime = self.started.elapsed().as_secs();
-        health::status(
-            &views.disks,
-            &views.pools,
-            &views.volumes,
-            (views.repair, views.balance),
-            uptime,
-        )
+        let going = (views.repair, views.balance);
+        let status = health::status(&views.disks, &views.pools, &views.volumes, going, uptime);
+        let moves = self.options.head.balance_every.is_some() && views.balance.is_none();
+        let waits = self.registry.balance_waits().filter(|_| moves);
+        Status { balance_waits: waits.map(str::to_owned), ..status }
     }
 
     pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {

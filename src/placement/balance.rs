@@ -49,6 +49,8 @@ pub struct Tolerance {
 
 /// Balance begins beyond this.
 pub const START: Tolerance = Tolerance { of_mean: 0.08, of_slots: 0.005, slots: 1.25 };
+/// While space is short, balance begins beyond this only: moves take slots before they give any back.
+pub const URGENT: Tolerance = Tolerance { of_mean: 0.25, of_slots: 0.02, slots: 4.0 };
 /// Balance ends within this.
 pub const END: Tolerance = Tolerance { of_mean: 0.03, of_slots: 0.002, slots: 1.0 };
 

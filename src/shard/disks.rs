@@ -555,17 +555,23 @@ impl Registry {
         Ok(())
     }
 
+    /// Whether the disks that are to stay are filled alike.
+    fn is_even(&self) -> bool {
+        let disks = self.known.borrow();
+        let staying = disks.values().filter(|entry| !entry.draining);
+        let fills: Vec<_> = staying.map(|entry| (entry.used(), entry.info.slots)).collect();
+        balance::is_even(fills.into_iter(), balance::START)
+    }
+
+    /// What the moving of shards to where there is room waits for, in words; none if nothing is to be
+    /// moved, or nothing is in its way.
+    pub fn balance_waits(&self) -> Option<&'static str> {
+        self.is_settled().err().filter(|_| !self.is_even())
+    }
+
     /// Tells whoever moves shards if the disks are not filled alike.
     fn tell_uneven(&self) {
-        if self.is_settled().is_err() {
-            return;
-        }
-        let fills: Vec<(u32, u32)> = {
-            let disks = self.known.borrow();
-            let staying = disks.values().filter(|entry| !entry.draining);
-            staying.map(|entry| (entry.used(), entry.info.slots)).collect()
-        };
-        if !balance::is_even(fills.into_iter(), balance::START) {
+        if self.is_settled().is_ok() && !self.is_even() {
             self.uneven.notify_waiters();
         }
     }

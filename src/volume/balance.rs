@@ -13,7 +13,8 @@
 //! Invariants:
 //! - Whatever else there is to do comes first: nothing moves while a disk is down, failed a request just now or is being
 //!   emptied, or anything is rebuilt on this node; and it takes from the budget of repair.
-//! - A move takes slots of clients, never a reserve, so that it is in the way of nothing that frees space.
+//! - A move takes slots of clients, never a reserve, so that it is in the way of nothing that frees space; and only
+//!   where so many are left that no write is delayed. While writes are delayed, only large differences are made up for.
 //! - Only log segments that the root lists as sealed are moved: the others belong to the log set.
 //! - A segment that is being moved is not repaired to where its shard goes ([`Head::moves_to`]).
 //!
@@ -31,9 +32,10 @@ use tokio::time::{Instant, timeout};
 use super::head::{Head, HeadError, State, add};
 use super::repair::{Repair, RepairReport};
 use super::segtab::{Segment, ShardRef};
+use super::throttle::slow_from;
 use crate::id::{BLOCK_BYTES, DiskId, SegmentId};
 use crate::limits::{self, REPAIR_WINDOW_BLOCKS, REPAIR_WINDOWS_AHEAD};
-use crate::placement::balance::{Disk, END, Part, is_even};
+use crate::placement::balance::{Disk, END, Part, URGENT, is_even};
 use crate::planted::{Bug, bug};
 use crate::segment::checksum::{Salt, raw_crcs};
 use crate::segment::fetch::FetchError;
@@ -121,8 +123,15 @@ impl Head {
 
     /// The disks as balance sees them; none where nothing may be moved.
     fn balance_fills(&self) -> Option<Vec<Fill>> {
-        let stands = self.is_serving() && !self.swaps_in_vain();
-        self.disks.fills().ok().filter(|_| stands)
+        if !self.is_serving() || self.swaps_in_vain() {
+            return None;
+        }
+        let fills = self.disks.fills().ok()?;
+        let even = || is_even(fills.iter().map(|fill| (fill.used, fill.slots)), URGENT);
+        if self.is_tight(&self.state.borrow()) && even() {
+            return None;
+        }
+        Some(fills)
     }
 
     /// This volume's slots by disk, and of them those that will be free.
@@ -227,9 +236,11 @@ impl Head {
         if give.is_empty() || get.is_empty() {
             return None;
         }
-        let room: BTreeMap<DiskId, u32> = fills.iter().map(|fill| (fill.id, fill.room)).collect();
+        let room: BTreeMap<DiskId, (u32, u32)> =
+            fills.iter().map(|fill| (fill.id, (fill.room, fill.slots))).collect();
         get.retain(|disk, count| {
-            *count = (*count).min(room[disk]);
+            // Not so much that writes would be delayed.
+            *count = (*count).min(room[disk].0.saturating_sub(slow_from(room[disk].1)));
             *count > 0 && self.disks.is_healthy(*disk)
         });
         let domain: BTreeMap<DiskId, u32> =

@@ -37,7 +37,8 @@ fn shards_move_to_a_disk_that_is_added_and_go_on_after_a_restart() {
             target.write(piece * PIECE, content(piece)).await.expect("written");
         }
         drop(target);
-        assert!(is_even(fills(&node).into_iter(), START), "{:?}", fills(&node));
+        let even = || is_even(fills(&node).into_iter(), START);
+        until("three disks are filled alike", Duration::from_mins(1), even).await;
         let added = AddDisk { path: "/disk3".into(), size: None, force: false };
         node.add_disk(added).await.expect("it is blank");
         assert!(!is_even(fills(&node).into_iter(), START), "{:?}", fills(&node));
@@ -45,6 +46,13 @@ fn shards_move_to_a_disk_that_is_added_and_go_on_after_a_restart() {
         until("it has begun", Duration::from_mins(1), || moved(&node) > 0).await;
         let shown = || node.views().balance.is_some_and(|balance| balance.bytes_total > 0);
         until("it is shown", Duration::from_mins(1), shown).await;
+        // What is more pressing comes first.
+        machine.device(1).vanish();
+        let waits = || node.status(&node.views()).balance_waits.is_some();
+        until("it waits", Duration::from_secs(30), waits).await;
+        let before = moved(&node);
+        machine.device(1).bring_back();
+        until("it goes on", Duration::from_mins(2), || moved(&node) > before).await;
         node.stop().await;
 
         let node = machine.start().await;
