@@ -59,6 +59,8 @@ const ROUND_MAX: Duration = Duration::from_secs(10);
 pub(super) struct Balance {
     /// Segments with a shard that is being moved, and where it goes.
     moving: RefCell<BTreeMap<SegmentId, DiskId>>,
+    /// Of these, the ones whose shard is there, though not whole.
+    begun: RefCell<BTreeMap<SegmentId, DiskId>>,
     /// It is under way.
     active: Cell<bool>,
     progress: Repair,
@@ -197,6 +199,7 @@ impl Head {
             }
         }
         if moves.is_empty() {
+            self.cover_for_balance().await;
             return Round::Vain;
         }
         let begun = Instant::now();
@@ -227,6 +230,19 @@ impl Head {
             self.checkpoint_wanted.notify_one();
         }
         Round::Moved
+    }
+
+    /// Nothing can be moved now: perhaps it can be later, when a checkpoint lists more of the log as sealed. An idle volume
+    /// makes none by itself.
+    async fn cover_for_balance(self: &Rc<Self>) {
+        let covers = {
+            let state = self.state.borrow();
+            let log = |s: &Segment| s.kind == SegmentKind::Log && s.sealed && s.missing == 0;
+            state.table.segments.values().any(|s| log(s) && !state.is_covered(s.id))
+        };
+        if covers && let Err(error) = self.checkpoint().await {
+            tracing::debug!(volume = %self.volume, %error, "the log is not listed as sealed yet");
+        }
     }
 
     /// Which shards a round moves, and where to: of segments that hold what lives long before those that garbage
@@ -313,6 +329,11 @@ impl Head {
         self.balance.moving.borrow().get(&id).copied()
     }
 
+    /// The disks on which shards are being put together, once for each shard.
+    pub(super) fn moves_begun(&self) -> Vec<DiskId> {
+        self.balance.begun.borrow().values().copied().collect()
+    }
+
     /// Moves one shard. False if that is not to be any more.
     async fn move_shard(self: &Rc<Self>, wanted: &Move) -> Result<bool, HeadError> {
         let segment = {
@@ -327,6 +348,7 @@ impl Head {
         let there = ShardRef { disk: wanted.target.disk, creation: self.env.random_u64() };
         let copied = self.copy_shard(&segment, wanted, there.creation).await;
         self.balance.moving.borrow_mut().remove(&segment.id);
+        self.balance.begun.borrow_mut().remove(&segment.id);
         let moved = copied.is_ok() && self.name_moved(&segment, wanted.shard, there);
         if !moved {
             // Whatever is there is nobody's.
@@ -384,6 +406,7 @@ impl Head {
         let create = target.client.create(self.authority, spec, SlotClass::Client);
         self.asked(target, timeout(CONTROL_PATIENCE, create).await)?;
         self.disks.took(target.disk);
+        self.balance.begun.borrow_mut().insert(segment.id, target.disk);
         let part = self.balance.progress.part();
         let (source, _) = self.source(segment.id).ok_or(FetchError::Gone(segment.id))?;
         let source = &source;

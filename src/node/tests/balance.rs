@@ -11,6 +11,7 @@ use crate::export::ExportDirectory;
 use crate::node::Node;
 use crate::node::exports::Exports;
 use crate::placement::balance::{START, is_even};
+use crate::volume::head::HeadConfig;
 
 const PIECE: u64 = 1 << 20;
 const PIECES: u64 = 48;
@@ -27,7 +28,8 @@ fn content(piece: u64) -> Bytes {
 #[test]
 fn shards_move_to_a_disk_that_is_added_and_go_on_after_a_restart() {
     run(async || {
-        let machine = Machine::new(4).await;
+        let mut machine = Machine::new(4).await;
+        machine.balance_every = HeadConfig::default().balance_every;
         let node = machine.start_with(3).await;
         create_volume_in(&node, PoolScheme::Replicas { copies: 2 }).await;
         let volume = CreateVolume { name: "p/w".into(), size: PIECES * PIECE };
