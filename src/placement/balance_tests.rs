@@ -12,6 +12,9 @@ fn id(number: usize) -> DiskId {
     DiskId::from_bytes(u128::try_from(number + 1).expect("small").to_be_bytes())
 }
 
+/// When slots are free, of which head, and how many on each disk.
+type Leaving = (usize, usize, Vec<(usize, u32)>);
+
 /// A pool, with the slots of each head on each disk.
 struct Pool {
     slots: Vec<u32>,
@@ -96,7 +99,7 @@ proptest! {
         let minimum = pool.minimum();
         let mut seen: VecDeque<Vec<u32>> = VecDeque::new();
         // What was moved is free when its head has made a checkpoint: a few steps later.
-        let mut leaving: Vec<(usize, usize, Vec<(usize, u32)>)> = Vec::new();
+        let mut leaving: Vec<Leaving> = Vec::new();
         let mut last_moved = 0;
         for step in 0..400 {
             seen.push_front(pool.used());
