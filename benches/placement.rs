@@ -105,7 +105,7 @@ fn bench_balance(c: &mut Criterion) {
         id: DiskId::from_bytes(id(number)),
         slots: SLOTS,
         used: used(number),
-        own: used(number) * u32::from(number % 3 == 0) / (VOLUMES / 3),
+        own: used(number) * u32::from(number.is_multiple_of(3)) / (VOLUMES / 3),
         leaving: 0,
     };
     let disks: Vec<Disk> = (0..NODES * DISKS).map(disk).collect();
