@@ -1,7 +1,7 @@
 //! Placement in a cluster of 60 nodes in 5 racks with 24 disks each and 700 volumes, 8 PB in all:
-//! drawing a write set, building copysets, spreading heads, planning what to move.
+//! drawing a write set, building copysets, a head's part of what is to move.
 //!
-//! Besides the times it tells, as text, how many write sets there are and what the plans move.
+//! Besides the times it tells, as text, how many write sets there are and what that part is.
 
 #![allow(missing_docs, reason = "criterion's macros make undocumented functions")]
 #![allow(clippy::print_stdout, reason = "figures that are no times")]
@@ -12,10 +12,10 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use sds::env::Env;
-use sds::id::{DiskId, VolumeId};
+use sds::id::DiskId;
+use sds::placement::balance::{Disk, Part};
 use sds::placement::choose::{Candidate, Request, choose};
 use sds::placement::copysets::{Copysets, Domain, SCATTER_WIDTH};
-use sds::placement::{heads, rebalance};
 use sds::shard::domain::{Domains, Level};
 
 const RACKS: u32 = 5;
@@ -27,8 +27,6 @@ const VOLUMES: u32 = 700;
 const SLOTS: u32 = 5_174;
 /// Slots in use, percent.
 const FILL: u32 = 60;
-/// Disks over which each volume is spread.
-const SPREAD: u32 = 480;
 
 fn domains(disk: u32) -> Domains {
     let node = disk / DISKS;
@@ -100,65 +98,20 @@ fn bench_sets(c: &mut Criterion) {
     }
 }
 
-fn bench_heads(c: &mut Criterion) {
-    let env = Env::from_seed(2);
-    // One node is down, one is new.
-    let node = |number| heads::Node { number, weight: 1, load: 0, open: number != 7 };
-    let nodes: Vec<heads::Node> = (0..NODES).map(node).collect();
-    let volume = |number: u32| heads::Volume {
-        id: VolumeId::from_bytes(id(number)),
-        load: 10 + env.random_below(90),
-        node: Some(number % (NODES - 1)),
-    };
-    let volumes: Vec<heads::Volume> = (0..VOLUMES).map(volume).collect();
-    let spread = || heads::spread_heads(&nodes, &volumes, 10).expect("nodes are up");
-    let homeless = volumes.iter().filter(|volume| volume.node == Some(7)).count();
-    println!(
-        "spread_heads: {} moves, {homeless} of them from the node that is down",
-        spread().len()
-    );
-    c.bench_function("spread_heads", |b| b.iter(spread));
-}
-
-fn bench_rebalance(c: &mut Criterion) {
-    // The last two nodes are new and empty, and one node is to be emptied.
-    let old = (NODES - 2) * DISKS;
-    let mut used = vec![0_u64; (NODES * DISKS) as usize];
-    let volumes: Vec<rebalance::Volume> = (0..VOLUMES)
-        .map(|number| {
-            let each = u64::from(old * SLOTS / 100 * FILL / VOLUMES / SPREAD);
-            let slots = (0..SPREAD).map(|step| {
-                let disk = (number * 37 + step * 31) % old;
-                used[disk as usize] += each;
-                (DiskId::from_bytes(id(disk)), each)
-            });
-            let slots = slots.collect();
-            let segments = each * u64::from(SPREAD) / 6;
-            rebalance::Volume {
-                id: VolumeId::from_bytes(id(number)),
-                level: Level::Node,
-                segments,
-                slots,
-            }
-        })
-        .collect();
-    let disk = |number: u32| rebalance::Disk {
+/// The last two nodes are new and empty: the part of one head.
+fn bench_balance(c: &mut Criterion) {
+    let used = |disk: u32| if disk < (NODES - 2) * DISKS { SLOTS * FILL / 100 } else { 0 };
+    let disk = |number: u32| Disk {
         id: DiskId::from_bytes(id(number)),
-        domains: domains(number),
-        slots: SLOTS.into(),
-        used: used[number as usize],
-        open: number / DISKS != 7,
+        slots: SLOTS,
+        used: used(number),
+        own: used(number) * u32::from(number.is_multiple_of(3)) / (VOLUMES / 3),
+        leaving: 0,
     };
-    let disks: Vec<rebalance::Disk> = (0..NODES * DISKS).map(disk).collect();
-    let plan = rebalance::rebalance(&disks, &volumes, 10);
-    let moved: u64 = plan.shifts.iter().map(|shift| shift.slots).sum();
-    println!(
-        "rebalance: {} shifts, {moved} of {} slots move, {} find no place",
-        plan.shifts.len(),
-        used.iter().sum::<u64>(),
-        plan.left
-    );
-    c.bench_function("rebalance", |b| b.iter(|| rebalance::rebalance(&disks, &volumes, 10)));
+    let disks: Vec<Disk> = (0..NODES * DISKS).map(disk).collect();
+    let part = Part::of(&disks);
+    println!("a head's part of balance: {:.1} slots from {} disks", part.slots(), part.give.len());
+    c.bench_function("part of balance", |b| b.iter(|| Part::of(black_box(&disks))));
 }
 
 criterion_group! {
@@ -167,6 +120,6 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(3));
-    targets = bench_sets, bench_heads, bench_rebalance
+    targets = bench_sets, bench_balance
 }
 criterion_main!(benches);

@@ -28,6 +28,7 @@
 //! rack = "a"
 //! credentials = "/etc/sds/node"
 //! authority = "/etc/sds/authority"
+//! balance = true
 //!
 //! [cache]
 //! index = "64MiB"

@@ -35,6 +35,8 @@ pub enum Bug {
     RepairFromStaleShard,
     /// Where several references to a segment go at once, one of them stays counted.
     MiscountLive,
+    /// Of a shard that is moved to another disk, only one half is copied.
+    MoveHalf,
 }
 
 impl Bug {
@@ -66,6 +68,7 @@ impl Bug {
         Self::ForgetCut,
         Self::RepairFromStaleShard,
         Self::MiscountLive,
+        Self::MoveHalf,
     ];
 }
 

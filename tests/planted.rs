@@ -82,4 +82,5 @@ planted! {
     forget_cut: ForgetCut,
     repair_from_stale_shard: RepairFromStaleShard,
     miscount_live: MiscountLive,
+    move_half: MoveHalf,
 }

@@ -31,12 +31,13 @@ pub fn assess(disks: &[Disk], pools: &[Pool], volumes: &[Volume]) -> Health {
     Health { health, reasons }
 }
 
-/// Puts a [`Status`] together; its health and counts follow from the lists.
+/// Puts a [`Status`] together; its health and counts follow from the lists. Repair and balance are how far
+/// these are.
 pub fn status(
     disks: &[Disk],
     pools: &[Pool],
     volumes: &[Volume],
-    repair: Option<RepairProgress>,
+    (repair, balance): (Option<RepairProgress>, Option<RepairProgress>),
     uptime_s: u64,
 ) -> Status {
     let Health { health, reasons } = assess(disks, pools, volumes);
@@ -72,6 +73,8 @@ pub fn status(
             }),
         },
         repair,
+        balance,
+        balance_waits: None,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         uptime_s,
     }
@@ -284,6 +287,7 @@ mod tests {
             unrepairable: 0,
             narrowed: None,
             repair: None,
+            balance: None,
         }
     }
 
@@ -319,7 +323,7 @@ mod tests {
                 Redundancy::Reduced { segments, tolerates }
             });
             let status =
-                status(&disks, &[pool(domains, fill)], &[volume(state, redundancy)], None, 0);
+                status(&disks, &[pool(domains, fill)], &[volume(state, redundancy)], (None, None), 0);
             prop_assert_eq!(status.health == HealthLevel::Ok, status.reasons.is_empty());
             prop_assert!(status.reasons.is_sorted_by(|a, b| a.level >= b.level));
             prop_assert!(status.reasons.iter().all(|r| r.level != HealthLevel::Ok));
@@ -411,7 +415,7 @@ mod tests {
     #[test]
     fn capacity_is_that_of_the_disks_that_serve() {
         let disks = [disk(DiskState::Online), disk(DiskState::Failed)];
-        let capacity = status(&disks, &[], &[], None, 0).capacity;
+        let capacity = status(&disks, &[], &[], (None, None), 0).capacity;
         assert_eq!(capacity, Capacity { raw: 1_000 << 20, used: 10 << 20, free: 990 << 20 });
     }
 }

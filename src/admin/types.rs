@@ -76,7 +76,7 @@ pub struct Capacity {
     pub free: u64,
 }
 
-/// How far the restoring of redundancy is.
+/// How far the restoring of redundancy is, or the moving of shards to where there is room.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RepairProgress {
     /// Rebuilt so far in this round, bytes.
@@ -155,6 +155,12 @@ pub struct Status {
     /// Present while redundancy is being restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repair: Option<RepairProgress>,
+    /// Present while shards are moved from full disks to empty ones; its "rebuilt" is "moved".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance: Option<RepairProgress>,
+    /// Why no shards are moved though disks are not filled alike; none if they are, or shards are moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance_waits: Option<String>,
     /// Version of `sdsd`.
     pub version: String,
     /// Seconds since the node started.
@@ -576,6 +582,9 @@ pub struct Volume {
     /// Present while its redundancy is being restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub repair: Option<RepairProgress>,
+    /// Present while its shards are moved from full disks to empty ones; its "rebuilt" is "moved".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balance: Option<RepairProgress>,
 }
 
 /// Whether a scrub is under way.

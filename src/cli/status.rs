@@ -88,6 +88,11 @@ fn table(status: &Status, with_bar: bool) -> String {
         }
         pairs.push(("repair", line));
     }
+    if let Some(balance) = &status.balance {
+        pairs.push(("balance", repair_progress(balance)));
+    } else if let Some(why) = &status.balance_waits {
+        pairs.push(("balance", format!("waits: {}", printable(why))));
+    }
     pairs.push(("version", status.version.clone()));
     pairs.push(("up", human_seconds(status.uptime_s)));
     let mut text = fields(&pairs);

@@ -156,6 +156,7 @@ fn narrowed(narrowed: Narrowed) -> String {
 
 fn details(volume: &Volume) -> String {
     let repair = volume.repair.as_ref().map_or_else(|| "-".to_owned(), repair_progress);
+    let balance = volume.balance.as_ref().map_or_else(|| "-".to_owned(), repair_progress);
     fields(&[
         ("name", volume.name.clone()),
         ("id", volume.id.to_string()),
@@ -167,6 +168,7 @@ fn details(volume: &Volume) -> String {
         ("redundancy", volume.redundancy.to_string()),
         ("narrowed", volume.narrowed.map_or_else(|| "no".into(), narrowed)),
         ("repair", repair),
+        ("balance", balance),
         ("epoch", volume.epoch.clone()),
         ("exports", non_empty(volume.exports.join(" "), "-")),
         ("failures", non_empty(volume.failures.join("; "), "none")),

@@ -31,6 +31,9 @@ pub struct ClusterConfig {
     pub authority: Option<PathBuf>,
     /// How long a node may be away before what is on its disks is rebuilt elsewhere, seconds.
     pub out_after_seconds: u64,
+    /// Shards of the volumes that this node serves move from full disks to empty ones, also where there is no
+    /// other node.
+    pub balance: bool,
     /// Nodes talk without TLS; for tests, on loopback addresses only.
     pub insecure: bool,
 }
@@ -44,6 +47,7 @@ impl Default for ClusterConfig {
             credentials: None,
             authority: None,
             out_after_seconds: 60,
+            balance: true,
             insecure: false,
         }
     }

@@ -162,6 +162,7 @@ fn node_options(
         head: HeadConfig {
             overlay_extents_max: config.cache.overlay_extents,
             scrub_period: (!period.is_zero()).then_some(period),
+            balance_every: HeadConfig::default().balance_every.filter(|_| config.cluster.balance),
             unix_seconds,
             ..HeadConfig::default()
         },

@@ -40,6 +40,7 @@ pub(super) struct Views {
     pub(super) volumes: Vec<Volume>,
     pub(super) scrubs: Vec<Scrub>,
     pub(super) repair: Option<RepairProgress>,
+    pub(super) balance: Option<RepairProgress>,
 }
 
 impl Node {
@@ -128,7 +129,8 @@ impl Node {
         let pools = self.pools.borrow();
         let pools = pools.values().map(|pool| self.view_pool_of(pool, &disks, &sums)).collect();
         let repair = sums.pools.values().fold(None, |sum, pool| together(sum, pool.repair));
-        Views { disks, pools, volumes, scrubs, repair }
+        let balance = sums.pools.values().fold(None, |sum, pool| together(sum, pool.balance));
+        Views { disks, pools, volumes, scrubs, repair, balance }
     }
 
     fn view_pool_of(&self, pool: &PoolRecord, disks: &[Disk], sums: &Sums) -> Pool {

@@ -21,6 +21,7 @@ impl Node {
         let usages = self.usages();
         let sums = self.sums(&usages);
         let repair = self.repair_progress(None).unwrap_or_default();
+        let balance = self.balance_progress(None).unwrap_or_default();
         let budget = self.registry.budget.report();
         Sample {
             node: NodeSample {
@@ -29,6 +30,11 @@ impl Node {
                 repair_done_bytes: repair.bytes_done,
                 repair_total_bytes: repair.bytes_total,
                 repair_bytes_per_second: repair.bytes_per_second,
+                rebuilt_bytes: self.registry.rebuilt_bytes.get(),
+                balance_done_bytes: balance.bytes_done,
+                balance_total_bytes: balance.bytes_total,
+                balance_bytes_per_second: balance.bytes_per_second,
+                balanced_bytes: self.registry.balanced_bytes.get(),
                 background_limit_bytes_per_second: budget.limit,
                 client_slowdown_per_mille: budget.slowdown,
             },

@@ -85,6 +85,8 @@ pub(super) struct PoolSum {
     pub(super) stored: u64,
     pub(super) volumes: u32,
     pub(super) repair: Option<RepairProgress>,
+    #[serde(default)]
+    pub(super) balance: Option<RepairProgress>,
 }
 
 impl Sums {
@@ -101,6 +103,7 @@ impl Sums {
             pool.stored += sum.stored;
             pool.volumes += sum.volumes;
             pool.repair = together(pool.repair, sum.repair);
+            pool.balance = together(pool.balance, sum.balance);
         }
     }
 
@@ -203,6 +206,7 @@ impl Node {
         }
         for (name, pool) in &mut sums.pools {
             pool.repair = self.repair_progress(Some(name));
+            pool.balance = self.balance_progress(Some(name));
         }
         sums
     }

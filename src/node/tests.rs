@@ -27,6 +27,7 @@ use crate::meta::schema::Schema;
 use crate::sim::device::{SimConfig, SimDevice};
 use crate::volume::head::HeadConfig;
 
+mod balance;
 mod resize;
 mod space;
 
@@ -53,6 +54,8 @@ struct Machine {
     env: Env,
     store: MemoryStore,
     devices: Rc<Devices>,
+    /// Pause between rounds of balance; none in tests of other things.
+    balance_every: Option<Duration>,
 }
 
 impl Machine {
@@ -69,7 +72,7 @@ impl Machine {
         let config = || SimConfig { size_bytes, ..device_config() };
         let device = |index| (format!("/disk{index}"), SimDevice::new(env.clone(), config()));
         let devices = Rc::new(Devices(RefCell::new((0..disks).map(device).collect())));
-        Self { env, store, devices }
+        Self { env, store, devices, balance_every: None }
     }
 
     async fn start(&self) -> Rc<Node> {
@@ -85,7 +88,7 @@ impl Machine {
             store: Rc::new(self.store.client(Rc::default())),
             opener: self.devices.clone(),
             cluster: None,
-            head: HeadConfig::default(),
+            head: HeadConfig { balance_every: self.balance_every, ..HeadConfig::default() },
             index_cache_bytes: 16 << 20,
             care: super::care::Care::default(),
             space: super::space::SpaceLevels::default(),

@@ -25,7 +25,11 @@ use crate::volume::usage::Usage;
 impl Node {
     pub(super) fn status(&self, views: &Views) -> Status {
         let uptime = self.started.elapsed().as_secs();
-        health::status(&views.disks, &views.pools, &views.volumes, views.repair, uptime)
+        let going = (views.repair, views.balance);
+        let status = health::status(&views.disks, &views.pools, &views.volumes, going, uptime);
+        let moves = self.options.head.balance_every.is_some() && views.balance.is_none();
+        let waits = self.registry.balance_waits().filter(|_| moves);
+        Status { balance_waits: waits.map(str::to_owned), ..status }
     }
 
     pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {
@@ -178,6 +182,10 @@ impl Node {
                 .as_ref()
                 .and_then(|head| head.repair_report())
                 .map(|r| self.view_repair(&r)),
+            balance: head
+                .as_ref()
+                .and_then(|head| head.balance_report())
+                .map(|r| self.view_repair(&r)),
         }
     }
 
@@ -186,6 +194,14 @@ impl Node {
         let volumes = self.volumes.borrow();
         let wanted = volumes.values().filter(|slot| pool.is_none_or(|pool| slot.pool.name == pool));
         let reports = wanted.filter_map(|slot| slot.serving()?.repair_report());
+        reports.reduce(RepairReport::and).map(|report| self.view_repair(&report))
+    }
+
+    /// How far balance is, over all volumes of a pool, or of all pools.
+    pub(super) fn balance_progress(&self, pool: Option<&str>) -> Option<RepairProgress> {
+        let volumes = self.volumes.borrow();
+        let wanted = volumes.values().filter(|slot| pool.is_none_or(|pool| slot.pool.name == pool));
+        let reports = wanted.filter_map(|slot| slot.serving()?.balance_report());
         reports.reduce(RepairReport::and).map(|report| self.view_repair(&report))
     }
 
@@ -199,10 +215,11 @@ impl Node {
         }
     }
 
-    /// Has every volume notice when a round of repair begins and ends.
+    /// Has every volume notice when a round of repair or balance begins and ends.
     pub(super) fn note_repair(&self) {
         for head in self.heads() {
             head.repair_report();
+            head.balance_report();
         }
     }
 }
@@ -292,5 +309,6 @@ fn tombstone(record: &VolumeRecord, space: Space) -> Volume {
         unrepairable: 0,
         narrowed: None,
         repair: None,
+        balance: None,
     }
 }

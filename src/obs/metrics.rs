@@ -66,6 +66,16 @@ declare! {
             "Still to be rebuilt in the present round of repair.";
         repair_rate: Gauge "sds_repair_rate_bytes" []
             "Rebuilt a second, over the last seconds.";
+        rebuilt: Counter "sds_node_rebuilt_bytes_total" []
+            "Bytes of the shards that the heads on the node rebuilt.";
+        balance_done: Gauge "sds_balance_done_bytes" []
+            "Moved so far to where there is room, in the present round of balance.";
+        balance_pending: Gauge "sds_balance_pending_bytes" []
+            "Still to be moved in the present round of balance.";
+        balance_rate: Gauge "sds_balance_rate_bytes" []
+            "Moved a second for balance, over the last seconds.";
+        balanced: Counter "sds_node_balanced_bytes_total" []
+            "Bytes of the shards that the heads on the node moved to where there is room.";
         limit: Gauge "sds_background_limit_bytes" []
             "What repair and scrub may read and write a second; +Inf while no client is at work.";
         slowdown: Gauge "sds_background_client_slowdown_ratio" []
@@ -265,6 +275,12 @@ impl Metrics {
         let pending = sample.repair_total_bytes.saturating_sub(sample.repair_done_bytes);
         metrics.repair_pending.set(pending as f64);
         metrics.repair_rate.set(sample.repair_bytes_per_second as f64);
+        metrics.rebuilt.inc_by(sample.rebuilt_bytes as f64);
+        metrics.balance_done.set(sample.balance_done_bytes as f64);
+        let pending = sample.balance_total_bytes.saturating_sub(sample.balance_done_bytes);
+        metrics.balance_pending.set(pending as f64);
+        metrics.balance_rate.set(sample.balance_bytes_per_second as f64);
+        metrics.balanced.inc_by(sample.balanced_bytes as f64);
         let limit = sample.background_limit_bytes_per_second;
         metrics.limit.set(limit.map_or(f64::INFINITY, |limit| limit as f64));
         metrics.slowdown.set(sample.client_slowdown_per_mille.unwrap_or(0) as f64 / 1000.0);

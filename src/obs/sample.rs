@@ -39,6 +39,16 @@ pub struct NodeSample {
     pub repair_total_bytes: u64,
     /// Bytes that it rebuilds a second.
     pub repair_bytes_per_second: u64,
+    /// Bytes that the heads on it rebuilt.
+    pub rebuilt_bytes: u64,
+    /// Bytes of the current balance that are done; 0 without one.
+    pub balance_done_bytes: u64,
+    /// Bytes of the current balance in all; 0 without one.
+    pub balance_total_bytes: u64,
+    /// Bytes that it moves a second.
+    pub balance_bytes_per_second: u64,
+    /// Bytes that the heads on it moved to where there is room.
+    pub balanced_bytes: u64,
     /// Bytes a second that repair and scrub may read and write; none while there is no limit.
     pub background_limit_bytes_per_second: Option<u64>,
     /// What requests of clients take against what they take without that work, per mille.
@@ -53,6 +63,11 @@ impl Default for NodeSample {
             repair_done_bytes: 0,
             repair_total_bytes: 0,
             repair_bytes_per_second: 0,
+            rebuilt_bytes: 0,
+            balance_done_bytes: 0,
+            balance_total_bytes: 0,
+            balance_bytes_per_second: 0,
+            balanced_bytes: 0,
             background_limit_bytes_per_second: None,
             client_slowdown_per_mille: None,
         }

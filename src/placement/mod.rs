@@ -1,4 +1,4 @@
-//! Where things go in a cluster: shards on disks, heads on nodes, and what should move.
+//! Where things go in a cluster: shards on disks, and what should move.
 //!
 //! Everything here is a pure function of what it is given: no I/O, no clock, no state; randomness
 //! comes in as an [`Env`] or a seed. So every node that knows the same disks comes to the same sets,
@@ -9,18 +9,18 @@
 //!   room; by weight within that.
 //! - [`copysets`] bounds how many different write sets there are, so that the loss of a few disks
 //!   at once rarely hits all of one set.
-//! - [`heads`] says which volumes should be served by another node.
-//! - [`rebalance`] says which slots should be moved from full disks to empty ones.
+//! - [`balance`] says how much a head should move from full disks to empty ones.
 //!
 //! Knows disks as numbers, sizes and failure domains; nothing of clients, segments or pools.
 //!
 //! [`choose`]: choose::choose
 
+pub mod balance;
 pub mod choose;
 pub mod copysets;
-pub mod heads;
-pub mod rebalance;
 
+#[cfg(test)]
+mod balance_tests;
 #[cfg(test)]
 mod tests;
 

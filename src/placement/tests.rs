@@ -4,22 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
+use super::TooFewDomains;
+use super::balance::Part;
 use super::choose::{Candidate, Request, choose, choose_all};
 use super::copysets::{Copysets, Domain, SCATTER_WIDTH, bounded, rings};
-use super::{TooFewDomains, heads, rebalance};
 use crate::env::Env;
-use crate::id::{DiskId, VolumeId};
 use crate::shard::domain::{Domains, Level};
 
 const SLOTS: u32 = 1_000;
-
-fn disk_id(number: usize) -> DiskId {
-    DiskId::from_bytes(u128::try_from(number).expect("small").to_be_bytes())
-}
-
-fn volume_id(number: usize) -> VolumeId {
-    VolumeId::from_bytes(u128::try_from(number).expect("small").to_be_bytes())
-}
 
 /// Disks of nodes in turn, and these of racks in turn.
 fn candidates(racks: u32, nodes: u32, disks: u32) -> Vec<Candidate> {
@@ -178,162 +170,6 @@ proptest! {
             prop_assert!((ratio - 1.0).abs() < most, "{ratio} of {domain:?}");
         }
     }
-
-    #[test]
-    fn heads_are_balanced_with_the_fewest_moves_where_volumes_are_alike(
-        weights in prop_oneof![
-            prop::collection::vec((Just(1_u64), prop::bool::weighted(0.8)), 1..12),
-            prop::collection::vec((1_u64..4, prop::bool::weighted(0.8)), 1..12),
-        ],
-        homes in prop::collection::vec(prop::option::of(0_u32..14), 0..200),
-    ) {
-        let node = |(number, (weight, open)): (u32, &(u64, bool))| heads::Node {
-            number, weight: *weight, load: 0, open: *open,
-        };
-        let nodes: Vec<heads::Node> = (0..).zip(&weights).map(node).collect();
-        let volume = |(number, node): (usize, &Option<u32>)| heads::Volume {
-            id: volume_id(number), load: 100, node: *node,
-        };
-        let volumes: Vec<heads::Volume> = homes.iter().enumerate().map(volume).collect();
-        let open: Vec<&heads::Node> = nodes.iter().filter(|node| node.open).collect();
-        let moves = match heads::spread_heads(&nodes, &volumes, 10) {
-            Ok(moves) => moves,
-            Err(error) => {
-                prop_assert!(open.is_empty() && !volumes.is_empty());
-                prop_assert_eq!(error, heads::NoNode { volumes: volumes.len(), nodes: nodes.len() });
-                return Ok(());
-            }
-        };
-        let is_open = |number: u32| open.iter().any(|node| node.number == number);
-        let moved: BTreeMap<VolumeId, u32> = moves.iter().map(|m| (m.volume, m.to)).collect();
-        prop_assert_eq!(moved.len(), moves.len(), "none moves twice");
-        prop_assert!(moves.iter().all(|m| is_open(m.to) && m.from != Some(m.to)));
-        let alike = open.iter().all(|node| node.weight == open[0].weight);
-        let weight: u64 = open.iter().map(|node| node.weight).sum();
-        let all = volumes.len() as u64;
-        let (mut too_much, mut too_little, mut homeless) = (0, 0, volumes.len() as u64);
-        for node in &open {
-            let served = |v: &&heads::Volume| moved.get(&v.id).copied().or(v.node) == Some(node.number);
-            let now = volumes.iter().filter(served).count() as u64;
-            let before = volumes.iter().filter(|v| v.node == Some(node.number)).count() as u64;
-            homeless -= before;
-            let part = all * node.weight;
-            let most = (part * 110 / (100 * weight)).max(part.div_ceil(weight));
-            let least = (part * 90).div_ceil(100 * weight).min(part / weight);
-            // Where a volume counts more on one node than on the other, one may be off.
-            let slack = u64::from(!alike);
-            prop_assert!((least.saturating_sub(slack)..=most + slack).contains(&now),
-                "{now} of {least} to {most}");
-            too_much += before.saturating_sub(most);
-            too_little += least.saturating_sub(before);
-        }
-        let fewest = (homeless + too_much).max(too_little);
-        let slack = if alike { 0 } else { open.len() as u64 };
-        prop_assert!((fewest..=fewest + slack).contains(&(moves.len() as u64)), "{fewest}: {moves:?}");
-        prop_assert_eq!(heads::spread_heads(&nodes, &volumes, 10).ok(), Some(moves));
-    }
-
-    #[test]
-    fn slots_are_balanced_with_the_fewest_moves(
-        fills in prop::collection::vec((0_u64..SLOTS.into(), prop::bool::weighted(0.9)), 6..40),
-        per_node in 1_u32..4,
-    ) {
-        // Volumes with few slots on each disk, so that no segment is in the way.
-        let disk = |(number, (used, open)): (u32, &(u64, bool))| rebalance::Disk {
-            id: disk_id(number as usize),
-            domains: Domains { disk: number, node: number / per_node, rack: 0 },
-            slots: u64::from(SLOTS) * u64::from(number % 2 + 1),
-            used: *used,
-            open: *open,
-        };
-        let disks: Vec<rebalance::Disk> = (0..).zip(&fills).map(disk).collect();
-        let volume = |number: u64| rebalance::Volume {
-            id: volume_id(usize::try_from(number).expect("few")),
-            level: Level::Node,
-            segments: 100_000,
-            slots: disks.iter().map(|d| (d.id, d.used / 5 + u64::from(number < d.used % 5))).collect(),
-        };
-        let volumes: Vec<rebalance::Volume> = (0..5).map(volume).collect();
-        check_balance(&disks, &volumes)?;
-    }
-}
-
-/// Applies a plan: all within 10 % but for rounding, with no more moves than needed.
-fn check_balance(
-    disks: &[rebalance::Disk],
-    volumes: &[rebalance::Volume],
-) -> Result<(), TestCaseError> {
-    let plan = rebalance::rebalance(disks, volumes, 10);
-    let open = || disks.iter().filter(|disk| disk.open);
-    let slots: u64 = open().map(|disk| disk.slots).sum();
-    let used: u64 = disks.iter().map(|disk| disk.used).sum();
-    let mut on: BTreeMap<(VolumeId, DiskId), u64> = BTreeMap::new();
-    for volume in volumes {
-        on.extend(volume.slots.iter().map(|(disk, slots)| ((volume.id, *disk), *slots)));
-    }
-    for shift in &plan.shifts {
-        let from = on.entry((shift.volume, shift.from)).or_default();
-        prop_assert!(*from >= shift.slots, "it has no more to give");
-        *from -= shift.slots;
-        *on.entry((shift.volume, shift.to)).or_default() += shift.slots;
-    }
-    if slots < used {
-        prop_assert!(plan.left >= used - slots, "there is no room");
-        return Ok(());
-    }
-    prop_assert_eq!(plan.left, 0);
-    let (mut gives, mut gets) = (0.0, 0.0);
-    for disk in disks {
-        let now: u64 =
-            on.iter().filter(|((_, at), _)| *at == disk.id).map(|(_, slots)| slots).sum();
-        if !disk.open {
-            prop_assert_eq!(now, 0);
-            gives += disk.used as f64;
-            continue;
-        }
-        prop_assert!(now <= disk.slots);
-        let part = used as f64 * disk.slots as f64 / slots as f64;
-        let (least, most) =
-            ((part * 0.9).min(part - 1.0) - 1e-6, (part * 1.1).max(part + 1.0) + 1e-6);
-        prop_assert!((least..=most).contains(&(now as f64)), "{now} of {least} to {most}");
-        gives += (disk.used as f64 - most).max(0.0);
-        gets += (least - disk.used as f64).max(0.0);
-    }
-    let moved: u64 = plan.shifts.iter().map(|shift| shift.slots).sum();
-    // Whole slots take up to two more a disk.
-    let minimum = f64::max(gives, gets) + 2.0 * disks.len() as f64;
-    prop_assert!(moved as f64 <= minimum * 1.15, "{moved} moved, {minimum} are needed");
-    Ok(())
-}
-
-#[test]
-fn segments_never_get_two_slots_in_a_domain_by_a_plan() {
-    // Three nodes with two disks, a volume with a slot in each node: nothing may cross nodes.
-    let disk = |number: u32, used| rebalance::Disk {
-        id: disk_id(number as usize),
-        domains: Domains { disk: number, node: number / 2, rack: 0 },
-        slots: 100,
-        used,
-        open: number != 5,
-    };
-    let fills = [40, 0, 40, 0, 20, 20];
-    let disks: Vec<_> = (0..).zip(fills).map(|(number, used)| disk(number, used)).collect();
-    let volume = rebalance::Volume {
-        id: volume_id(1),
-        level: Level::Node,
-        segments: 40,
-        slots: disks.iter().map(|disk| (disk.id, disk.used)).collect(),
-    };
-    let plan = rebalance::rebalance(&disks, &[volume], 10);
-    assert!(!plan.shifts.is_empty());
-    for shift in &plan.shifts {
-        let node = |id| disks.iter().find(|disk| disk.id == id).map(|disk| disk.domains.node);
-        assert_eq!(node(shift.from), node(shift.to), "{shift:?}");
-    }
-    let left_of_closed: u64 =
-        plan.shifts.iter().filter(|s| s.from == disk_id(5)).map(|s| s.slots).sum();
-    assert_eq!(left_of_closed, 20, "to the other disk of the node");
-    assert_eq!(rebalance::rebalance(&[], &[], 10), rebalance::Plan::default());
 }
 
 #[test]
@@ -457,23 +293,7 @@ fn nothing_comes_of_nothing() {
     );
     assert!(!bounded(1_000, 1, 20) && !bounded(21, 3, 20) && bounded(22, 3, 20));
     assert!(!bounded(30, 16, 20) && bounded(32, 16, 20));
-    assert_eq!(heads::spread_heads(&[], &[], 10), Ok(Vec::new()));
-    // Nor of too much.
-    let most = heads::Node { number: 1, weight: u64::MAX, load: u64::MAX, open: true };
-    let volume = heads::Volume { id: volume_id(1), load: u64::MAX, node: None };
-    let nodes = [most, heads::Node { number: 2, ..most }];
-    assert_eq!(heads::spread_heads(&nodes, &[volume, volume], 10).map(|moves| moves.len()), Ok(2));
-    let domains = Domains::of_one_node(0);
-    let (slots, id) = (u64::MAX, disk_id(1));
-    let full = rebalance::Disk { id, domains, slots, used: slots, open: true };
-    let empty = rebalance::Disk { id: disk_id(2), used: 0, ..full };
-    let volume = rebalance::Volume {
-        id: volume_id(1),
-        level: Level::Disk,
-        segments: slots,
-        slots: vec![(id, slots)],
-    };
-    assert_eq!(rebalance::rebalance(&[full, empty], &[volume], 10).shifts.len(), 1);
+    assert_eq!(Part::of(&[]), Part::default());
     let mut disks = candidates(1, 4, 1);
     for disk in &mut disks {
         disk.free = u32::MAX;

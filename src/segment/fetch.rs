@@ -157,6 +157,26 @@ impl Source {
             .map_err(|problem| self.too_few(false, 0, (&problem, problem.is_silence())))
     }
 
+    /// The same, for one who takes note of what is wrong.
+    ///
+    /// # Errors
+    /// What is.
+    pub async fn read_own(
+        &self,
+        disks: &Disks,
+        shard: usize,
+        block: u32,
+        count: u32,
+    ) -> Result<Bytes, Finding> {
+        let found = |problem| Finding {
+            segment: self.segment,
+            disk: self.members[shard],
+            creation: self.creations[shard],
+            problem,
+        };
+        self.direct(disks, shard, block, count).await.map_err(found)
+    }
+
     /// `count` blocks from `block` of data or parity shard `shard`, verified: from its disk, or
     /// from the others when it fails. `found` hears of every shard that did not deliver. Where no
     /// shard holds all of the blocks intact, each is read by itself, from whichever does.

@@ -29,6 +29,7 @@ use super::{DiskInfo, ShardClient, ShardError, SlotClass, reserve};
 use crate::env::Env;
 use crate::id::{BLOCK_SIZE, DiskId};
 use crate::limits::{REPAIR_BYTES_MAX, SLOT_BYTES_MAX};
+use crate::placement::balance;
 use crate::placement::choose::{Candidate, Request, choose};
 use crate::placement::copysets::{Copysets, Domain, SCATTER_WIDTH, bounded};
 use crate::segment::slot_blocks;
@@ -112,6 +113,14 @@ pub struct Registry {
     watch: Rc<Watch>,
     /// Told whenever a disk comes, goes or recovers.
     pub changed: Notify,
+    /// Heads that rebuild something now.
+    repairing: Cell<u32>,
+    /// Bytes of the shards that heads rebuilt since the node started.
+    pub rebuilt_bytes: Cell<u64>,
+    /// The same of those that they moved to where there is room.
+    pub balanced_bytes: Cell<u64>,
+    /// Told after each look at the fill of the disks while they are not filled alike.
+    pub uneven: Notify,
 }
 
 impl Default for Registry {
@@ -140,6 +149,10 @@ impl Default for Registry {
             repairs: Semaphore::new(REPAIR_BYTES_MAX / BLOCK_SIZE),
             watch: Rc::default(),
             changed: Notify::new(),
+            repairing: Cell::new(0),
+            rebuilt_bytes: Cell::new(0),
+            balanced_bytes: Cell::new(0),
+            uneven: Notify::new(),
         }
     }
 }
@@ -205,6 +218,30 @@ impl Drop for GcPass {
     fn drop(&mut self) {
         self.disks.promise.end();
     }
+}
+
+/// Counts a head that rebuilds something, as long as this lives.
+pub struct Repairing(Rc<Registry>);
+
+impl Drop for Repairing {
+    fn drop(&mut self) {
+        self.0.repairing.set(self.0.repairing.get() - 1);
+    }
+}
+
+/// How full a disk is, of those that shards are moved between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fill {
+    /// The disk.
+    pub id: DiskId,
+    /// Its failure domain.
+    pub domain: u32,
+    /// All its slots.
+    pub slots: u32,
+    /// Slots in use.
+    pub used: u32,
+    /// Slots that it has for what is moved; none while it is slow.
+    pub room: u32,
 }
 
 /// A disk chosen for a shard.
@@ -372,6 +409,30 @@ impl Disks {
         Member { disks: self.registry.clone(), level: self.level, parity, number }
     }
 
+    /// How full the disks are that shards may be moved between.
+    ///
+    /// # Errors
+    /// Why nothing may be moved now, in words.
+    pub fn fills(&self) -> Result<Vec<Fill>, &'static str> {
+        self.is_settled()?;
+        let disks = self.known.borrow();
+        let staying = disks.values().filter(|entry| !entry.draining);
+        let fill = |entry: &Entry| Fill {
+            id: entry.info.id,
+            domain: self.domain_of(entry),
+            slots: entry.info.slots,
+            used: entry.used(),
+            room: if self.is_slow(entry.info.id) { 0 } else { entry.free_for(SlotClass::Client) },
+        };
+        Ok(staying.map(fill).collect())
+    }
+
+    /// Counts a head as one that rebuilds something.
+    pub fn repairing(&self) -> Repairing {
+        self.registry.repairing.set(self.registry.repairing.get() + 1);
+        Repairing(self.registry.clone())
+    }
+
     /// The permit of the one pass of garbage collection that may run.
     pub async fn gc_pass(&self) -> GcPass {
         let permit = self.gc_passes.clone().acquire_owned().await.ok();
@@ -471,6 +532,48 @@ impl Registry {
             self.copysets.borrow_mut().clear();
         }
         self.changed.notify_waiters();
+    }
+
+    /// Whether nothing is more pressing than that disks are filled alike.
+    ///
+    /// # Errors
+    /// What is, in words.
+    pub fn is_settled(&self) -> Result<(), &'static str> {
+        if !self.expected.borrow().is_empty() {
+            return Err("a disk is down");
+        }
+        let disks = self.known.borrow();
+        if disks.values().any(|entry| entry.draining && entry.used() > 0) {
+            return Err("a disk is being emptied");
+        }
+        if disks.values().any(|entry| !entry.draining && !entry.healthy()) {
+            return Err("a disk failed a request just now");
+        }
+        if self.repairing.get() > 0 {
+            return Err("something is being rebuilt");
+        }
+        Ok(())
+    }
+
+    /// Whether the disks that are to stay are filled alike.
+    fn is_even(&self) -> bool {
+        let disks = self.known.borrow();
+        let staying = disks.values().filter(|entry| !entry.draining);
+        let fills: Vec<_> = staying.map(|entry| (entry.used(), entry.info.slots)).collect();
+        balance::is_even(fills.into_iter(), balance::START)
+    }
+
+    /// What the moving of shards to where there is room waits for, in words; none if nothing is to be
+    /// moved, or nothing is in its way.
+    pub fn balance_waits(&self) -> Option<&'static str> {
+        self.is_settled().err().filter(|_| !self.is_even())
+    }
+
+    /// Tells whoever moves shards if the disks are not filled alike.
+    fn tell_uneven(&self) {
+        if self.is_settled().is_ok() && !self.is_even() {
+            self.uneven.notify_waiters();
+        }
     }
 
     fn fill_changed(&self) {
@@ -650,10 +753,15 @@ impl Registry {
             }
         }
         self.fill_changed();
+        self.tell_uneven();
     }
 }
 
 impl Entry {
+    fn used(&self) -> u32 {
+        self.info.slots.saturating_sub(self.info.slots_free)
+    }
+
     /// Slots that are free for a class.
     fn free_for(&self, class: SlotClass) -> u32 {
         self.info.slots_free.saturating_sub(reserve::floor(class, self.info.slots))

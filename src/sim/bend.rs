@@ -13,13 +13,18 @@ use tokio::time::sleep;
 
 use super::ends::{overwrite, read_all};
 use super::nemesis::{reopen, vanish};
-use super::run::Context;
-use super::world::Running;
+use super::run::{Context, NEVER};
+use super::world::{Running, WorldConfig};
 use crate::id::DiskId;
 
 /// How long segments may take to be moved, in looks.
 const LOOKS: u32 = 400;
 const LOOK: Duration = Duration::from_millis(250);
+
+/// Whether disks go for good from such a world though no others can take their place.
+pub(super) fn bends(config: &WorldConfig) -> bool {
+    config.spares > 0 && config.scheme.data > 1 && config.head.narrow_after != NEVER
+}
 
 /// The disks that are there, by index.
 pub(super) fn present(context: &Context) -> Vec<usize> {

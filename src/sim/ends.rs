@@ -73,14 +73,7 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         }
         read_heads(context, &heads, "in the end").await;
         settle_all(context, &heads).await;
-        let bends = context.world.config.spares > 0 && damaged_tables(context).is_empty();
-        if bends && context.failure.borrow().is_none() {
-            if let Err(why) = super::bend::spell(context, &heads).await {
-                context.fail(format!("in the end: {why}"));
-            }
-            read_heads(context, &heads, "with other disks").await;
-            settle_all(context, &heads).await;
-        }
+        change_disks(context, &heads).await;
     };
     if process.run_until(tokio::time::timeout(PATIENCE, body)).await.is_err() {
         note_slots(context);
@@ -97,6 +90,24 @@ pub(super) async fn reckon(context: &Rc<Context>) {
         context.fail(format!("disk {index} was given a write over another that was under way"));
     }
     context.world.stop_devices(false);
+}
+
+/// Disks come, and where the pool bends go for good; afterwards all must be right again.
+async fn change_disks(context: &Context, heads: &[Rc<Running>]) {
+    let spares = context.world.config.spares > 0 && damaged_tables(context).is_empty();
+    if !spares || context.failure.borrow().is_some() {
+        return;
+    }
+    let changed = if super::bend::bends(&context.world.config) {
+        super::bend::spell(context, heads).await
+    } else {
+        super::grow::spell(context, heads).await
+    };
+    if let Err(why) = changed {
+        context.fail(format!("in the end: {why}"));
+    }
+    read_heads(context, heads, "with other disks").await;
+    settle_all(context, heads).await;
 }
 
 async fn read_heads(context: &Context, heads: &[Rc<Running>], when: &str) {

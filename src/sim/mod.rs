@@ -9,6 +9,7 @@ mod damage_tests;
 mod demands;
 pub mod device;
 mod ends;
+mod grow;
 #[cfg(test)]
 mod narrow_tests;
 mod nemesis;

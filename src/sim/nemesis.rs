@@ -112,8 +112,10 @@ pub(super) async fn go_for_good(context: Rc<Context>) {
 
 /// A disk is added that was not there before.
 async fn add_disk(context: &Context) {
-    let fewer = super::bend::present(context).len() < context.world.config.scheme.width();
-    if !fewer || context.env.chance(1, 2) {
+    let config = &context.world.config;
+    let fewer = super::bend::present(context).len() < config.scheme.width();
+    let wanted = fewer || !super::bend::bends(config);
+    if !wanted || context.env.chance(1, 2) {
         return;
     }
     if let Some(index) = context.world.add_spare() {
@@ -128,7 +130,7 @@ async fn add_disk(context: &Context) {
 async fn retire(context: &Context) {
     let config = &context.world.config;
     let left = super::bend::present(context).len();
-    let bends = config.spares > 0 && left > usize::from(config.scheme.parity) + 1;
+    let bends = super::bend::bends(config) && left > usize::from(config.scheme.parity) + 1;
     let enough = left > config.scheme.width() || bends;
     let well = context.faulty.borrow().is_empty() && context.hurt.borrow().is_empty();
     let heads = context.newest_heads();

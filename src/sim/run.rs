@@ -140,7 +140,7 @@ impl Context {
 /// The world of a seed. Where it is `narrow`, the log goes on with fewer copies than the pool has.
 ///
 /// Where disks go for good though no others can take their place, data segments bend; the ones that
-/// are added later are spares.
+/// are added later are spares. Elsewhere there may be some too, by which the pool grows.
 fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     let schemes = [
         Scheme::replicated(2),
@@ -152,6 +152,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
     let pick = |n: usize| usize::try_from(env.random_below(n as u64)).expect("small");
     let scheme = schemes[pick(schemes.len())];
     let bends = scheme.data > 1 && env.chance(1, 3);
+    let grows = !bends && env.chance(1, 3);
     let slot_bytes = [64 << 10, 128 << 10, 256 << 10][pick(3)];
     let head = HeadConfig {
         overlay_extents_max: 32 + pick(400),
@@ -170,7 +171,7 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
             NEVER
         },
         replace_after: Duration::from_millis(100 + env.random_below(3000)),
-        narrow_after: if bends || env.chance(1, 2) {
+        narrow_after: if bends || (!grows && env.chance(1, 2)) {
             Duration::from_millis(100 + env.random_below(2000))
         } else {
             NEVER
@@ -178,9 +179,14 @@ fn world_config(env: &Env, narrow: bool) -> WorldConfig {
         log_domains_max: usize::from(scheme.parity) + 1 + pick(usize::from(scheme.parity) + 4),
         // Slots are tiny: most windows must be, for there to be several in a segment.
         repair_window_blocks: [1, 3, 8, 128][pick(4)],
+        balance_every: Some(Duration::from_millis(50 + env.random_below(500))),
         ..HeadConfig::default()
     };
-    let spares = if bends { usize::from(scheme.parity) + pick(2) } else { 0 };
+    let spares = match (bends, grows) {
+        (true, _) => usize::from(scheme.parity) + pick(2),
+        (_, true) => 1 + pick(2),
+        _ => 0,
+    };
     let most = if bends {
         1
     } else if narrow {
@@ -361,7 +367,7 @@ async fn live(context: &Rc<Context>, life: u64) {
         spawn_clients(context, &running);
         context.spawn(super::nemesis::run(context.clone()));
         context.spawn(super::wire::run(context.clone()));
-        if context.world.config.spares > 0 && env.chance(2, 3) {
+        if super::bend::bends(&context.world.config) && env.chance(2, 3) {
             context.spawn(super::nemesis::go_for_good(context.clone()));
         }
         context.spawn(run_neighbour(context.clone(), running.node.clone()));

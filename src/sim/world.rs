@@ -32,6 +32,9 @@ use crate::volume::takeover::{TakeOverError, take_over};
 /// When the log shrinks once nothing is struck any more.
 const SHRINK_AFTER_IN_THE_END: Duration = Duration::from_millis(500);
 
+/// How often a node asks its disks how full they are.
+const FILL_EVERY: Duration = Duration::from_millis(250);
+
 /// What a simulated world is made of.
 #[derive(Debug, Clone)]
 pub struct WorldConfig {
@@ -183,6 +186,15 @@ async fn create_volume(
     })
 }
 
+/// Asks the disks how full they are, again and again, as a node does.
+async fn watch_fill(disks: std::rc::Weak<Disks>) {
+    while let Some(disks) = disks.upgrade() {
+        disks.refresh().await;
+        drop(disks);
+        tokio::time::sleep(FILL_EVERY).await;
+    }
+}
+
 impl World {
     /// Formats the disks and creates the volumes. Must run inside a `LocalSet`.
     pub async fn create(config: WorldConfig, env: Env) -> Self {
@@ -284,6 +296,7 @@ impl World {
         (0..self.ids.len()).for_each(|index| self.connect(&node, index));
         self.expect_others(&node);
         tokio::task::spawn_local(node.registry.clone().exercise());
+        tokio::task::spawn_local(watch_fill(Rc::downgrade(&node.registry)));
         node
     }
 

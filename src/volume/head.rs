@@ -83,6 +83,9 @@ pub struct HeadConfig {
     ///
     /// [`REPAIR_WINDOW_BLOCKS`]: crate::limits::REPAIR_WINDOW_BLOCKS
     pub repair_window_blocks: u32,
+    /// Pause between two rounds of moving shards to where there is room, about; none: they stay where
+    /// they are.
+    pub balance_every: Option<Duration>,
     /// Seconds since 1970, for what people read.
     pub unix_seconds: fn() -> u64,
 }
@@ -106,6 +109,7 @@ impl Default for HeadConfig {
             log_domains_max: rules::log_domains(PARITY_MAX),
             scrub_period: Some(super::scrub::DEFAULT_PERIOD),
             repair_window_blocks: crate::limits::REPAIR_WINDOW_BLOCKS,
+            balance_every: Some(super::balance::EVERY),
             unix_seconds: || 0,
         }
     }
@@ -142,6 +146,10 @@ pub struct HeadStats {
     pub rebuilt_shards: Cell<u64>,
     /// Bytes rebuilt.
     pub rebuilt_bytes: Cell<u64>,
+    /// Shards moved to where there is more room.
+    pub balanced_shards: Cell<u64>,
+    /// Bytes of them.
+    pub balanced_bytes: Cell<u64>,
     /// Bytes that repairs read.
     pub repair_read_bytes: Cell<u64>,
     /// Bytes that scrubs read.
@@ -320,6 +328,7 @@ pub struct Head {
     /// What slow disks are to delete is being deleted.
     pub(super) deletes_slowly: Cell<bool>,
     pub(super) repair: super::repair::Repair,
+    pub(super) balance: super::balance::Balance,
     pub(super) dense: super::dense::Dense,
     pub(super) narrow: super::narrow::Narrow,
     pub(super) space: super::space::Space,
@@ -535,6 +544,7 @@ impl Head {
             torn: RefCell::default(),
             deletes_slowly: Cell::new(false),
             repair: super::repair::Repair::default(),
+            balance: super::balance::Balance::default(),
             dense: super::dense::Dense::default(),
             narrow,
             space: super::space::Space::default(),

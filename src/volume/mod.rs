@@ -4,6 +4,7 @@
 //! and maps blocks to places in a copy-on-write index. Knows segments, shards and the metadata
 //! store; knows nothing of exports above it or of devices below.
 
+mod balance;
 pub mod check;
 pub mod checkpoint;
 mod dense;

@@ -93,9 +93,15 @@ impl Head {
         let mut rounds = Rounds::default();
         // Since when no checkpoint was asked for, while there was something to repair.
         let mut asked_at = None;
+        let mut repairing = None;
         while self.is_serving() {
             self.begin_repairs(&mut rounds);
             let idle = rounds.running.is_empty();
+            if idle {
+                repairing = None;
+            } else {
+                repairing.get_or_insert_with(|| self.disks.repairing());
+            }
             if asked_at.is_some_and(|at: Instant| idle || at.elapsed() >= CHECKPOINT_EVERY) {
                 self.checkpoint_wanted.notify_one();
                 asked_at = None;
@@ -341,7 +347,9 @@ impl Head {
 
     fn count_rebuilt(&self, segment: &Segment) {
         add(&self.stats.rebuilt_shards, 1);
-        add(&self.stats.rebuilt_bytes, u64::from(segment.blocks) * BLOCK_BYTES);
+        let bytes = u64::from(segment.blocks) * BLOCK_BYTES;
+        add(&self.stats.rebuilt_bytes, bytes);
+        add(&self.disks.rebuilt_bytes, bytes);
     }
 
     /// Where repair stands; none while nothing is to be rebuilt.
@@ -379,6 +387,8 @@ impl Head {
             .map(|(_, s)| s.disk)
             .chain(segment.members.iter().map(|m| m.disk))
             .collect();
+        // One of its shards is on its way to another domain.
+        taken.extend(self.moves_to(segment.id).and_then(|disk| self.disks.domain(disk)));
         // Until it is listed as sealed, a log segment stays within the log set.
         let free = segment.kind != SegmentKind::Log || state.is_covered(segment.id);
         let pairs = state.pairs();

@@ -685,6 +685,7 @@ impl Head {
         tokio::task::spawn_local(super::scrub::run_mends(self.clone()));
         tokio::task::spawn_local(super::width::run_avoid(self.clone()));
         tokio::task::spawn_local(super::narrow::run(self.clone()));
+        tokio::task::spawn_local(super::balance::run(self.clone()));
         self.repair_wanted.notify_one();
     }
 

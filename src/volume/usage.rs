@@ -83,6 +83,10 @@ impl Head {
             let each = Usage { used, reclaimable: used, ..Usage::default() };
             usage.entry(freed.disk).or_default().add(each);
         }
+        for disk in self.moves_begun() {
+            let used = u64::from(slot(disk)) * BLOCK_BYTES;
+            usage.entry(disk).or_default().add(Usage { used, open: used, ..Usage::default() });
+        }
         usage
     }
 }

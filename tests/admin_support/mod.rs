@@ -156,6 +156,7 @@ fn volume(name: &str, size: u64, allocated: u64) -> Volume {
         unrepairable: 0,
         narrowed: None,
         repair: None,
+        balance: None,
     }
 }
 
@@ -183,7 +184,7 @@ impl State {
         let volumes: Vec<_> = self.volumes.values().cloned().collect();
         match command {
             Command::Status { reply } => {
-                reply.send(Ok(health::status(&disks, &pools, &volumes, None, 200))).ok();
+                reply.send(Ok(health::status(&disks, &pools, &volumes, (None, None), 200))).ok();
             }
             Command::Health { reply } => {
                 reply.send(Ok(health::assess(&disks, &pools, &volumes))).ok();

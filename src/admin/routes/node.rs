@@ -81,7 +81,7 @@ pub(in crate::admin) async fn undrain(
         (status = 200, description = "removed", body = Removed),
         (status = 400, description = "malformed name", body = ErrorBody),
         (status = 404, description = "no such node", body = ErrorBody),
-        (status = 409, description = "it runs, or has disks", body = ErrorBody),
+        (status = 409, description = "it runs, or is not drained", body = ErrorBody),
         (status = 503, description = "the node does not answer", body = ErrorBody)
     ))]
 pub(in crate::admin) async fn remove(

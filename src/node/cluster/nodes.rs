@@ -167,16 +167,19 @@ impl Node {
         }
     }
 
-    /// Removes a node for good that has no disks any more.
+    /// Removes a node for good, with its disks, that was drained, holds nothing any more and does not run.
     pub(in crate::node) async fn remove_node(&self, name: &str) -> Result<Removed, ApiError> {
         let Some(cluster) = self.cluster.as_ref() else { return Err(self.no_such_node(name)) };
         let _lock = self.changes.lock().await;
         let disks = Self::disks_of(cluster, name);
-        if !disks.is_empty() {
-            return Err(ApiError::conflict(format!("node {name} has {} disks", disks.len()))
-                .with_hint(format!(
-                    "`sdsctl node drain {name}` empties them, `sdsctl disk rm` removes them"
-                )));
+        for disk in &disks {
+            self.check_empty(disk).await?;
+        }
+        if !disks.is_empty() && cluster.view.borrow().alive.get(name).is_some() {
+            return Err(ApiError::conflict(format!("node '{name}' runs: stop its sdsd first")));
+        }
+        for disk in &disks {
+            self.update_disk(disk.id, |record| record.state = Kept::Removed).await?;
         }
         self.schema.remove_member(name).await.map_err(|error| match error {
             crate::meta::schema::SchemaError::Invalid(why) => ApiError::conflict(why),
@@ -184,5 +187,23 @@ impl Node {
         })?;
         self.mirror_catalog().await;
         Ok(Removed { kind: "node".into(), name: name.to_owned() })
+    }
+
+    /// Refuses to remove a node while a volume needs one of its disks, or could begin to.
+    async fn check_empty(&self, disk: &DiskRecord) -> Result<(), ApiError> {
+        let DiskRecord { node, path, .. } = disk;
+        if disk.state != Kept::Draining {
+            return Err(ApiError::conflict(format!("disk {path} of node {node} is in use"))
+                .with_hint(format!("`sdsctl node drain {node}` empties it")));
+        }
+        let users = self.users_everywhere(disk.id).await?;
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(ApiError::conflict(format!(
+            "disk {path} of node {node} still has data of {}, which is being rebuilt elsewhere",
+            users.join(", ")
+        ))
+        .with_hint("`sdsctl status` tells how far that is"))
     }
 }

@@ -87,13 +87,13 @@ impl Default for Repair {
 }
 
 /// What was written of the shards of one segment, until they are whole or given up.
-pub(super) struct Part<'a> {
+pub(in crate::volume) struct Part<'a> {
     repair: &'a Repair,
     bytes: Cell<u64>,
 }
 
 impl Part<'_> {
-    pub(super) fn wrote(&self, bytes: u64) {
+    pub(in crate::volume) fn wrote(&self, bytes: u64) {
         self.bytes.set(self.bytes.get() + bytes);
         self.repair.partial.set(self.repair.partial.get() + bytes);
         let mut meter = self.repair.meter.borrow_mut();
@@ -110,13 +110,13 @@ impl Drop for Part<'_> {
 }
 
 impl Repair {
-    pub(super) fn part(&self) -> Part<'_> {
+    pub(in crate::volume) fn part(&self) -> Part<'_> {
         Part { repair: self, bytes: Cell::new(0) }
     }
 
     /// Where the round stands, with so many bytes to be rebuilt and so many rebuilt since the head
     /// began; none without one.
-    pub(super) fn report(&self, missing: u64, rebuilt: u64) -> Option<RepairReport> {
+    pub(in crate::volume) fn report(&self, missing: u64, rebuilt: u64) -> Option<RepairReport> {
         if missing == 0 {
             self.round.set(None);
             return None;
