@@ -287,7 +287,17 @@ pub(super) async fn put_back(
         drop(EmbeddedStore::create(&path, content).map_err(error)?);
         return Ok(());
     };
-    let store = connect(&options, env)?;
+    put_content(&connect(&options, env)?, content).await
+}
+
+/// Writes what was rebuilt into an empty store.
+///
+/// # Errors
+/// As [`put_back`].
+pub(super) async fn put_content(
+    store: &dyn MetaStore,
+    content: Vec<(String, Bytes)>,
+) -> Result<(), DaemonError> {
     // The cluster comes last: until then it is no store.
     let (cluster, rest): (Vec<_>, Vec<_>) =
         content.into_iter().partition(|(key, _)| key == CLUSTER_KEY);
@@ -296,19 +306,19 @@ pub(super) async fn put_back(
     for (key, value) in rest {
         let more = key.len() + value.len();
         if txn.ops.len() == PUT_BACK_KEYS || bytes + more > VALUE_BYTES_MAX {
-            put_surely(&store, std::mem::replace(&mut txn, none_yet())).await?;
+            put_surely(store, std::mem::replace(&mut txn, none_yet())).await?;
             bytes = 0;
         }
         bytes += more;
         txn = txn.put(key, value);
     }
-    put_surely(&store, txn).await?;
+    put_surely(store, txn).await?;
     let last = cluster.into_iter().fold(none_yet(), |txn, (key, value)| txn.put(key, value));
-    put_surely(&store, last).await
+    put_surely(store, last).await
 }
 
 /// Writes keys without a cluster; once more where the outcome is unknown.
-async fn put_surely(store: &EtcdStore, txn: Txn) -> Result<(), DaemonError> {
+async fn put_surely(store: &dyn MetaStore, txn: Txn) -> Result<(), DaemonError> {
     let deadline = Instant::now() + START_PATIENCE;
     let mut in_doubt = false;
     loop {

@@ -164,6 +164,15 @@ fn hash(name: &str) -> u32 {
     crc32fast::hash(name.as_bytes())
 }
 
+/// The failure domains of a disk of a node.
+pub(super) fn domains(record: &DiskRecord, member: Option<&MemberRecord>) -> Domains {
+    Domains {
+        disk: record.domain,
+        node: member.map_or_else(|| hash(&record.node), MemberRecord::node_domain),
+        rack: member.map_or_else(|| hash("default"), MemberRecord::rack_domain),
+    }
+}
+
 /// What is known of the cluster.
 struct View {
     members: Records<MemberRecord>,
@@ -274,12 +283,7 @@ impl Cluster {
     /// keeps shards apart all the same.
     pub(super) fn domains_of(&self, record: &DiskRecord) -> Domains {
         let view = self.view.borrow();
-        let member = view.members.get(&record.node).map(|(member, _)| member);
-        Domains {
-            disk: record.domain,
-            node: member.map_or_else(|| hash(&record.node), MemberRecord::node_domain),
-            rack: member.map_or_else(|| hash("default"), MemberRecord::rack_domain),
-        }
+        domains(record, view.members.get(&record.node).map(|(member, _)| member))
     }
 
     /// All disks of other nodes.
