@@ -8,6 +8,8 @@
 //! - The keys of one prefix are those of one revision; different prefixes may be of different ones.
 //! - A copy that lacks a prefix altogether says so ([`Follower::is_complete`]): what is not there is not
 //!   known to be missing.
+//! - A store that went back, is another one or was rebuilt is not followed any more, for good: the copy stays as it
+//!   was, and for whoever asks the store does not answer ([`Follower::replaced`] says why).
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -17,7 +19,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{MetaError, MetaResult, MetaStore, Versioned, WatchError};
+use super::{MetaError, MetaResult, MetaStore, StoreIdentity, Versioned, WatchError};
 
 /// Pause after the store did not answer.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -32,6 +34,9 @@ pub struct Follower {
     listed: RefCell<BTreeMap<&'static str, bool>>,
     /// Since when the store has answered without a break.
     answers_since: Cell<Option<Instant>>,
+    /// Newest that was seen of the store.
+    newest: Cell<Option<StoreIdentity>>,
+    replaced: RefCell<Option<String>>,
     /// Told whenever a key changes.
     pub changed: Notify,
 }
@@ -43,12 +48,14 @@ impl Follower {
             keys: RefCell::default(),
             listed: RefCell::new(prefixes.iter().map(|prefix| (*prefix, false)).collect()),
             answers_since: Cell::default(),
+            newest: Cell::default(),
+            replaced: RefCell::default(),
             changed: Notify::new(),
         });
         for &prefix in prefixes {
             let (weak, store) = (Rc::downgrade(&copy), store.clone());
             tokio::task::spawn_local(async move {
-                while weak.upgrade().is_some() {
+                while weak.upgrade().is_some_and(|copy| copy.replaced().is_none()) {
                     if let Err(error) = Self::follow_once(&weak, &*store, prefix).await {
                         tracing::debug!(prefix, %error, "the store is not followed");
                     }
@@ -59,11 +66,15 @@ impl Follower {
         let (weak, store) = (Rc::downgrade(&copy), store.clone());
         tokio::task::spawn_local(async move {
             while let Some(copy) = weak.upgrade() {
+                let before = copy.newest.get();
                 let answer = timeout(LOOK_PATIENCE, store.identity()).await;
-                let away = |error: &MetaError| {
-                    matches!(error, MetaError::Unavailable(_) | MetaError::Unknown(_))
+                let answers = match answer {
+                    Ok(Ok(identity)) => copy.note_identity(before, identity),
+                    Ok(Err(MetaError::Uninitialised)) => before.is_none(),
+                    Ok(Err(MetaError::Unavailable(_) | MetaError::Unknown(_))) | Err(_) => false,
+                    Ok(Err(_)) => true,
                 };
-                copy.note_answer(answer.is_ok_and(|answer| !answer.is_err_and(|e| away(&e))));
+                copy.note_answer(answers);
                 drop(copy);
                 sleep(LOOK_EVERY).await;
             }
@@ -76,12 +87,55 @@ impl Follower {
         self.answers_since.set(answered.then(|| since.unwrap_or_else(Instant::now)));
     }
 
+    /// Compares what a store says to be with what was known before it was asked; whether it is the same one.
+    fn note_identity(&self, before: Option<StoreIdentity>, now: StoreIdentity) -> bool {
+        let Some(before) = before else {
+            self.newest.set(Some(now));
+            return true;
+        };
+        let why = if before.cluster != now.cluster {
+            format!("it is that of cluster {}, not {}", now.cluster, before.cluster)
+        } else if before.incarnation != now.incarnation {
+            format!("it was rebuilt (incarnation {}, not {})", now.incarnation, before.incarnation)
+        } else if now.revision < before.revision {
+            format!("it went back from revision {} to {}", before.revision, now.revision)
+        } else {
+            let known = self.newest.get().map_or(0, |newest| newest.revision);
+            self.newest.set(Some(StoreIdentity { revision: now.revision.max(known), ..now }));
+            return self.replaced().is_none();
+        };
+        if self.replaced().is_none() {
+            tracing::error!(why, "the metadata store was replaced: what is in it is not believed");
+            *self.replaced.borrow_mut() = Some(why);
+        }
+        false
+    }
+
+    /// Whether a revision may be that of the store that is known.
+    fn is_newer(&self, before: Option<StoreIdentity>, revision: u64) -> bool {
+        match before {
+            Some(before) if revision < before.revision => {
+                self.note_identity(Some(before), StoreIdentity { revision, ..before })
+            }
+            _ => self.replaced().is_none(),
+        }
+    }
+
+    /// Why the store is not followed any more; none while it is.
+    pub fn replaced(&self) -> Option<String> {
+        self.replaced.borrow().clone()
+    }
+
     async fn follow_once(
         weak: &std::rc::Weak<Self>,
         store: &dyn MetaStore,
         prefix: &'static str,
     ) -> MetaResult<()> {
+        let before = weak.upgrade().and_then(|copy| copy.newest.get());
         let listing = store.list(prefix).await?;
+        if !weak.upgrade().is_some_and(|copy| copy.is_newer(before, listing.revision)) {
+            return Ok(());
+        }
         let mut watch = store.watch(prefix, listing.revision + 1).await?;
         {
             let Some(copy) = weak.upgrade() else { return Ok(()) };
@@ -100,6 +154,9 @@ impl Follower {
                 }
             };
             let Some(copy) = weak.upgrade() else { return Ok(()) };
+            if copy.replaced().is_some() {
+                return Ok(());
+            }
             let mut keys = copy.keys.borrow_mut();
             for event in &changes.events {
                 match &event.value {

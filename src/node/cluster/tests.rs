@@ -29,6 +29,8 @@ use crate::sim::device::{SimConfig, SimDevice};
 use crate::sim::pipe::{PipeEnd, PipeFaults, pipe};
 use crate::volume::head::HeadConfig;
 
+mod recover;
+
 /// The network: who listens, and which ways are cut.
 #[derive(Default)]
 struct Net {

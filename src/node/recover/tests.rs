@@ -7,7 +7,7 @@ use tokio::task::LocalSet;
 
 use super::*;
 use crate::disk::{Disk, FormatOptions};
-use crate::id::{Epoch, HeadId};
+use crate::id::{Epoch, HeadId, PoolId};
 use crate::meta::catalog;
 use crate::meta::members::{MemberRecord, MemberState, member_key};
 use crate::meta::record::{
@@ -76,11 +76,11 @@ impl Bench {
             created_at_unix_s: 0,
         };
         let pool = PoolRecord {
+            id: PoolId::from_bytes([4; 16]),
             name: "p".into(),
             scheme: Scheme::replicated(2),
-            min_size: 1,
             failure_domain: FailureDomain::Node,
-            created_at_unix_s: 0,
+            min_size: 1,
         };
         let ids = found.keys().copied().collect();
         Self { env, found, ids, volume, pool }
@@ -163,7 +163,10 @@ fn what_a_forgotten_head_brings_into_force_meanwhile_is_found() {
         let root = found_root(&rebuilt, bench.volume.id);
         assert_eq!((root.sequence, root.epoch, rebuilt.incarnation), (4, Epoch::new(2, 0), 2));
         assert!(!root.released, "its read lease may still run");
-        assert_eq!(bench.bring(&bench.root(&[0, 1, 2], Epoch::new(1, 9), 5), &[0, 1, 2, 3]).await, 0);
+        assert_eq!(
+            bench.bring(&bench.root(&[0, 1, 2], Epoch::new(1, 9), 5), &[0, 1, 2, 3]).await,
+            0
+        );
         // The volume's next head is not fenced.
         assert_eq!(bench.bring(&bench.root(&[0, 1, 2], Epoch::new(2, 1), 5), &[0, 1, 2]).await, 3);
     });
@@ -252,8 +255,9 @@ fn nodes_come_back_and_a_volume_that_nobody_served_starts_anew() {
             state: MemberState::Draining,
             joined_at_unix_s: 5,
         };
-        let mut records: Vec<_> =
-            (0..4).map(|number| (member_key(&format!("n{number}")), encoded(&member(number)))).collect();
+        let mut records: Vec<_> = (0..4)
+            .map(|number| (member_key(&format!("n{number}")), encoded(&member(number))))
+            .collect();
         records.push((volume_key(bench.volume.id), encoded(&bench.volume)));
         records.push((crate::meta::schema::pool_key("p"), encoded(&bench.pool)));
         bench.put_catalog(records).await;
@@ -263,7 +267,8 @@ fn nodes_come_back_and_a_volume_that_nobody_served_starts_anew() {
         let kept = rebuilt.content.iter().find(|(name, _)| *name == key).expect("it is known");
         assert_eq!(record::decode::<MemberRecord>(&kept.1).expect("a record"), member(3));
         let root = found_root(&rebuilt, bench.volume.id);
-        let domains: BTreeSet<u32> = root.set.members().iter().map(|member| member.domain).collect();
+        let domains: BTreeSet<u32> =
+            root.set.members().iter().map(|member| member.domain).collect();
         let nodes: BTreeSet<u32> = (0..4).map(|number| member(number).node_domain()).collect();
         assert_eq!((root.sequence, domains), (0, nodes), "a domain is a node");
         assert!(rebuilt.content.iter().all(|(key, _)| !key.starts_with("/sds/place/")));
