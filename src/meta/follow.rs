@@ -111,13 +111,12 @@ impl Follower {
         false
     }
 
-    /// Whether a revision may be that of the store that is known.
-    fn is_newer(&self, before: Option<StoreIdentity>, revision: u64) -> bool {
+    /// Notes a revision that an answer shows; whether it may be that of the store that was known `before` it
+    /// was asked.
+    fn note_revision(&self, before: Option<StoreIdentity>, revision: u64) -> bool {
         match before {
-            Some(before) if revision < before.revision => {
-                self.note_identity(Some(before), StoreIdentity { revision, ..before })
-            }
-            _ => self.replaced().is_none(),
+            Some(before) => self.note_identity(Some(before), StoreIdentity { revision, ..before }),
+            None => self.replaced().is_none(),
         }
     }
 
@@ -133,7 +132,7 @@ impl Follower {
     ) -> MetaResult<()> {
         let before = weak.upgrade().and_then(|copy| copy.newest.get());
         let listing = store.list(prefix).await?;
-        if !weak.upgrade().is_some_and(|copy| copy.is_newer(before, listing.revision)) {
+        if !weak.upgrade().is_some_and(|copy| copy.note_revision(before, listing.revision)) {
             return Ok(());
         }
         let mut watch = store.watch(prefix, listing.revision + 1).await?;
@@ -154,7 +153,8 @@ impl Follower {
                 }
             };
             let Some(copy) = weak.upgrade() else { return Ok(()) };
-            if copy.replaced().is_some() {
+            let first = copy.newest.get().map(|newest| StoreIdentity { revision: 0, ..newest });
+            if !copy.note_revision(first, changes.revision) {
                 return Ok(());
             }
             let mut keys = copy.keys.borrow_mut();

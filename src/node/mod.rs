@@ -17,7 +17,7 @@
 //!   open once.
 //! - What the store says is changed first; then disks and heads follow, again at the next start
 //!   if need be. The keys are mirrored to the disks after each change.
-//! - A node whose disks have seen a newer state of the store than the store has does not start.
+//! - A node whose disks have seen a newer state of the store than the store has does not start, and leaves no trace in it.
 
 pub mod care;
 mod catalog;

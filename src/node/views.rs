@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::Node;
+use super::cluster::Cluster;
 use super::counts::DiskCounts;
 use super::disks::DiskSlot;
 use super::parts::Views;
@@ -12,8 +13,8 @@ use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Narrowed, Pool, Redundancy,
-    RepairProgress, Space, Status, Volume, VolumeState,
+    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Health, Narrowed, Pool, Reason,
+    Redundancy, RepairProgress, Space, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
 use crate::meta::record::VolumeRecord;
@@ -25,7 +26,22 @@ use crate::volume::usage::Usage;
 impl Node {
     pub(super) fn status(&self, views: &Views) -> Status {
         let uptime = self.started.elapsed().as_secs();
-        health::status(&views.disks, &views.pools, &views.volumes, views.repair, uptime)
+        let all = (&views.disks, &views.pools, &views.volumes);
+        let status = health::status(all.0, all.1, all.2, views.repair, uptime);
+        let Health { health, reasons } = self.health(views);
+        Status { health, reasons, ..status }
+    }
+
+    pub(super) fn health(&self, views: &Views) -> Health {
+        let mut health = health::assess(&views.disks, &views.pools, &views.volumes);
+        let trouble = self.cluster.as_ref().and_then(Cluster::store_trouble);
+        if let Some((level, message)) = trouble {
+            let subject = "metadata store".to_owned();
+            health.reasons.insert(0, Reason { level, subject, message });
+            health.reasons.sort_by_key(|reason| std::cmp::Reverse(reason.level));
+            health.health = health.health.max(level);
+        }
+        health
     }
 
     pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {

@@ -44,6 +44,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::relay::NodeQuestions;
 use super::{Node, NodeError};
+use crate::admin::types::HealthLevel;
 use crate::id::{ClusterId, DiskId, NodeId, VolumeId};
 use crate::meta::follow::Follower;
 use crate::meta::members::{
@@ -284,6 +285,19 @@ impl Cluster {
     pub(super) fn domains_of(&self, record: &DiskRecord) -> Domains {
         let view = self.view.borrow();
         domains(record, view.members.get(&record.node).map(|(member, _)| member))
+    }
+
+    /// What is wrong with the metadata store, as far as this node sees.
+    pub(super) fn store_trouble(&self) -> Option<(HealthLevel, String)> {
+        if let Some(why) = self.keys.replaced() {
+            let why = format!(
+                "it was replaced ({why}) and is not believed: volumes are served without it; do not stop \
+                 nodes before you have read \"When etcd is lost\" in docs/cluster.md"
+            );
+            return Some((HealthLevel::Critical, why));
+        }
+        let away = "it does not answer: volumes are served, what needs it waits";
+        self.keys.answers_for().is_none().then(|| (HealthLevel::Warning, away.to_owned()))
     }
 
     /// All disks of other nodes.
