@@ -19,6 +19,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::schema::CLUSTER_KEY;
 use super::{MetaError, MetaResult, MetaStore, StoreIdentity, Versioned, WatchError};
 
 /// Pause after the store did not answer.
@@ -27,6 +28,12 @@ const PAUSE: Duration = Duration::from_millis(200);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long the store may take to answer that.
 const LOOK_PATIENCE: Duration = Duration::from_secs(2);
+/// So many refusals on end are no coincidence of a store that went away between two requests.
+const REFUSALS: u32 = 3;
+
+fn is_away(error: &MetaError) -> bool {
+    matches!(error, MetaError::Unavailable(_) | MetaError::Unknown(_))
+}
 
 /// The copy.
 pub struct Follower {
@@ -37,6 +44,8 @@ pub struct Follower {
     /// Newest that was seen of the store.
     newest: Cell<Option<StoreIdentity>>,
     replaced: RefCell<Option<String>>,
+    /// How often on end it said who it is, and refused to tell anything else.
+    refusals: Cell<u32>,
     /// Told whenever a key changes.
     pub changed: Notify,
 }
@@ -50,6 +59,7 @@ impl Follower {
             answers_since: Cell::default(),
             newest: Cell::default(),
             replaced: RefCell::default(),
+            refusals: Cell::default(),
             changed: Notify::new(),
         });
         for &prefix in prefixes {
@@ -66,15 +76,8 @@ impl Follower {
         let (weak, store) = (Rc::downgrade(&copy), store.clone());
         tokio::task::spawn_local(async move {
             while let Some(copy) = weak.upgrade() {
-                let before = copy.newest.get();
-                let answer = timeout(LOOK_PATIENCE, store.identity()).await;
-                let answers = match answer {
-                    Ok(Ok(identity)) => copy.note_identity(before, identity),
-                    Ok(Err(MetaError::Uninitialised)) => before.is_none(),
-                    Ok(Err(MetaError::Unavailable(_) | MetaError::Unknown(_))) | Err(_) => false,
-                    Ok(Err(_)) => true,
-                };
-                copy.note_answer(answers);
+                let look = timeout(LOOK_PATIENCE, copy.look(&*store)).await;
+                copy.note_answer(look.unwrap_or(false));
                 drop(copy);
                 sleep(LOOK_EVERY).await;
             }
@@ -85,6 +88,32 @@ impl Follower {
     fn note_answer(&self, answered: bool) {
         let since = self.answers_since.get();
         self.answers_since.set(answered.then(|| since.unwrap_or_else(Instant::now)));
+    }
+
+    /// Whether the store answers, and is the one that is known.
+    async fn look(&self, store: &dyn MetaStore) -> bool {
+        let before = self.newest.get();
+        let there = match store.identity().await {
+            Ok(identity) => self.note_identity(before, identity),
+            Err(MetaError::Uninitialised) => before.is_none(),
+            Err(error) => !is_away(&error),
+        };
+        // A client that knows its store to be replaced tells who it is, and nothing else.
+        let refusal = store.get(CLUSTER_KEY).await.err().filter(|error| there && is_away(error));
+        let Some(refusal) = refusal else {
+            self.refusals.set(0);
+            return there;
+        };
+        self.refusals.set(self.refusals.get() + 1);
+        if self.refusals.get() >= REFUSALS && self.replaced().is_none() {
+            self.give_up(refusal.to_string());
+        }
+        false
+    }
+
+    fn give_up(&self, why: String) {
+        tracing::error!(why, "the metadata store was replaced: what is in it is not believed");
+        *self.replaced.borrow_mut() = Some(why);
     }
 
     /// Compares what a store says to be with what was known before it was asked; whether it is the same one.
@@ -105,8 +134,7 @@ impl Follower {
             return self.replaced().is_none();
         };
         if self.replaced().is_none() {
-            tracing::error!(why, "the metadata store was replaced: what is in it is not believed");
-            *self.replaced.borrow_mut() = Some(why);
+            self.give_up(why);
         }
         false
     }
@@ -196,14 +224,40 @@ impl Follower {
 mod tests {
     use super::*;
     use crate::env::Env;
+    use crate::id::ClusterId;
     use crate::meta::Txn;
     use crate::meta::memory::MemoryStore;
+    use crate::meta::record::ClusterRecord;
     use tokio::task::LocalSet;
 
     fn names(copy: &Follower, prefix: &str) -> Vec<(String, Vec<u8>)> {
         let mut found = Vec::new();
         copy.each(prefix, |key, value| found.push((key.to_owned(), value.value.to_vec())));
         found
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_was_replaced_is_not_followed() {
+        let local = LocalSet::new();
+        local
+            .run_until(async {
+                let memory = MemoryStore::new(Env::from_seed(1));
+                let store: Rc<dyn MetaStore> = Rc::new(memory.client(Rc::default()));
+                let record = ClusterRecord { id: ClusterId::from_bytes([7; 16]), incarnation: 1 };
+                let record = crate::meta::record::encode(&record).expect("a record");
+                let txn = Txn::new().put(CLUSTER_KEY, record).put("/a/1", "x");
+                store.txn(txn).await.expect("made");
+                let old = memory.snapshot();
+                let copy = Follower::follow(&store, &["/a/"]);
+                store.txn(Txn::new().put("/a/2", "y")).await.expect("made");
+                sleep(Duration::from_secs(3)).await;
+                assert!(copy.answers_for().is_some() && copy.replaced().is_none());
+                memory.restore(&old);
+                sleep(Duration::from_secs(6)).await;
+                assert!(copy.answers_for().is_none() && copy.replaced().is_some());
+                assert_eq!(names(&copy, "/a/").len(), 2, "it stays as it was");
+            })
+            .await;
     }
 
     #[tokio::test(start_paused = true)]
