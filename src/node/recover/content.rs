@@ -38,13 +38,13 @@ impl Evidence {
             }
             // In a cluster the number in a log set may be that of a node or a rack.
             let known = numbers.get(&id).copied().filter(|_| !clustered);
-            let domain = known.unwrap_or_else(|| match clustered {
-                true => fold(&id.to_bytes()),
-                false => {
-                    let free = next;
-                    next = next.saturating_add(1);
-                    free
+            let domain = known.unwrap_or_else(|| {
+                if clustered {
+                    return fold(&id.to_bytes());
                 }
+                let free = next;
+                next = next.saturating_add(1);
+                free
             });
             let record = DiskRecord {
                 id,
@@ -96,11 +96,10 @@ impl Evidence {
             let Some(record) = self.disks.get(&disk).filter(|disk| !disk.state.is_out()) else {
                 continue;
             };
-            let domain = match plan.clustered {
-                false => record.domain,
-                true => {
-                    domains(record, self.members.get(&record.node)).at(pool.failure_domain.into())
-                }
+            let domain = if plan.clustered {
+                domains(record, self.members.get(&record.node)).at(pool.failure_domain.into())
+            } else {
+                record.domain
             };
             members.entry(domain).or_insert(Member { disk, domain });
         }
