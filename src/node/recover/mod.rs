@@ -213,6 +213,9 @@ pub async fn rebuild(
 
 /// The first look at the disks: nothing is changed before every disk that it wants is there.
 async fn look(found: &BTreeMap<DiskId, Found>, plan: &Plan<'_>) -> Result<Survey, RecoverError> {
+    if found.is_empty() {
+        return Err(RecoverError::NoDisks);
+    }
     (plan.progress)(&format!("reading {} disks", found.len()));
     let survey = Survey::of(found).await?;
     survey.evidence()?.check_complete(found, plan)?;
