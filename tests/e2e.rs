@@ -32,6 +32,8 @@ mod partitions;
 mod slow;
 #[path = "e2e/space.rs"]
 mod space;
+#[path = "e2e/store.rs"]
+mod store;
 #[path = "e2e/strangers.rs"]
 mod strangers;
 #[path = "e2e/support.rs"]

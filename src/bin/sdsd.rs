@@ -11,6 +11,7 @@ use sds::config::{AdminConfig, Config, NbdConfig};
 use sds::id::DiskId;
 use sds::node::daemon::{self, Addresses};
 use sds::node::dev::{DevOptions, disk_files};
+use sds::node::recover;
 use sds::trust::JoinToken;
 use sds::units::ByteSize;
 
@@ -36,6 +37,9 @@ enum Verb {
         config: PathBuf,
     },
     /// Rebuilds a lost metadata store from what the disks mirror.
+    ///
+    /// The store must be empty, and no sdsd may run: each other node of a cluster runs `sdsd recover --lend` instead.
+    #[command(after_help = RECOVER_HELP)]
     Recover(Recover),
     /// Has this node join a cluster: fetches its credentials from a member.
     #[command(
@@ -44,6 +48,13 @@ enum Verb {
     )]
     Join(Join),
 }
+
+const RECOVER_HELP: &str = "\
+On each other node of the cluster:   sdsd recover --lend --config /etc/sds/sdsd.toml
+then, on one node, naming all others: sdsd recover --config /etc/sds/sdsd.toml --from HOST:PORT --from HOST:PORT …
+HOST:PORT is the [cluster] address of the other node. Every disk is needed that may know something newer; those that are
+gone for good are named with --missing-disk. Then stop the lenders, and start sdsd everywhere. docs/cluster.md has
+it step by step.";
 
 #[derive(Args)]
 struct Join {
@@ -74,6 +85,17 @@ struct Recover {
     /// A disk that is gone for good; may be given several times.
     #[arg(long, value_name = "ID")]
     missing_disk: Vec<DiskId>,
+    /// A node that lends its disks; may be given several times.
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_host_port)]
+    from: Vec<String>,
+    /// Rebuilds nothing, but lends the disks of this node to the node that does, until it is stopped.
+    #[arg(long, conflicts_with_all = ["from", "missing_disk", "dir"])]
+    lend: bool,
+}
+
+fn parse_host_port(text: &str) -> Result<String, String> {
+    sds::config::check_host_port(text)?;
+    Ok(text.to_owned())
 }
 
 #[derive(Args)]
@@ -129,7 +151,7 @@ fn main() -> ExitCode {
     let result = match (cli.command, cli.config) {
         (Some(Verb::Dev(args)), _) => dev(args),
         (Some(Verb::Run { config }), _) | (None, Some(config)) => run(&config),
-        (Some(Verb::Recover(args)), _) => recover(&args),
+        (Some(Verb::Recover(args)), _) => run_recover(&args),
         (Some(Verb::Join(args)), _) => join(&args),
         (None, None) => unreachable!("clap shows the help"),
     };
@@ -165,7 +187,7 @@ fn join(args: &Join) -> Result<(), String> {
     Ok(())
 }
 
-fn recover(args: &Recover) -> Result<(), String> {
+fn run_recover(args: &Recover) -> Result<(), String> {
     sds::obs::log::init("warn").map_err(|error| error.to_string())?;
     let config = match (&args.dir, &args.config) {
         (Some(dir), _) => {
@@ -174,8 +196,15 @@ fn recover(args: &Recover) -> Result<(), String> {
         (None, Some(file)) => Config::load(file).map_err(|error| error.to_string())?,
         (None, None) => return Err("--dir or --config says where the disks are".into()),
     };
-    let missing = args.missing_disk.iter().copied().collect();
-    let rebuilt = daemon::recover(&config, &missing).map_err(|error| error.to_string())?;
+    if args.lend {
+        return recover::lend(&config, &announce_loan).map_err(|error| error.to_string());
+    }
+    let order = recover::Order {
+        from: &args.from,
+        missing: args.missing_disk.iter().copied().collect(),
+        progress: &|text| eprintln!("{text}"),
+    };
+    let rebuilt = recover::recover(&config, &order).map_err(|error| error.to_string())?;
     for note in &rebuilt.notes {
         println!("note: {note}");
     }
@@ -185,6 +214,20 @@ fn recover(args: &Recover) -> Result<(), String> {
         rebuilt.volumes.join(", ")
     );
     Ok(())
+}
+
+fn announce_loan(lent: &recover::Lent) {
+    for (disk, path) in &lent.disks {
+        println!("lent: disk {disk} ({path})");
+    }
+    for problem in &lent.problems {
+        println!("not lent: {problem}");
+    }
+    println!(
+        "{} disks are lent at {} until this is stopped, which is to be when `sdsd recover` is done",
+        lent.disks.len(),
+        lent.address
+    );
 }
 
 fn dev(args: Dev) -> Result<(), String> {

@@ -1,5 +1,8 @@
 //! A metadata store in memory, for the simulation: same rules as every backend, with faults.
 //!
+//! As with [etcd](super::etcd), a client whose store was replaced ([`MemoryStore::restore`], [`MemoryStore::wipe`])
+//! refuses everything but [`MetaStore::identity`].
+//!
 //! Several clients ([`MemoryStore::client`]) may share one content, each with its own faults, as
 //! nodes share an etcd. Faults are drawn from the seeded [`Env`]; a client without faults draws
 //! nothing and never waits. A change that is under way goes on when its future is dropped, and a
@@ -78,18 +81,21 @@ pub struct MemoryStore {
     shared: Rc<Shared>,
     faults: Rc<Faults>,
     env: Env,
+    /// Which content it first asked for something.
+    known: Cell<Option<u64>>,
 }
 
 impl MemoryStore {
     /// An empty store, and a client without faults.
     pub fn new(env: Env) -> Self {
-        Self { shared: Rc::default(), faults: Rc::default(), env }
+        Self { shared: Rc::default(), faults: Rc::default(), env, known: Cell::default() }
     }
 
     /// Another client of the same store, with faults of its own.
     #[must_use]
     pub fn client(&self, faults: Rc<Faults>) -> Self {
-        Self { shared: Rc::clone(&self.shared), faults, env: self.env.clone() }
+        let (shared, env) = (Rc::clone(&self.shared), self.env.clone());
+        Self { shared, faults, env, known: Cell::default() }
     }
 
     /// The faults of this client.
@@ -145,19 +151,39 @@ impl MemoryStore {
         Ok(())
     }
 
+    fn check_usable(&self) -> MetaResult<()> {
+        self.check_available()?;
+        let now = self.shared.generation.get();
+        if self.known.get().unwrap_or(now) != now {
+            return Err(MetaError::Unavailable("its content was replaced".into()));
+        }
+        self.known.set(Some(now));
+        Ok(())
+    }
+
     fn read<T: 'static>(
         &self,
         request: impl FnOnce(&mut State) -> MetaResult<T> + 'static,
     ) -> LocalFuture<'_, MetaResult<T>> {
         Box::pin(async move {
-            self.check_available()?;
-            let (before, after) = self.time();
-            pause(before).await;
-            let answer = self.shared.with(request);
-            pause(after).await;
-            self.check_available()?;
+            self.check_usable()?;
+            let answer = self.read_whatever(request).await;
+            self.check_usable()?;
             answer
         })
+    }
+
+    async fn read_whatever<T: 'static>(
+        &self,
+        request: impl FnOnce(&mut State) -> MetaResult<T> + 'static,
+    ) -> MetaResult<T> {
+        self.check_available()?;
+        let (before, after) = self.time();
+        pause(before).await;
+        let answer = self.shared.with(request);
+        pause(after).await;
+        self.check_available()?;
+        answer
     }
 
     /// Makes a change, which goes on in a task of its own as soon as it takes time.
@@ -166,7 +192,7 @@ impl MemoryStore {
         request: impl FnOnce(&mut State) -> MetaResult<T> + 'static,
     ) -> LocalFuture<'_, MetaResult<T>> {
         Box::pin(async move {
-            self.check_available()?;
+            self.check_usable()?;
             let (before, after) = self.time();
             let fate = self.fate();
             let shared = Rc::clone(&self.shared);
@@ -295,7 +321,7 @@ impl MetaStore for MemoryStore {
     }
 
     fn identity(&self) -> LocalFuture<'_, MetaResult<StoreIdentity>> {
-        self.read(|state| state.identity())
+        Box::pin(self.read_whatever(|state| state.identity()))
     }
 }
 

@@ -112,10 +112,13 @@ async fn restoring_and_wiping() {
         store.restore(&old);
         assert_eq!(watch.next().await, Err(WatchError::Closed));
         sleep(Duration::from_secs(6)).await;
-        assert_eq!(store.list("").await.unwrap().revision, 1, "an older store is behind");
-        assert_eq!(store.get("/a").await.unwrap().unwrap().value, "1");
+        let refused = store.list("").await;
+        assert!(matches!(refused, Err(MetaError::Unavailable(_))), "what was replaced is not used");
+        let after = store.client(Rc::default());
+        assert_eq!(after.list("").await.unwrap().revision, 1, "an older store is behind");
+        assert_eq!(after.get("/a").await.unwrap().unwrap().value, "1");
         store.wipe();
-        assert_eq!(store.list("").await.unwrap(), Listing::default());
+        assert_eq!(store.client(Rc::default()).list("").await.unwrap(), Listing::default());
     })
     .await;
 }

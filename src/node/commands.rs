@@ -3,11 +3,9 @@
 use std::rc::Rc;
 
 use super::Node;
-use super::parts::Views;
 use super::views::one_pool;
 use crate::admin::backend::{Command, Reply};
 use crate::admin::error::ApiError;
-use crate::admin::health;
 
 /// Answers; whoever asked may have gone.
 fn send<T>(reply: Reply<T>, answer: Result<T, ApiError>) {
@@ -22,8 +20,7 @@ impl Node {
         match command {
             Command::Status { reply } => send(reply, Ok(self.status(&self.gather().await))),
             Command::Health { reply } => {
-                let Views { disks, pools, volumes, .. } = self.gather().await;
-                send(reply, Ok(health::assess(&disks, &pools, &volumes)));
+                send(reply, Ok(self.health(&self.gather().await)));
             }
             Command::Metrics { reply } => {
                 let text = self.metrics.render(&self.sample().await);

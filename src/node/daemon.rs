@@ -4,7 +4,6 @@
 //! etcd); an embedded metadata store and the admin HTTP server have one each. Nothing of the data
 //! path waits for either.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -21,21 +20,17 @@ use tokio::task::LocalSet;
 use super::care::Care;
 use super::cluster::process::{Door, Told};
 use super::dev::DevOptions;
-use super::opener::{DeviceOpener, UringOpener, open_patiently};
-use super::recover::{self, Found, Rebuilt};
+use super::opener::{DeviceOpener, UringOpener};
 use super::space::SpaceLevels;
 use super::{Exports, LocalExports, Node, NodeOptions, descriptors, store};
 use crate::admin::access::Access;
 use crate::admin::backend::{self, COMMAND_TIMEOUT, COMMANDS_WAITING_MAX};
 use crate::admin::server;
 use crate::config::{Config, NbdConfig, TlsConfig};
-use crate::disk::Disk;
 use crate::disk::uring::Ring;
 use crate::env::{Env, wall_clock};
 use crate::export::nbd::{self, Server, TlsMode, UnixSocket};
-use crate::id::DiskId;
 use crate::meta::MetaStore;
-use crate::shard::local::LocalClient;
 use crate::units::TimeSpan;
 use crate::volume::head::HeadConfig;
 
@@ -235,13 +230,13 @@ async fn run_local(
 }
 
 /// SIGINT and SIGTERM.
-struct Signals {
+pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
 }
 
 impl Signals {
-    fn listen() -> Result<Self, DaemonError> {
+    pub(super) fn listen() -> Result<Self, DaemonError> {
         let failed = |why| error(format!("cannot listen for signals: {why}"));
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
@@ -249,7 +244,7 @@ impl Signals {
         })
     }
 
-    async fn wait(&mut self) {
+    pub(super) async fn wait(&mut self) {
         tokio::select! {
             biased;
             _ = self.interrupt.recv() => {}
@@ -359,58 +354,6 @@ impl AdminThread {
         // Not joined: a request may wait for this very thread.
         self.thread.take();
     }
-}
-
-/// Rebuilds the lost metadata store from the disks of the configuration, and at the paths that
-/// these name. `missing`: disks that are gone, by the operator's word.
-///
-/// # Errors
-/// [`DaemonError`]: a store exists, or [`recover::RecoverError`].
-pub fn recover(config: &Config, missing: &BTreeSet<DiskId>) -> Result<Rebuilt, DaemonError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|why| error(format!("cannot start the runtime: {why}")))?;
-    let paths = absolute(&config.disks)?;
-    LocalSet::new().block_on(&runtime, recover_local(config, paths, missing))
-}
-
-async fn recover_local(
-    config: &Config,
-    mut paths: Vec<String>,
-    missing: &BTreeSet<DiskId>,
-) -> Result<Rebuilt, DaemonError> {
-    let _lock = DirectoryLock::take(&config.data_dir)?;
-    let env = Env::from_entropy();
-    store::check_lost(config, &env).await?;
-    let ring = Ring::new().map_err(|why| error(format!("io_uring is not available: {why}")))?;
-    let opener = UringOpener::new(ring);
-    let mut found = BTreeMap::new();
-    let mut tried = BTreeSet::new();
-    while let Some(path) = paths.pop() {
-        if !tried.insert(path.clone()) {
-            continue;
-        }
-        match open_for_recovery(&opener, &path).await {
-            Ok(disk) => drop(found.insert(disk.client.disk(), disk)),
-            Err(why) => tracing::warn!(path, why, "disk not used"),
-        }
-        if paths.is_empty() {
-            paths = recover::listed_paths(&found).await;
-            paths.retain(|path| !tried.contains(path));
-        }
-    }
-    let rebuilt = recover::rebuild(&env, &found, missing).await.map_err(error)?;
-    store::put_back(config, &env, rebuilt.content.clone()).await?;
-    Ok(rebuilt)
-}
-
-async fn open_for_recovery(opener: &UringOpener, path: &str) -> Result<Found, String> {
-    let device = open_patiently(opener, path).await.map_err(|why| why.to_string())?;
-    let disk = Disk::open(device).await.map_err(|why| why.to_string())?;
-    let (size_bytes, slot_bytes) = (disk.geometry().size_bytes, disk.geometry().slot_bytes);
-    let client = Rc::new(LocalClient::new(disk));
-    Ok(Found { client, path: path.to_owned(), size_bytes, slot_bytes })
 }
 
 /// Paths as the admin API shows them, whatever directory the daemon was started in.

@@ -17,7 +17,7 @@
 //!   open once.
 //! - What the store says is changed first; then disks and heads follow, again at the next start
 //!   if need be. The keys are mirrored to the disks after each change.
-//! - A node whose disks have seen a newer state of the store than the store has does not start.
+//! - A node whose disks have seen a newer state of the store than the store has does not start, and leaves no trace in it.
 
 pub mod care;
 mod catalog;
@@ -115,7 +115,8 @@ pub enum NodeError {
     /// A disk has seen a newer state of the store.
     #[error(
         "the metadata store is at revision {found:?} (incarnation, count), but disk {disk} has \
-         seen {seen:?}: the store is an old copy; move it away and run `sdsd recover`"
+         seen {seen:?}: the store is an old copy, which is not believed; put the newest one in its place, or \
+         remove it and run `sdsd recover` (docs/cluster.md, \"When etcd is lost\")"
     )]
     StoreBehind {
         /// The store's incarnation and revision.
@@ -124,6 +125,22 @@ pub enum NodeError {
         seen: (u32, u64),
         /// That disk.
         disk: DiskId,
+    },
+    /// A disk knows more of a volume than the store.
+    #[error(
+        "disk {disk} has seen {seen} of volume {volume}, but the metadata store has {found}: the store is an \
+         old copy, which is not believed; put the newest one in its place, or remove it and run `sdsd recover` \
+         (docs/cluster.md, \"When etcd is lost\")"
+    )]
+    RootBehind {
+        /// The disk.
+        disk: DiskId,
+        /// The volume.
+        volume: VolumeId,
+        /// What the disk has seen.
+        seen: String,
+        /// What the store has.
+        found: String,
     },
 }
 
@@ -202,7 +219,7 @@ impl Node {
             space_watched: Cell::default(),
         });
         node.open_disks(paths).await?;
-        node.check_store_is_newest()?;
+        node.check_store_is_newest().await?;
         for pool in node.schema.pools().await? {
             node.pools.borrow_mut().insert(pool.record.name.clone(), pool.record);
         }

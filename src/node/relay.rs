@@ -48,6 +48,8 @@ pub(super) enum Ask {
         /// The disk.
         disk: DiskId,
     },
+    /// Which disks it lends to `sdsd recover`.
+    Lent,
     /// To do this.
     Do(Question),
 }
@@ -88,6 +90,7 @@ impl Questions for NodeQuestions {
                 Ask::Users { disk } => serde_json::to_vec(&self.0.users_here(disk))
                     .map(Bytes::from)
                     .map_err(|error| error.to_string()),
+                Ask::Lent => Err("it runs: stop its sdsd, and start `sdsd recover --lend`".into()),
                 Ask::Do(question) => {
                     let (command, answer) = question.command();
                     self.0.answer_here(command).await;

@@ -2,7 +2,6 @@
 
 use super::Node;
 use super::space::Sums;
-use crate::admin::health;
 use crate::admin::types::{RepairProgress, Space};
 use crate::export::nbd::wire::{Command, Errno};
 use crate::obs::sample::{
@@ -17,7 +16,7 @@ impl Node {
         // What is of the whole cluster, one node tells.
         let whole = self.is_manager();
         let views = if whole { self.gather().await } else { self.views() };
-        let health = health::assess(&views.disks, &views.pools, &views.volumes).health;
+        let health = self.health(&views).health;
         let usages = self.usages();
         let sums = self.sums(&usages);
         let repair = self.repair_progress(None).unwrap_or_default();

@@ -50,7 +50,10 @@ pub(super) async fn open(
     match config.store.etcd().map_err(error)? {
         None => open_embedded(&config.data_dir, opener, env, paths).await,
         Some(options) => {
-            let store = open_etcd(&options, cluster, opener, env, paths).await?;
+            // A node of a cluster may have no disks, or know of them by the store alone.
+            let ran = config.cluster.address.is_some() && config.data_dir.join(NODE_FILE).exists();
+            let founder = Founder { cluster, ran };
+            let store = open_etcd(&options, &founder, opener, env, paths).await?;
             if config.cluster.address.is_none() {
                 claim(&*store, &node_record(&config.data_dir, env)?, &options).await?;
             }
@@ -108,9 +111,17 @@ fn connect(options: &EtcdOptions, env: &Env) -> Result<EtcdStore, DaemonError> {
     EtcdStore::new(options, env.clone()).map_err(|why| error(format!("store.{why}")))
 }
 
+/// Who finds an etcd empty.
+struct Founder {
+    /// The cluster of its credentials.
+    cluster: Option<ClusterId>,
+    /// Whether it was a node of a cluster before.
+    ran: bool,
+}
+
 async fn open_etcd(
     options: &EtcdOptions,
-    cluster: Option<ClusterId>,
+    founder: &Founder,
     opener: &dyn DeviceOpener,
     env: &Env,
     paths: &[String],
@@ -122,7 +133,7 @@ async fn open_etcd(
         let found = store.identity().await;
         match found {
             Ok(found) => {
-                if let Some(wanted) = cluster.filter(|wanted| *wanted != found.cluster) {
+                if let Some(wanted) = founder.cluster.filter(|wanted| *wanted != found.cluster) {
                     return fail(format!(
                         "the credentials of this node are those of cluster {wanted}, but {place} is \
                          cluster {}",
@@ -133,10 +144,16 @@ async fn open_etcd(
             }
             Err(MetaError::Uninitialised) => {
                 check_nothing_lost(&place, opener, paths).await?;
+                if founder.ran {
+                    return fail(format!(
+                        "there is no metadata store {place}, but this node was one of a cluster before: \
+                         `sdsd recover` rebuilds the store from the disks (docs/cluster.md, \"When etcd is lost\")"
+                    ));
+                }
                 // Whatever comes of it: the next look at the identity tells.
                 let txn = Txn::new()
                     .when(Condition::PrefixEmpty(ALL_KEYS.into()))
-                    .put(CLUSTER_KEY, new_cluster(cluster, env)?);
+                    .put(CLUSTER_KEY, new_cluster(founder.cluster, env)?);
                 let made = store.txn(txn).await;
                 if made.is_ok_and(|outcome| outcome.committed().is_none())
                     && matches!(store.identity().await, Err(MetaError::Uninitialised))
@@ -287,7 +304,17 @@ pub(super) async fn put_back(
         drop(EmbeddedStore::create(&path, content).map_err(error)?);
         return Ok(());
     };
-    let store = connect(&options, env)?;
+    put_content(&connect(&options, env)?, content).await
+}
+
+/// Writes what was rebuilt into an empty store.
+///
+/// # Errors
+/// As [`put_back`].
+pub(super) async fn put_content(
+    store: &dyn MetaStore,
+    content: Vec<(String, Bytes)>,
+) -> Result<(), DaemonError> {
     // The cluster comes last: until then it is no store.
     let (cluster, rest): (Vec<_>, Vec<_>) =
         content.into_iter().partition(|(key, _)| key == CLUSTER_KEY);
@@ -296,19 +323,19 @@ pub(super) async fn put_back(
     for (key, value) in rest {
         let more = key.len() + value.len();
         if txn.ops.len() == PUT_BACK_KEYS || bytes + more > VALUE_BYTES_MAX {
-            put_surely(&store, std::mem::replace(&mut txn, none_yet())).await?;
+            put_surely(store, std::mem::replace(&mut txn, none_yet())).await?;
             bytes = 0;
         }
         bytes += more;
         txn = txn.put(key, value);
     }
-    put_surely(&store, txn).await?;
+    put_surely(store, txn).await?;
     let last = cluster.into_iter().fold(none_yet(), |txn, (key, value)| txn.put(key, value));
-    put_surely(&store, last).await
+    put_surely(store, last).await
 }
 
 /// Writes keys without a cluster; once more where the outcome is unknown.
-async fn put_surely(store: &EtcdStore, txn: Txn) -> Result<(), DaemonError> {
+async fn put_surely(store: &dyn MetaStore, txn: Txn) -> Result<(), DaemonError> {
     let deadline = Instant::now() + START_PATIENCE;
     let mut in_doubt = false;
     loop {

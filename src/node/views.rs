@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::Node;
+use super::cluster::Cluster;
 use super::counts::DiskCounts;
 use super::disks::DiskSlot;
 use super::parts::Views;
@@ -12,8 +13,8 @@ use super::volumes::VolumeSlot;
 use crate::admin::error::ApiError;
 use crate::admin::health;
 use crate::admin::types::{
-    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Narrowed, Pool, Redundancy,
-    RepairProgress, Space, Status, Volume, VolumeState,
+    Disk, DiskErrors, DiskLatency, DiskState, DiskTiming, Health, Narrowed, Pool, Reason,
+    Redundancy, RepairProgress, Space, Status, Volume, VolumeState,
 };
 use crate::id::DiskId;
 use crate::meta::record::VolumeRecord;
@@ -29,7 +30,20 @@ impl Node {
         let status = health::status(&views.disks, &views.pools, &views.volumes, going, uptime);
         let moves = self.options.head.balance_every.is_some() && views.balance.is_none();
         let waits = self.registry.balance_waits().filter(|_| moves);
-        Status { balance_waits: waits.map(str::to_owned), ..status }
+        let Health { health, reasons } = self.health(views);
+        Status { balance_waits: waits.map(str::to_owned), health, reasons, ..status }
+    }
+
+    pub(super) fn health(&self, views: &Views) -> Health {
+        let mut health = health::assess(&views.disks, &views.pools, &views.volumes);
+        let trouble = self.cluster.as_ref().and_then(Cluster::store_trouble);
+        if let Some((level, message)) = trouble {
+            let subject = "metadata store".to_owned();
+            health.reasons.insert(0, Reason { level, subject, message });
+            health.reasons.sort_by_key(|reason| std::cmp::Reverse(reason.level));
+            health.health = health.health.max(level);
+        }
+        health
     }
 
     pub(super) fn view_disk(&self, slot: &Rc<DiskSlot>) -> Disk {

@@ -150,7 +150,9 @@ impl<M> Input<M> {
             part.filter(fits)
                 .ok_or(Violation::Incoherent("more of a message that was not begun so"))?
         } else {
-            if self.parts.contains_key(&id) {
+            // Pings are numbered for themselves, and may have the number of a message of which more is to come.
+            let is_message = matches!(kind, Kind::Request | Kind::Reply);
+            if is_message && self.parts.contains_key(&id) {
                 return Err(Violation::Incoherent("a second message of the same id"));
             }
             let message = receiver.parse(kind, &header, control)?;
@@ -221,4 +223,79 @@ impl<M> Input<M> {
 
 fn payload_crc(header: &FrameHeader) -> Option<u32> {
     (header.flags & flag::PAYLOAD_CRC != 0).then(|| header.payload_crc.get())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::task::Waker;
+
+    use super::*;
+    use crate::limits::RPC_FRAME_BYTES_MAX;
+    use crate::rpc::message::Payload;
+    use crate::rpc::output::{Outgoing, Output};
+
+    /// What came, in order.
+    #[derive(Default)]
+    struct Heard(Vec<(Kind, usize)>);
+
+    impl Receive for Heard {
+        type Message = Kind;
+
+        fn parse(
+            &mut self,
+            kind: Kind,
+            _: &FrameHeader,
+            _: &[u8],
+        ) -> Result<Option<Kind>, Violation> {
+            if kind == Kind::Ping {
+                self.0.push((kind, 0));
+                return Ok(None);
+            }
+            Ok(Some(kind))
+        }
+
+        fn deliver(&mut self, kind: Kind, payload: Bytes) -> Result<(), Violation> {
+            self.0.push((kind, payload.len()));
+            Ok(())
+        }
+    }
+
+    fn push(output: &mut Output<u8, u64>, kind: Kind, lane: u8, payload: usize) {
+        let head = output.buffer();
+        let payload = match payload {
+            0 => Payload::Empty,
+            len => Payload::One(Bytes::from(vec![7; len])),
+        };
+        let opcode = u16::from(kind == Kind::Request);
+        let message = Outgoing::new((kind, opcode, 5), head, (payload, false), 5);
+        output.push(kind == Kind::Ping, lane, message);
+    }
+
+    #[test]
+    fn a_ping_may_have_the_number_of_a_message_of_which_more_is_to_come() {
+        let mut output: Output<u8, u64> = Output::new(1);
+        let long = 3 * RPC_FRAME_BYTES_MAX;
+        push(&mut output, Kind::Request, 0, long);
+        output.fill(|_, _| true);
+        push(&mut output, Kind::Ping, 1, 0);
+        let (mut input, mut heard) = (Input::new(1), Heard::default());
+        let mut cx = Context::from_waker(Waker::noop());
+        loop {
+            output.fill(|_, _| true);
+            let mut slices = [IoSlice::new(&[]); 64];
+            let count = output.gather(&mut slices);
+            let bytes: Vec<u8> = slices[..count].iter().flat_map(|s| s.iter().copied()).collect();
+            if bytes.is_empty() {
+                break;
+            }
+            let mut stream = &bytes[..];
+            while !stream.is_empty() {
+                assert!(matches!(input.poll_fill(&mut stream, &mut cx), Poll::Ready(Ok(1..))));
+                input.take_up(&mut heard).expect("nothing is wrong");
+            }
+            output.advance(bytes.len(), |_| ());
+        }
+        assert_eq!(heard.0, [(Kind::Ping, 0), (Kind::Request, long)]);
+    }
 }

@@ -45,6 +45,14 @@ impl TlsDial {
     pub fn new(address: String, node: NodeId, tls: &NodeTls) -> Result<Self, TrustError> {
         Ok(Self { address, connector: tls.client(node)? })
     }
+
+    /// What connects to whichever node of the cluster is at `address`.
+    ///
+    /// # Errors
+    /// [`TrustError`].
+    pub fn to_any(address: String, tls: &NodeTls) -> Result<Self, TrustError> {
+        Ok(Self { address, connector: tls.client_of_any()? })
+    }
 }
 
 impl Dial for TlsDial {

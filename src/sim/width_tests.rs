@@ -17,6 +17,7 @@ use crate::meta::{MetaStore, Txn, schema};
 use crate::shard::domain::Domains;
 use crate::shard::{Authority, Scheme, SegmentKind, ShardSpec, SlotClass};
 use crate::volume::head::HeadConfig;
+use crate::volume::takeover::TakeOverError;
 use crate::volume::target::HeadTarget;
 
 /// Long enough for any repair of these worlds.
@@ -275,5 +276,37 @@ fn what_heads_of_a_lost_store_left_is_never_deleted() {
             assert_eq!(read(&running).await, 2);
             running.head.release().await.expect("released");
         }
+    });
+}
+
+#[test]
+fn an_old_copy_of_the_store_is_not_believed_and_costs_nothing() {
+    in_world(config(2, 4, 4), |world| async move {
+        let running = serve(&world).await;
+        write(&running, 1).await.expect("written");
+        running.head.checkpoint().await.expect("a checkpoint");
+        let old = world.store.snapshot();
+        write(&running, 2).await.expect("written");
+        running.head.checkpoint().await.expect("a checkpoint");
+        write(&running, 3).await.expect("written");
+        running.head.release().await.expect("released");
+        let new = world.store.snapshot();
+        let held = || -> Vec<_> {
+            let disks = (0..4).filter_map(|index| world.disk(index));
+            disks.map(|disk| disk.list(world.volume.id).expect("listed").shards).collect()
+        };
+        let before = held();
+
+        // However often it is tried: the old root may not come to look new, or be mirrored over newer ones.
+        world.store.restore(&old);
+        for _ in 0..20 {
+            let taken = timeout(LONG, world.take_over(&plain_node(&world))).await.expect("in time");
+            let Err(error) = taken else { panic!("an old root is believed") };
+            assert!(matches!(error, TakeOverError::StoreBehind { .. }), "{error}");
+        }
+        assert_eq!(held(), before, "nothing is deleted");
+        world.store.restore(&new);
+        let running = serve(&world).await;
+        assert_eq!(read(&running).await, 3);
     });
 }

@@ -28,9 +28,15 @@ fn admin(cluster: ClusterId) -> Holder {
 
 /// What both ends say when one calls the other, meant to be [`SECOND`]: the caller once it has an answer.
 async fn meet(caller: &Credentials, called: &Credentials) -> (io::Result<()>, io::Result<NodeId>) {
+    meet_by(NodeTls::new(caller).unwrap().client(SECOND).unwrap(), called).await
+}
+
+async fn meet_by(
+    connector: NodeConnector,
+    called: &Credentials,
+) -> (io::Result<()>, io::Result<NodeId>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let connector = NodeTls::new(caller).unwrap().client(SECOND).unwrap();
     let server = NodeTls::new(called).unwrap();
     let call = async move {
         let mut stream = connector.connect(TcpStream::connect(address).await?).await?;
@@ -124,6 +130,24 @@ async fn strangers_are_refused_by_both_ends() {
     let eve = credentials(&ours, &admin(CLUSTER), now());
     let why = meet(&first, &eve).await.0.unwrap_err().to_string();
     assert!(why.contains("extended key usage"), "an operator cannot serve: {why}");
+}
+
+#[tokio::test]
+async fn who_knows_no_node_believes_any_of_the_cluster_and_no_other() {
+    let (ours, theirs) = (authority(CLUSTER), authority(OTHER));
+    let first = credentials(&ours, &node(CLUSTER, 1), now());
+    let any = || NodeTls::new(&first).unwrap().client_of_any().unwrap();
+    for called in [2, 3] {
+        let (call, answer) =
+            meet_by(any(), &credentials(&ours, &node(CLUSTER, called), now())).await;
+        call.unwrap();
+        assert_eq!(answer.unwrap(), NodeId::from_bytes([1; 16]));
+    }
+    let stranger = credentials(&theirs, &node(OTHER, 2), now());
+    let why = meet_by(any(), &stranger).await.0.unwrap_err().to_string();
+    assert!(why.contains("cluster c2c2"), "{why}");
+    let eve = credentials(&ours, &admin(CLUSTER), now());
+    meet_by(any(), &eve).await.0.expect_err("an operator is no node");
 }
 
 #[tokio::test]

@@ -131,7 +131,17 @@ impl NodeTls {
     pub fn client(&self, node: NodeId) -> Result<NodeConnector, TrustError> {
         let expected = Expected::Node(node);
         let config = client_config(&self.credentials, self.cluster.clone(), expected, ALPN_RPC)?;
-        Ok(NodeConnector { node, cluster: self.cluster.clone(), config })
+        Ok(NodeConnector { node: Some(node), cluster: self.cluster.clone(), config })
+    }
+
+    /// What connects to any node of the cluster: for who knows addresses and no nodes.
+    ///
+    /// # Errors
+    /// [`TrustError`].
+    pub fn client_of_any(&self) -> Result<NodeConnector, TrustError> {
+        let expected = Expected::AnyNode;
+        let config = client_config(&self.credentials, self.cluster.clone(), expected, ALPN_RPC)?;
+        Ok(NodeConnector { node: None, cluster: self.cluster.clone(), config })
     }
 
     /// Lets a node in over a connection, and says which it is.
@@ -157,7 +167,8 @@ impl NodeTls {
 /// Connects to one node.
 #[derive(Clone)]
 pub struct NodeConnector {
-    node: NodeId,
+    /// None: any of the cluster.
+    node: Option<NodeId>,
     cluster: Cluster,
     config: Arc<ClientConfig>,
 }
@@ -169,7 +180,8 @@ impl NodeConnector {
     /// Of the stream; `PermissionDenied` and `InvalidData` with the reason why it is not.
     pub async fn connect(&self, stream: TcpStream) -> io::Result<client::TlsStream<TcpStream>> {
         // Only the sessions are kept under this name, and it is one that no address says.
-        let name = ServerName::try_from(format!("{}.sds.internal", self.node));
+        let node = self.node.map_or_else(|| "any".to_owned(), |node| node.to_string());
+        let name = ServerName::try_from(format!("{node}.sds.internal"));
         let name = name.or_else(refuse)?;
         let connector = TlsConnector::from(self.config.clone());
         let stream = connector.connect(name, stream).await.map_err(|error| explained(&error))?;
@@ -177,7 +189,7 @@ impl NodeConnector {
         spoken(connection.alpn_protocol())?;
         let holder = met(&self.cluster, connection.peer_certificates())?;
         match holder.node() {
-            Some(node) if node == self.node => Ok(stream),
+            Some(node) if self.node.is_none_or(|meant| node == meant) => Ok(stream),
             _ => refuse(TrustError::Role { expected: "the node meant", found: holder.to_string() }),
         }
     }

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, FuturesUnordered, StreamExt};
 use tokio::time::Instant;
 
 use super::head::{Head, HeadContext, HeadError, State};
@@ -28,7 +28,9 @@ use crate::meta::{MetaError, schema};
 use crate::planted::{Bug, bug};
 use crate::segment::record::{CheckpointPlace, Entry, Header};
 use crate::shard::disks::Disks;
-use crate::shard::{Authority, MIRROR_BYTES_MAX, SegmentKind, ShardError, ShardInfo, ShardState};
+use crate::shard::{
+    Authority, MIRROR_BYTES_MAX, SegmentKind, ShardClient, ShardError, ShardInfo, ShardState,
+};
 
 /// How long one disk may take to answer a fence before the take-over goes on to ask again.
 const FENCE_PATIENCE: Duration = Duration::from_secs(2);
@@ -54,6 +56,19 @@ pub enum TakeOverError {
     /// Another head took the volume meanwhile.
     #[error("another head took the volume")]
     Lost,
+    /// A disk has seen a newer root.
+    #[error(
+        "disk {disk} has seen root {}.{} of the volume, but the metadata store has {}.{}: the store is an \
+         old copy, which is not believed", seen.0, seen.1, found.0, found.1
+    )]
+    StoreBehind {
+        /// The disk.
+        disk: DiskId,
+        /// Epoch and sequence that it has seen.
+        seen: (Epoch, u64),
+        /// Those of the store.
+        found: (Epoch, u64),
+    },
     /// The checkpoint cannot be read from any of its shards.
     #[error("the checkpoint in segment {segment} cannot be read: {why}")]
     NoCheckpoint {
@@ -102,6 +117,7 @@ pub async fn take_over(
     size: u64,
     waiting: &dyn Fn(&str),
 ) -> Result<Rc<Head>, TakeOverError> {
+    check_newest(&context, volume, waiting).await?;
     let (root, revision, released) = claim(&context, volume).await?;
     let authority = Authority { volume, epoch: root.epoch, head: root.head };
     let claimed = Claimed { root, revision };
@@ -115,6 +131,69 @@ pub async fn take_over(
     }
     head.start();
     Ok(head)
+}
+
+async fn stored_root(context: &HeadContext, volume: VolumeId) -> Result<Root, TakeOverError> {
+    let stored = context.store.get(&schema::root_key(volume)).await?;
+    Ok(Root::decode(&stored.ok_or(TakeOverError::NoRoot(volume))?.value)?)
+}
+
+/// Before anything is changed: whether the store is as new as the disks are. A root is mirrored only when it is known to
+/// be the store's, so one that is newer than the store's proves that the store is an old copy. (Whose
+/// roots name checkpoints that were freed since; to claim one would make it newer than what the disks
+/// remember.) As many disks are heard as a take-over has to fence.
+async fn check_newest(
+    context: &HeadContext,
+    volume: VolumeId,
+    waiting: &dyn Fn(&str),
+) -> Result<(), TakeOverError> {
+    if bug(Bug::SkipFence) || bug(Bug::FenceTooFew) {
+        return Ok(());
+    }
+    let mut answered: BTreeSet<DiskId> = BTreeSet::new();
+    for tries in 0_u32.. {
+        let root = stored_root(context, volume).await?;
+        let members = root.set.members().iter().map(|member| member.disk);
+        let asked = members.filter(|disk| !answered.contains(disk));
+        let mut answers: FuturesUnordered<_> = asked
+            .filter_map(|disk| Some(seen_root(disk, context.disks.client(disk)?, volume)))
+            .collect();
+        while !rules::fenced_enough(&root.set, &answered)
+            && let Some((disk, answer)) = answers.next().await
+        {
+            let Some(seen) = answer else { continue };
+            // Its head may have swapped it since it was read here.
+            if seen.is_some_and(|seen| seen > (root.epoch, root.sequence)) {
+                let now = stored_root(context, volume).await?;
+                let found = (now.epoch, now.sequence);
+                if let Some(seen) = seen.filter(|seen| *seen > found) {
+                    return Err(TakeOverError::StoreBehind { disk, seen, found });
+                }
+            }
+            answered.insert(disk);
+        }
+        if rules::fenced_enough(&root.set, &answered) {
+            return Ok(());
+        }
+        if tries % 10 == 0 {
+            let missing = rules::domains_missing(&root.set, &answered);
+            waiting(&format!("waiting for failure domains {missing:?} to answer"));
+        }
+        let changed = context.disks.changed.notified();
+        drop(tokio::time::timeout(Duration::from_millis(100), changed).await);
+    }
+    unreachable!("tried for ever")
+}
+
+/// Epoch and sequence of the newest root that a disk has a mirror of, once it says so.
+async fn seen_root(
+    disk: DiskId,
+    client: Rc<dyn ShardClient>,
+    volume: VolumeId,
+) -> (DiskId, Option<Option<(Epoch, u64)>>) {
+    let answer = tokio::time::timeout(FENCE_PATIENCE, client.list(volume)).await;
+    let held = answer.ok().and_then(Result::ok);
+    (disk, held.map(|held| held.mirror.map(|mirror| mirror.revision)))
 }
 
 /// Step 1: swaps the root to the next epoch, with a fresh range of segment numbers.

@@ -13,14 +13,14 @@ use super::support::{directory, run};
 const HEAL_PATIENCE: Duration = Duration::from_mins(3);
 
 /// A cluster in a directory of its own.
-struct Cluster {
-    dir: TempDir,
+pub(super) struct Cluster {
+    pub(super) dir: TempDir,
 }
 
 /// Where a node is reached.
-struct Address {
-    admin: String,
-    nbd: String,
+pub(super) struct Address {
+    pub(super) admin: String,
+    pub(super) nbd: String,
 }
 
 fn tool(dir: &Path, arguments: &[&str]) -> String {
@@ -33,7 +33,7 @@ fn tool(dir: &Path, arguments: &[&str]) -> String {
 }
 
 impl Cluster {
-    fn up(nodes: usize, extra: &[&str]) -> Self {
+    pub(super) fn up(nodes: usize, extra: &[&str]) -> Self {
         let dir = directory();
         let sdsd = PathBuf::from(env!("CARGO_BIN_EXE_sdsd"));
         let bin = sdsd.parent().expect("a directory").display().to_string();
@@ -56,11 +56,11 @@ impl Cluster {
         Self { dir }
     }
 
-    fn order(&self, arguments: &[&str]) -> String {
+    pub(super) fn order(&self, arguments: &[&str]) -> String {
         tool(self.dir.path(), arguments)
     }
 
-    fn address(&self, node: usize) -> Address {
+    pub(super) fn address(&self, node: usize) -> Address {
         let told = self.order(&["status"]);
         let name = format!("n{node} ");
         let line = told.lines().find(|line| line.starts_with(&name)).expect("the node is told of");
@@ -71,7 +71,7 @@ impl Cluster {
         Address { admin: field("admin="), nbd: field("nbd=") }
     }
 
-    fn ctl_raw(&self, node: usize, arguments: &[&str]) -> (bool, String) {
+    pub(super) fn ctl_raw(&self, node: usize, arguments: &[&str]) -> (bool, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sdsctl"));
         command.args(["--endpoint", &self.address(node).admin]);
         command.arg("--credentials").arg(self.dir.path().join("trust/admin"));
@@ -80,25 +80,25 @@ impl Cluster {
         (done.status.success(), String::from_utf8_lossy(&text).into_owned())
     }
 
-    fn ctl(&self, node: usize, arguments: &[&str]) -> String {
+    pub(super) fn ctl(&self, node: usize, arguments: &[&str]) -> String {
         let (ok, said) = self.ctl_raw(node, arguments);
         assert!(ok, "sdsctl {arguments:?}: {said}");
         said
     }
 
-    fn json(&self, node: usize, arguments: &[&str]) -> Value {
+    pub(super) fn json(&self, node: usize, arguments: &[&str]) -> Value {
         let mut all = vec!["-o", "json"];
         all.extend(arguments);
         serde_json::from_str(&self.ctl(node, &all)).expect("JSON")
     }
 
     /// Name of the node that serves the only volume.
-    fn head(&self, node: usize) -> String {
+    pub(super) fn head(&self, node: usize) -> String {
         let volumes = self.json(node, &["volume", "ls"]);
         volumes[0]["node"].as_str().expect("a name").to_owned()
     }
 
-    fn wait(&self, what: &str, node: usize, holds: impl Fn(&Self) -> bool) {
+    pub(super) fn wait(&self, what: &str, node: usize, holds: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + HEAL_PATIENCE;
         while !holds(self) {
             let status = self.ctl_raw(node, &["status"]).1;
@@ -107,7 +107,7 @@ impl Cluster {
         }
     }
 
-    fn wait_whole(&self, node: usize) {
+    pub(super) fn wait_whole(&self, node: usize) {
         self.wait("whole again", node, |cluster| {
             let volumes = cluster.json(node, &["volume", "ls"]);
             let volumes = volumes.as_array().expect("a list");
@@ -117,7 +117,7 @@ impl Cluster {
     }
 
     /// Random writes to a volume through a node, which are read back and compared, for some seconds.
-    fn load(&self, node: usize, volume: &str, seconds: u32) -> Child {
+    pub(super) fn load(&self, node: usize, volume: &str, seconds: u32) -> Child {
         let uri = format!("--uri={}{volume}", self.address(node).nbd);
         let runtime = format!("--runtime={seconds}");
         let mut command = Command::new("fio");
@@ -143,7 +143,7 @@ impl Cluster {
 }
 
 /// Longest request of a load that ended well, seconds.
-fn longest(load: Child) -> f64 {
+pub(super) fn longest(load: Child) -> f64 {
     let done = load.wait_with_output().expect("fio ends");
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
     assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));

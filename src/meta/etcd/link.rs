@@ -279,7 +279,7 @@ impl Link {
             return self.seen.set(Some(Seen { revision, ..newest }));
         };
         if self.replaced.borrow().is_none() {
-            let why = format!("{why}: its content was replaced; restart sdsd");
+            let why = format!("{why}: its content was replaced, and is not believed");
             tracing::error!(why, "the metadata store is not used any more");
             self.replaced.send_replace(Some(why));
         }

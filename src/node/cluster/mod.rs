@@ -45,6 +45,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::relay::NodeQuestions;
 use super::{Node, NodeError};
+use crate::admin::types::HealthLevel;
 use crate::id::{ClusterId, DiskId, NodeId, VolumeId};
 use crate::meta::follow::Follower;
 use crate::meta::members::{
@@ -166,6 +167,15 @@ fn hash(name: &str) -> u32 {
     crc32fast::hash(name.as_bytes())
 }
 
+/// The failure domains of a disk of a node.
+pub(super) fn domains(record: &DiskRecord, member: Option<&MemberRecord>) -> Domains {
+    Domains {
+        disk: record.domain,
+        node: member.map_or_else(|| hash(&record.node), MemberRecord::node_domain),
+        rack: member.map_or_else(|| hash("default"), MemberRecord::rack_domain),
+    }
+}
+
 /// What is known of the cluster.
 struct View {
     members: Records<MemberRecord>,
@@ -279,12 +289,20 @@ impl Cluster {
     /// keeps shards apart all the same.
     pub(super) fn domains_of(&self, record: &DiskRecord) -> Domains {
         let view = self.view.borrow();
-        let member = view.members.get(&record.node).map(|(member, _)| member);
-        Domains {
-            disk: record.domain,
-            node: member.map_or_else(|| hash(&record.node), MemberRecord::node_domain),
-            rack: member.map_or_else(|| hash("default"), MemberRecord::rack_domain),
+        domains(record, view.members.get(&record.node).map(|(member, _)| member))
+    }
+
+    /// What is wrong with the metadata store, as far as this node sees.
+    pub(super) fn store_trouble(&self) -> Option<(HealthLevel, String)> {
+        if let Some(why) = self.keys.replaced() {
+            let why = format!(
+                "it was replaced ({why}) and is not believed: volumes are served without it; do not stop \
+                 nodes before you have read \"When etcd is lost\" in docs/cluster.md"
+            );
+            return Some((HealthLevel::Critical, why));
         }
+        let away = "it does not answer: volumes are served, what needs it waits";
+        self.keys.answers_for().is_none().then(|| (HealthLevel::Warning, away.to_owned()))
     }
 
     /// All disks of other nodes.

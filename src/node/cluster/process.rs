@@ -18,7 +18,7 @@ use crate::node::store;
 use crate::rpc::handshake::Target;
 use crate::rpc::tcp::TcpDial;
 use crate::rpc::tls::{TlsDial, serve_tls};
-use crate::rpc::{Dial, Identity, Peer, RpcConfig, Server};
+use crate::rpc::{Dial, Directories, Identity, Peer, RpcConfig, Server};
 use crate::shard::LocalFuture;
 use crate::trust::{Credentials, Holder, Kind, NodeTls};
 
@@ -85,6 +85,21 @@ pub(in crate::node) struct Told {
     pub(in crate::node) exports: Vec<(String, String)>,
 }
 
+/// What other nodes are shown, if the configuration names credentials.
+pub(in crate::node) fn trust(config: &Config) -> Result<Option<NodeTls>, DaemonError> {
+    let Some(dir) = &config.cluster.credentials else { return Ok(None) };
+    let credentials = Credentials::load(dir, Kind::Node).map_err(error)?;
+    let named = &credentials.holder().name;
+    if *named != config.node {
+        return fail(format!(
+            "the credentials in {} are those of node '{named}', and this is node '{}'",
+            dir.display(),
+            config.node
+        ));
+    }
+    Ok(Some(NodeTls::new(&credentials).map_err(error)?))
+}
+
 impl Door {
     /// Listens, if the configuration is that of a node of a cluster.
     pub(in crate::node) async fn open(config: &Config) -> Result<Option<Self>, DaemonError> {
@@ -92,21 +107,7 @@ impl Door {
         if config.store.backend != StoreBackend::Etcd {
             return fail("cluster.address: the nodes of a cluster share an etcd: see [store]");
         }
-        let tls = match &config.cluster.credentials {
-            None => None,
-            Some(dir) => {
-                let credentials = Credentials::load(dir, Kind::Node).map_err(error)?;
-                let named = &credentials.holder().name;
-                if *named != config.node {
-                    return fail(format!(
-                        "the credentials in {} are those of node '{named}', and this is node '{}'",
-                        dir.display(),
-                        config.node
-                    ));
-                }
-                Some(NodeTls::new(&credentials).map_err(error)?)
-            }
-        };
+        let tls = trust(config)?;
         let failed = |why| error(format!("cannot listen for other nodes on {address}: {why}"));
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
@@ -143,6 +144,21 @@ impl Door {
             lease: LEASE,
             out_after: Duration::from_secs(cluster.out_after_seconds),
         })
+    }
+
+    /// Serves what is given to the nodes that `admits` lets in, until `stopped` says so.
+    pub(in crate::node) async fn serve_with(
+        self,
+        own: Identity,
+        served: Directories,
+        admits: Rc<dyn Fn(NodeId) -> bool>,
+        stopped: watch::Receiver<bool>,
+    ) {
+        let server = Server::new(own, served, RpcConfig::default(), stopped.clone());
+        match self.tls {
+            None => server.serve_tcp(self.listener).await,
+            Some(tls) => serve_tls(server, self.listener, tls, admits, stopped).await,
+        }
     }
 
     /// Serves the disks of the node to the others until the sender is dropped.

@@ -30,6 +30,7 @@ use crate::sim::pipe::{PipeEnd, PipeFaults, pipe};
 use crate::volume::head::HeadConfig;
 
 mod balance;
+mod recover;
 
 /// The network: who listens, and which ways are cut.
 #[derive(Default)]
