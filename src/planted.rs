@@ -37,10 +37,31 @@ pub enum Bug {
     MiscountLive,
     /// Of a shard that is moved to another disk, only one half is copied.
     MoveHalf,
+    /// The read lease is counted from the answer instead of the sending.
+    LeaseFromAnswer,
+    /// A head leaves `released` in the root that it takes over.
+    StaysReleased,
+    /// Who removes a disk does not ask other nodes whether their volumes need it.
+    DrainedTooEarly,
+    /// Heads are not told that a disk of another node is back.
+    FarReturnUntold,
+    /// A node never takes back a volume that it handed over.
+    LeavesForGood,
 }
 
 impl Bug {
-    /// Every bug.
+    /// Those of the cluster, and others that the simulation of a whole cluster finds too.
+    pub const CLUSTER: &'static [Self] = &[
+        Self::SkipFence,
+        Self::ServeBeforeLease,
+        Self::LeaseFromAnswer,
+        Self::StaysReleased,
+        Self::DrainedTooEarly,
+        Self::FarReturnUntold,
+        Self::LeavesForGood,
+    ];
+
+    /// Every bug that the simulation of one node finds.
     pub const ALL: &'static [Self] = &[
         Self::DropDurability,
         Self::SkipFence,

@@ -1,10 +1,12 @@
-//! Runs the simulation: `sds-sim --seed N` or `--seeds A..B`, with `--bug NAME` planted.
+//! Runs the simulation: `sds-sim --seed N` or `--seeds A..B`, with `--bug NAME` planted; with `--cluster` that of
+//! a whole cluster.
 #![allow(clippy::print_stdout, reason = "its output is its purpose")]
 
 use std::process::ExitCode;
 
 use clap::Parser;
 use sds::planted::{Bug, plant};
+use sds::sim::cluster;
 use sds::sim::run::{Coverage, run};
 
 /// Deterministic simulation of a node with faults, against an oracle.
@@ -19,6 +21,9 @@ struct Args {
     /// Plants a known bug; the exit code then tells whether it was found.
     #[arg(long)]
     bug: Option<String>,
+    /// A whole cluster instead of one node.
+    #[arg(long)]
+    cluster: bool,
     /// Goes on after a failure.
     #[arg(long)]
     keep_going: bool,
@@ -30,8 +35,9 @@ fn main() -> ExitCode {
         println!("no log: {error}");
     }
     if let Some(name) = &args.bug {
-        let Some(bug) = Bug::ALL.iter().find(|bug| format!("{bug:?}") == *name) else {
-            println!("no bug {name}; there are {:?}", Bug::ALL);
+        let Some(bug) = Bug::ALL.iter().chain(Bug::CLUSTER).find(|bug| format!("{bug:?}") == *name)
+        else {
+            println!("no bug {name}; there are {:?} and {:?}", Bug::ALL, Bug::CLUSTER);
             return ExitCode::from(2);
         };
         plant(Some(*bug));
@@ -52,7 +58,7 @@ fn main() -> ExitCode {
     let mut coverage = Coverage::new();
     let (mut runs, mut failed) = (0, 0);
     for seed in range {
-        let report = run(seed);
+        let report = if args.cluster { cluster::run(seed) } else { run(seed) };
         runs += 1;
         for (what, count) in report.coverage {
             *coverage.entry(what).or_default() += count;

@@ -12,12 +12,13 @@ use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::state::{Content, State};
+use super::state::{Content, Outlet, State};
 use super::{
     LeaseId, Listing, LocalFuture, MetaError, MetaResult, MetaStore, StoreIdentity, Txn,
-    TxnOutcome, Versioned, Watch,
+    TxnOutcome, Versioned, Watch, WatchError,
 };
 use crate::env::Env;
 
@@ -40,12 +41,51 @@ pub struct Faults {
     pub late: Cell<Duration>,
     /// Least and greatest time that a request takes; half of it passes before the change.
     pub delay: Cell<(Duration, Duration)>,
+    /// Watches that are begun hear nothing while the store is unavailable, and end when
+    /// [`Faults::lose_watches`] says so. Otherwise they always hear everything at once.
+    pub watches_suffer: Cell<bool>,
+    watches_lost: Cell<u64>,
+    watches_told: Notify,
 }
 
 impl Faults {
+    /// Ends all watches, as if the store had compacted what they missed.
+    pub fn lose_watches(&self) {
+        self.watches_lost.set(self.watches_lost.get() + 1);
+        self.watches_told.notify_waiters();
+    }
+
+    /// The store goes away from this client, or is back.
+    pub fn set_unavailable(&self, unavailable: bool) {
+        self.unavailable.set(unavailable);
+        self.watches_told.notify_waiters();
+    }
+
+    /// Hands changes on while the store is there, until nobody listens or the watch is lost.
+    async fn relay(&self, mut watch: Watch, outlet: Outlet) {
+        let lost = self.watches_lost.get();
+        loop {
+            let told = self.watches_told.notified();
+            if self.watches_lost.get() != lost {
+                return outlet.end(WatchError::Compacted(0));
+            }
+            let there = !self.unavailable.get();
+            tokio::select! {
+                biased;
+                () = outlet.closed() => return,
+                () = told => {}
+                changes = watch.next(), if there => match changes {
+                    Ok(changes) if outlet.send(&changes) => {}
+                    Ok(_) => return,
+                    Err(error) => return outlet.end(error),
+                },
+            }
+        }
+    }
+
     /// Switches all faults and delays off.
     pub fn heal(&self) {
-        self.unavailable.set(false);
+        self.set_unavailable(false);
         self.unknown_applied.set(0);
         self.unknown_lost.set(0);
         self.unknown_late.set(0);
@@ -113,6 +153,28 @@ impl MemoryStore {
     pub fn restore(&self, snapshot: &Snapshot) {
         self.shared.replace(State::new(snapshot.0.clone()));
         self.shared.expire_in_background();
+    }
+
+    /// Ends the lease that a key is bound to, if there is one: as if its holder had not renewed it.
+    pub fn end_lease_of(&self, key: &str) {
+        self.shared.with(|state| {
+            let lease = state.content().entries.get(key).and_then(|entry| entry.lease);
+            // It was just seen.
+            lease.is_some_and(|lease| state.lease_revoke(lease).is_ok())
+        });
+        self.shared.publish();
+    }
+
+    /// Ends the leases whose time is over, and tells watchers. Otherwise that happens when somebody
+    /// asks for something.
+    pub fn tick(&self) {
+        self.shared.with(|_| ());
+        self.shared.publish();
+    }
+
+    /// The value of a key as it is now, past all faults.
+    pub fn peek(&self, key: &str) -> Option<Versioned> {
+        self.shared.with(|state| state.get(key)).ok().flatten()
     }
 
     /// Loses everything.
@@ -299,7 +361,17 @@ impl MetaStore for MemoryStore {
 
     fn watch(&self, prefix: &str, from: u64) -> LocalFuture<'_, MetaResult<Watch>> {
         let prefix = prefix.to_owned();
-        self.read(move |state| state.watch(&prefix, from))
+        let watch = self.read(move |state| state.watch(&prefix, from));
+        if !self.faults.watches_suffer.get() {
+            return watch;
+        }
+        let faults = self.faults.clone();
+        Box::pin(async move {
+            let inner = watch.await?;
+            let (outlet, outer) = Outlet::new();
+            tokio::task::spawn_local(async move { faults.relay(inner, outlet).await });
+            Ok(outer)
+        })
     }
 
     fn lease_grant(&self, ttl: Duration) -> LocalFuture<'_, MetaResult<LeaseId>> {

@@ -34,6 +34,8 @@ mod forecast;
 pub mod opener;
 mod parts;
 mod pools;
+#[cfg(any(test, feature = "simulation"))]
+mod probe;
 pub mod recover;
 mod relay;
 mod replace;

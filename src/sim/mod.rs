@@ -4,6 +4,7 @@ mod ahead;
 mod bend;
 pub mod client;
 mod clock;
+pub mod cluster;
 #[cfg(test)]
 mod damage_tests;
 mod demands;

@@ -31,8 +31,8 @@ pub struct PipeFaults {
     pub write_max: Cell<Option<usize>>,
     /// Where the randomness comes from.
     env: Option<Env>,
-    /// Nothing arrives.
-    held: Cell<bool>,
+    /// Nothing arrives, by end.
+    held: [Cell<bool>; 2],
     written: Cell<u64>,
     broken: Cell<bool>,
     wakers: RefCell<Vec<Waker>>,
@@ -52,8 +52,20 @@ impl PipeFaults {
 
     /// Holds everything back, or lets it pass again.
     pub fn hold(&self, held: bool) {
-        self.held.set(held);
+        self.held.iter().for_each(|end| end.set(held));
         self.wake();
+    }
+
+    /// Holds back what goes to one end, the first (0) or the second (1) of [`pipe`], or lets it pass
+    /// again.
+    pub fn hold_to(&self, end: usize, held: bool) {
+        self.held[end].set(held);
+        self.wake();
+    }
+
+    /// Whether it was cut.
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
     }
 
     /// Bytes written so far, by both sides.
@@ -92,6 +104,7 @@ struct Half {
 
 /// One end of a connection.
 pub struct PipeEnd {
+    number: usize,
     input: Rc<RefCell<Half>>,
     output: Rc<RefCell<Half>>,
     faults: Rc<PipeFaults>,
@@ -101,13 +114,14 @@ pub struct PipeEnd {
 /// A connection with these faults.
 pub fn pipe(faults: &Rc<PipeFaults>) -> (PipeEnd, PipeEnd) {
     let (one, other) = (Rc::<RefCell<Half>>::default(), Rc::<RefCell<Half>>::default());
-    let end = |input: &Rc<RefCell<Half>>, output: &Rc<RefCell<Half>>| PipeEnd {
+    let end = |number, input: &Rc<RefCell<Half>>, output: &Rc<RefCell<Half>>| PipeEnd {
+        number,
         input: input.clone(),
         output: output.clone(),
         faults: faults.clone(),
         timer: None,
     };
-    (end(&one, &other), end(&other, &one))
+    (end(0, &one, &other), end(1, &other, &one))
 }
 
 impl Drop for PipeEnd {
@@ -129,7 +143,7 @@ impl AsyncRead for PipeEnd {
         let mut half = this.input.borrow_mut();
         let half = &mut *half;
         this.faults.wait(cx);
-        if this.faults.held.get() {
+        if this.faults.held[this.number].get() {
             return Poll::Pending;
         }
         let Some((arrival, _)) = half.queue.front() else {

@@ -42,6 +42,23 @@ impl Head {
         Ok(())
     }
 
+    /// What the log set is, and what keeps it so, for the report of a failure.
+    pub fn explain_log_set(&self) -> String {
+        let state = self.state.borrow();
+        let down: Vec<DiskId> = (state.root.set.members().iter().map(|member| member.disk))
+            .filter(|disk| !self.disks.is_healthy(*disk))
+            .collect();
+        format!(
+            "{:?}, not healthy {down:?}, lost {:?}, away {:?}, pending {:?}, wanted {:?}, planned {:?}",
+            state.root.set,
+            state.lost,
+            state.away.keys(),
+            state.pending_root.as_ref().map(|root| &root.set),
+            state.wanted,
+            state.planned,
+        )
+    }
+
     /// Checks the table, and the counters against a full walk of the index. Nothing may be written
     /// meanwhile.
     ///

@@ -32,6 +32,7 @@ use crate::export::TargetError;
 use crate::id::{BLOCK_SIZE, DiskId, Lsn, SegmentId, VolumeId};
 use crate::meta::{MetaError, MetaStore};
 use crate::obs::throttle::Throttle;
+use crate::planted::{Bug, bug};
 use crate::segment::BlockAddr;
 use crate::segment::fetch::{FetchError, Finding, Source};
 use crate::segment::open::OpenSegment;
@@ -718,6 +719,7 @@ impl Head {
 
     /// Notes that a disk answered "not fenced" to something sent at `sent`.
     pub(super) fn lease_evidence(&self, disk: DiskId, sent: Instant) {
+        let sent = if bug(Bug::LeaseFromAnswer) { Instant::now() } else { sent };
         let mut state = self.state.borrow_mut();
         let newest = state.lease.entry(disk).or_insert(sent);
         *newest = sent.max(*newest);

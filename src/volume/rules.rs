@@ -321,6 +321,32 @@ pub fn renewed(
     LogSet::new(members, width).ok().filter(|new| new != old)
 }
 
+/// The set that a checkpoint may put in the place of `old` where [`renewed`] finds too few healthy domains
+/// without the disks `lost`, but those are still `up`, being only meant to go: nobody leaves, and members
+/// of other domains join (from `spare`), as many as are missing. Then the lost ones can leave it. None
+/// if nobody is missing, nobody can join, or too few are up for a write set under both.
+pub fn extended(
+    old: &LogSet,
+    lost: &BTreeSet<DiskId>,
+    up: &BTreeSet<DiskId>,
+    spare: &[Member],
+) -> Option<LogSet> {
+    let width = usize::from(old.width);
+    let missing = width.saturating_sub(domains_touched(old, &(up - lost)));
+    if missing == 0 || domains_touched(old, up) < width {
+        return None;
+    }
+    let taken: BTreeSet<u32> = old.members.iter().map(|member| member.domain).collect();
+    let mut joining: BTreeMap<u32, Member> = BTreeMap::new();
+    for member in spare.iter().filter(|member| !taken.contains(&member.domain)) {
+        if joining.len() < missing && old.members.len() + joining.len() < LOG_SET_DISKS_MAX {
+            joining.entry(member.domain).or_insert(*member);
+        }
+    }
+    let members: Vec<Member> = old.members.iter().copied().chain(joining.into_values()).collect();
+    LogSet::new(members, old.width).ok().filter(|new| new != old)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -473,6 +499,22 @@ mod tests {
         assert_eq!(renewed(&old, &disks(&[1, 2]), &all, &spare, (2, 3)), None);
     }
 
+    #[test]
+    fn who_is_meant_to_go_stays_until_others_have_joined() {
+        let old = log_set(&[0, 1, 2], 3);
+        let member = |n: u8| Member { disk: disk(n), domain: u32::from(n) };
+        let (lost, up, spare) = (disks(&[2]), disks(&[0, 1, 2, 3, 4]), [member(3), member(4)]);
+        let healthy = &up - &lost;
+        assert_eq!(renewed(&old, &lost, &healthy, &spare, (3, 8)), None);
+        let both = extended(&old, &lost, &up, &spare).expect("somebody joins");
+        assert_eq!(both.members(), [member(0), member(1), member(2), member(3)]);
+        let new = renewed(&both, &lost, &healthy, &[], (3, 8)).expect("it can leave now");
+        assert_eq!((new.width(), new.members()), (3, &[member(0), member(1), member(3)][..]));
+        assert_eq!(extended(&both, &lost, &up, &spare), None, "nobody is missing");
+        assert_eq!(extended(&old, &lost, &healthy, &spare), None, "it is away");
+        assert_eq!(extended(&old, &lost, &up, &[]), None, "there is nobody");
+    }
+
     /// Random sets over disks 0 to 6 in up to 5 domains. Not every disk belongs to the set.
     fn any_set() -> impl Strategy<Value = LogSet> {
         let members = prop::collection::btree_map(0_u8..7, 0_u32..5, 1..=7);
@@ -581,6 +623,23 @@ mod tests {
                 prop_assert!(new.width() >= old.width() && new.width() <= wide);
                 prop_assert!(write_set_ok_in_all(&[&old, &new], &usable));
                 prop_assert!(in_force(&new, std::slice::from_ref(&old), &usable));
+                prop_assert!(may_swap_set(&old, &new, &[]));
+            }
+        }
+
+        #[test]
+        fn an_extended_set_leaves_a_write_set_under_both(
+            old in any_set(),
+            lost in any_disks(),
+            up in any_disks(),
+        ) {
+            let others = up.iter().filter(|disk| old.domain_of(**disk).is_none());
+            let spare: Vec<Member> =
+                others.zip(10..).map(|(&disk, domain)| Member { disk, domain }).collect();
+            if let Some(new) = extended(&old, &lost, &up, &spare) {
+                prop_assert_eq!(new.width(), old.width());
+                prop_assert!(write_set_ok_in_all(&[&old, &new], &up));
+                prop_assert!(in_force(&new, std::slice::from_ref(&old), &up));
                 prop_assert!(may_swap_set(&old, &new, &[]));
             }
         }

@@ -218,7 +218,7 @@ async fn claim(
         epoch,
         head: HeadId::from_bytes(context.env.random_bytes()),
         sequence: old.sequence + 1,
-        released: false,
+        released: old.released && bug(Bug::StaysReleased),
         former,
         range: (old.range.1, old.range.1 + SEGMENT_RANGE),
         ..old

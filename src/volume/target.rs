@@ -346,7 +346,21 @@ impl Head {
         (self.disks.slot_blocks_min() as usize / 4).max(1)
     }
 
+    /// Writes stripes. In a task of its own: whoever gives the request up must not leave shards behind
+    /// that no table lists, or a segment that is pinned for ever.
     async fn write_large(
+        self: &Rc<Self>,
+        lba: u64,
+        data: Bytes,
+        scheme: Scheme,
+    ) -> Result<(), TargetError> {
+        let head = self.clone();
+        let written =
+            tokio::task::spawn_local(async move { head.write_stripes(lba, data, scheme).await });
+        written.await.unwrap_or(Err(TargetError::Stopped))
+    }
+
+    async fn write_stripes(
         self: &Rc<Self>,
         lba: u64,
         data: Bytes,

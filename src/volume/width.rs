@@ -230,7 +230,10 @@ impl Head {
             let member = |disk| Some(Member { disk, domain: domain(disk)? });
             chosen.iter().filter_map(|target| member(target.disk)).collect()
         };
-        rules::renewed(old, &lost, &healthy, &spare, (parity + 1, most))
+        rules::renewed(old, &lost, &healthy, &spare, (parity + 1, most)).or_else(|| {
+            let up = self.disks.ids().into_iter().collect();
+            rules::extended(old, &lost, &up, &spare)
+        })
     }
 
     /// Brings a set into force by a checkpoint.

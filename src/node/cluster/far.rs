@@ -13,6 +13,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{Cluster, Node};
 use crate::id::DiskId;
 use crate::meta::record::{DiskRecord, DiskState};
+use crate::planted::{Bug, bug};
 use crate::rpc::{ConnectionState, Peer, RemoteDisk};
 use crate::shard::ShardClient;
 
@@ -197,7 +198,9 @@ impl Node {
         disk.up_since.set(Instant::now());
         disk.told_lost.set(false);
         tracing::info!(disk = %disk.id, at = disk.label(), "disk of another node in use");
-        self.tell_returned(disk.id);
+        if !bug(Bug::FarReturnUntold) {
+            self.tell_returned(disk.id);
+        }
     }
 
     fn far_disk_down(&self, disk: &FarDisk, why: &str) {

@@ -14,6 +14,7 @@ use crate::id::VolumeId;
 use crate::meta::members::PlaceRecord;
 use crate::meta::record::{VolumeRecord, VolumeState};
 use crate::node::volumes::VolumeSlot;
+use crate::planted::{Bug, bug};
 
 /// How long it is tried to note that a volume was handed over.
 const HAND_OVER_PATIENCE: Duration = Duration::from_secs(30);
@@ -192,6 +193,8 @@ impl Node {
             }
             sleep(HAND_OVER_PAUSE).await;
         }
-        cluster.leaving.borrow_mut().remove(&slot.id);
+        if !bug(Bug::LeavesForGood) {
+            cluster.leaving.borrow_mut().remove(&slot.id);
+        }
     }
 }

@@ -1,299 +1,55 @@
 //! Several nodes on one store, in virtual time.
 
-use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, watch};
-use tokio::task::{JoinHandle, LocalSet};
+use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::*;
 use crate::admin::types::{CreatePool, CreateVolume, FailureDomain, PoolScheme};
-use crate::disk::device::BlockDevice;
 use crate::env::Env;
 use crate::export::{BlockTarget, ExportDirectory};
-use crate::meta::memory::{Faults, MemoryStore};
-use crate::meta::record::ClusterRecord;
-use crate::meta::schema::Schema;
 use crate::node::exports::{Exports, LocalExports};
-use crate::node::opener::{DeviceOpener, OpenFailure};
-use crate::node::{NodeOptions, care, space};
-use crate::rpc::handshake::Target;
-use crate::rpc::{Dial, RpcConfig, Server};
-use crate::shard::LocalFuture;
-use crate::sim::device::{SimConfig, SimDevice};
-use crate::sim::pipe::{PipeEnd, PipeFaults, pipe};
-use crate::volume::head::HeadConfig;
+use crate::sim::cluster::town::{Town, TownConfig, until};
 
 mod balance;
 mod recover;
 
-/// The network: who listens, and which ways are cut.
-#[derive(Default)]
-struct Net {
-    listeners: RefCell<BTreeMap<String, mpsc::UnboundedSender<PipeEnd>>>,
-    cut: RefCell<BTreeSet<(String, String)>>,
-    pipes: RefCell<Vec<(String, String, Rc<PipeFaults>)>>,
+/// A cluster of so many nodes, all of which run.
+async fn town(nodes: usize, disks: usize) -> Town {
+    let town = Town::new(Env::from_seed(3), TownConfig::default()).await;
+    for _ in 0..nodes {
+        let host = town.add_host(disks).await;
+        town.start(&host);
+    }
+    town.until_met(nodes).await;
+    town
 }
 
-impl Net {
-    fn is_cut(&self, a: &str, b: &str) -> bool {
-        let cut = self.cut.borrow();
-        cut.contains(&(a.to_owned(), b.to_owned())) || cut.contains(&(b.to_owned(), a.to_owned()))
-    }
-
-    /// Nothing passes between two nodes any more, and neither is told.
-    fn cut(&self, a: &str, b: &str) {
-        self.cut.borrow_mut().insert((a.to_owned(), b.to_owned()));
-        for (from, to, faults) in &*self.pipes.borrow() {
-            if (from == a && to == b) || (from == b && to == a) {
-                faults.hold(true);
-            }
-        }
-    }
-
-    fn heal(&self) {
-        self.cut.borrow_mut().clear();
-        for (.., faults) in &*self.pipes.borrow() {
-            faults.cut();
-        }
-        self.pipes.borrow_mut().clear();
-    }
+fn node(town: &Town, index: usize) -> Rc<Node> {
+    town.host(index).node().expect("it runs")
 }
 
-/// Connects one node to another.
-struct Way {
-    net: Rc<Net>,
-    from: String,
-    to: String,
+async fn kill(town: &Town, index: usize) {
+    town.kill(&town.host(index), false).await;
 }
 
-impl Dial for Way {
-    type Stream = PipeEnd;
-
-    fn dial(&self) -> LocalFuture<'_, io::Result<PipeEnd>> {
-        Box::pin(async move {
-            if self.net.is_cut(&self.from, &self.to) {
-                std::future::pending::<()>().await;
-            }
-            let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
-            let listener = self.net.listeners.borrow().get(&self.to).cloned();
-            let faults = Rc::new(PipeFaults::default());
-            faults.delay.set(Duration::from_micros(100));
-            let (ours, theirs) = pipe(&faults);
-            listener.ok_or_else(refused)?.send(theirs).map_err(|_| refused())?;
-            self.net.pipes.borrow_mut().push((self.from.clone(), self.to.clone(), faults));
-            Ok(ours)
-        })
-    }
+async fn start_again(town: &Town, index: usize) {
+    town.start(&town.host(index));
+    town.until_met(town.hosts().len()).await;
 }
 
-struct Pipes {
-    net: Rc<Net>,
-    env: Env,
+fn store_away(town: &Town, away: bool) {
+    town.hosts().iter().for_each(|host| host.store.set_unavailable(away));
 }
 
-impl Wire for Pipes {
-    fn connect(&self, own: Identity, target: NodeId, label: &str, address: &str) -> Peer {
-        let way = Way { net: self.net.clone(), from: own.name.clone(), to: address.to_owned() };
-        let target = Target { node: Some(target), core: 0 };
-        Peer::spawn(label, own, target, way, RpcConfig::default(), self.env.clone())
-    }
-}
-
-struct Devices(RefCell<BTreeMap<String, SimDevice>>);
-
-impl DeviceOpener for Devices {
-    fn open(&self, path: &str, _: Option<u64>) -> Result<Rc<dyn BlockDevice>, OpenFailure> {
-        let device = self.0.borrow().get(path).cloned();
-        Ok(Rc::new(device.ok_or_else(|| OpenFailure::NotFound(path.to_owned()))?))
-    }
-
-    fn check(&self, _: &str, _: u64) -> Result<(), String> {
-        Ok(())
-    }
-}
-
-/// A machine, and the process on it.
-struct Host {
-    name: String,
-    id: NodeId,
-    devices: Rc<Devices>,
-    process: RefCell<Option<JoinHandle<()>>>,
-    node: Rc<RefCell<Option<Rc<Node>>>>,
-}
-
-/// All of it.
-pub(super) struct Town {
-    env: Env,
-    store: MemoryStore,
-    /// Of all nodes' ways to the store.
-    store_faults: Rc<Faults>,
-    net: Rc<Net>,
-    hosts: Vec<Host>,
-}
-
-const DISK_BYTES: u64 = 512 << 20;
-
-impl Town {
-    async fn new(nodes: usize, disks: usize) -> Self {
-        let env = Env::from_seed(3);
-        let store = MemoryStore::new(env.clone());
-        let record = ClusterRecord { id: ClusterId::from_bytes([7; 16]), incarnation: 1 };
-        let schema = Schema::new(Rc::new(store.client(Rc::default())));
-        schema.initialise(&record).await.expect("the store is empty");
-        let mut town =
-            Self { env, store, store_faults: Rc::default(), net: Rc::default(), hosts: Vec::new() };
-        for _ in 0..nodes {
-            town.add_host(disks);
-        }
-        town
-    }
-
-    fn add_host(&mut self, disks: usize) {
-        let index = self.hosts.len();
-        let config = || SimConfig { size_bytes: DISK_BYTES, ..SimConfig::default() };
-        let device =
-            |disk| (format!("/n{index}d{disk}"), SimDevice::new(self.env.clone(), config()));
-        let devices = Rc::new(Devices(RefCell::new((0..disks).map(device).collect())));
-        self.hosts.push(Host {
-            name: format!("n{index}"),
-            id: NodeId::from_bytes(self.env.random_bytes()),
-            devices,
-            process: RefCell::default(),
-            node: Rc::default(),
-        });
-    }
-
-    fn start(&self, index: usize) {
-        let host = &self.hosts[index];
-        let wire = Rc::new(Pipes { net: self.net.clone(), env: self.env.clone() });
-        let cluster = ClusterOptions {
-            id: host.id,
-            host: host.name.clone(),
-            rack: "r".into(),
-            address: host.name.clone(),
-            admin: format!("{}:1", host.name),
-            exports: vec![],
-            wire,
-            lease: Duration::from_secs(2),
-            out_after: Duration::from_secs(20),
-        };
-        let options = NodeOptions {
-            name: host.name.clone(),
-            env: self.env.clone(),
-            store: Rc::new(self.store.client(self.store_faults.clone())),
-            opener: host.devices.clone(),
-            cluster: Some(cluster),
-            head: HeadConfig::default(),
-            index_cache_bytes: 16 << 20,
-            care: care::Care::default(),
-            space: space::SpaceLevels::default(),
-            unix_seconds: || 0,
-        };
-        let paths: Vec<String> = host.devices.0.borrow().keys().cloned().collect();
-        let (sender, mut receiver) = mpsc::unbounded_channel();
-        self.net.listeners.borrow_mut().insert(host.name.clone(), sender);
-        let own = Identity {
-            cluster: ClusterId::from_bytes([7; 16]),
-            node: host.id,
-            name: host.name.clone(),
-            core: 0,
-        };
-        let place = host.node.clone();
-        let process = LocalSet::new();
-        process.spawn_local(async move {
-            let node = Node::start(options, &paths).await.expect("nothing is wrong");
-            let (_stop, stopped) = watch::channel(false);
-            let served = directories(&node);
-            let server = Server::new(own, served, RpcConfig::default(), stopped);
-            *place.borrow_mut() = Some(node);
-            while let Some(stream) = receiver.recv().await {
-                let server = server.clone();
-                tokio::task::spawn_local(async move {
-                    server.serve_stream(stream, "pipe").await;
-                });
-            }
-        });
-        let running = tokio::task::spawn_local(async move {
-            process.await;
-        });
-        *host.process.borrow_mut() = Some(running);
-    }
-
-    async fn start_all(&self) {
-        for index in 0..self.hosts.len() {
-            self.start(index);
-        }
-        self.until_met(self.hosts.len()).await;
-    }
-
-    /// Waits until every node that runs sees the disks of so many nodes.
-    async fn until_met(&self, nodes: usize) {
-        let disks = self.hosts[0].devices.0.borrow().len();
-        let met = || {
-            let running: Vec<_> = self.nodes();
-            running.len() >= nodes
-                && running.iter().all(|node| node.registry.ids().len() == disks * nodes)
-        };
-        until("all disks are met", Duration::from_secs(20), met).await;
-    }
-
-    fn nodes(&self) -> Vec<Rc<Node>> {
-        self.hosts.iter().filter_map(|host| host.node.borrow().clone()).collect()
-    }
-
-    fn node(&self, index: usize) -> Rc<Node> {
-        self.hosts[index].node.borrow().clone().expect("it runs")
-    }
-
-    /// The process dies at once, its devices with what they had in flight.
-    fn kill(&self, index: usize) {
-        let host = &self.hosts[index];
-        self.net.listeners.borrow_mut().remove(&host.name);
-        host.node.borrow_mut().take();
-        if let Some(process) = host.process.borrow_mut().take() {
-            process.abort();
-        }
-        for device in host.devices.0.borrow_mut().values_mut() {
-            device.crash();
-            *device = device.reopen();
-        }
-    }
-
-    fn store_away(&self, away: bool) {
-        self.store_faults.unavailable.set(away);
-    }
-
-    /// The node that serves a volume, once one does.
-    async fn server_of(&self, volume: VolumeId) -> usize {
-        let found = Cell::new(None);
-        let serves = || {
-            found.set(self.hosts.iter().position(|host| {
-                let node = host.node.borrow().clone();
-                node.is_some_and(|node| {
-                    let slot = node.volumes.borrow().get(&volume).cloned();
-                    slot.is_some_and(|slot| slot.serving().is_some())
-                })
-            }));
-            found.get().is_some()
-        };
-        until("somebody serves it", Duration::from_secs(30), serves).await;
-        found.get().expect("somebody does")
-    }
-}
-
-async fn until(what: &str, patience: Duration, holds: impl Fn() -> bool) {
-    let waits = async {
-        while !holds() {
-            sleep(Duration::from_millis(5)).await;
-        }
-    };
-    assert!(timeout(patience, waits).await.is_ok(), "{what}");
+/// The node that serves a volume, once one does.
+async fn server_of(town: &Town, volume: VolumeId) -> usize {
+    until("somebody serves it", Duration::from_secs(30), || town.serves(volume).is_some()).await;
+    town.serves(volume).expect("somebody does")
 }
 
 fn run(test: impl AsyncFnOnce()) {
@@ -346,27 +102,25 @@ async fn check(target: &Rc<dyn BlockTarget>, version: u64) {
 #[test]
 fn a_volume_lies_on_all_nodes_and_another_one_takes_over_from_a_node_that_dies() {
     run(async || {
-        let town = Town::new(4, 2).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let first = town.server_of(volume).await;
-        let before = target(&town.node(first)).await;
+        let town = town(4, 2).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = server_of(&town, volume).await;
+        let before = target(&node(&town, first)).await;
         write(&before, 1).await;
         check(&before, 1).await;
         let died = Instant::now();
-        town.kill(first);
+        kill(&town, first).await;
         drop(before);
-        let second = town.server_of(volume).await;
+        let second = server_of(&town, volume).await;
         assert_ne!(first, second);
         let took = died.elapsed();
         assert!(took < Duration::from_secs(5), "{took:?}");
-        let after = target(&town.node(second)).await;
+        let after = target(&node(&town, second)).await;
         check(&after, 1).await;
         write(&after, 2).await;
-        town.start(first);
-        town.until_met(4).await;
+        start_again(&town, first).await;
         check(&after, 2).await;
-        let whole = || town.node(second).heads().iter().all(|head| head.reduced().0 == 0);
+        let whole = || node(&town, second).heads().iter().all(|head| head.reduced().0 == 0);
         until("it is whole again", Duration::from_mins(2), whole).await;
     });
 }
@@ -374,39 +128,37 @@ fn a_volume_lies_on_all_nodes_and_another_one_takes_over_from_a_node_that_dies()
 #[test]
 fn any_node_exports_a_volume_and_follows_its_head() {
     run(async || {
-        let town = Town::new(4, 2).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Ec { data: 4, parity: 2 }).await;
-        let first = town.server_of(volume).await;
+        let town = town(4, 2).await;
+        let volume = create(&node(&town, 0), PoolScheme::Ec { data: 4, parity: 2 }).await;
+        let first = server_of(&town, volume).await;
         let client = (first + 1) % 4;
-        let export = target(&town.node(client)).await;
+        let export = target(&node(&town, client)).await;
         write(&export, 1).await;
         check(&export, 1).await;
         let listed = || async {
-            let views = town.node(client).gather().await;
+            let views = node(&town, client).gather().await;
             assert_eq!((views.disks.len(), views.volumes.len()), (8, 1));
             (views.volumes[0].node.clone(), views.pools[0].domains_online)
         };
-        assert_eq!(listed().await, (town.hosts[first].name.clone(), 8));
+        assert_eq!(listed().await, (town.host(first).name.clone(), 8));
         // The head dies under the client, which notices nothing but a pause.
-        town.kill(first);
+        kill(&town, first).await;
         let started = Instant::now();
         write(&export, 2).await;
         assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
         check(&export, 2).await;
         assert_eq!(listed().await.1, 6);
-        town.start(first);
-        town.until_met(4).await;
+        start_again(&town, first).await;
         // An operator drains the node of the head: it moves in order.
-        let second = town.server_of(volume).await;
-        let name = town.hosts[second].name.clone();
-        let schema = town.node(client).schema.clone();
+        let second = server_of(&town, volume).await;
+        let name = town.host(second).name.clone();
+        let schema = node(&town, client).schema.clone();
         let drained = schema.set_member_state(&name, MemberState::Draining);
         drained.await.expect("it is there");
         let longest = Cell::new(Duration::ZERO);
         let moved = async {
             let mut number = 0;
-            while town.server_of(volume).await == second || number % 32 != 0 {
+            while server_of(&town, volume).await == second || number % 32 != 0 {
                 let started = Instant::now();
                 export.write(number % 32 * PIECE as u64, piece(number % 32, 3)).await.expect("ok");
                 longest.set(longest.get().max(started.elapsed()));
@@ -423,14 +175,13 @@ fn any_node_exports_a_volume_and_follows_its_head() {
 #[test]
 fn a_volume_is_deleted_everywhere_and_by_any_node() {
     run(async || {
-        let town = Town::new(3, 1).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let first = town.server_of(volume).await;
-        let export = target(&town.node((first + 1) % 3)).await;
+        let town = town(3, 1).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = server_of(&town, volume).await;
+        let export = target(&node(&town, (first + 1) % 3)).await;
         write(&export, 1).await;
-        let order = |node: usize| {
-            let node = town.node(node);
+        let order = |which: usize| {
+            let node = node(&town, which);
             async move {
                 let (reply, answer) = tokio::sync::oneshot::channel();
                 let volume = "p/v".parse().expect("a name");
@@ -457,23 +208,22 @@ fn a_volume_is_deleted_everywhere_and_by_any_node() {
         until("its slots are free", Duration::from_mins(1), empty).await;
         let forgotten = || town.nodes().iter().all(|node| node.deleting.borrow().is_empty());
         until("nobody drops it any more", Duration::from_mins(1), forgotten).await;
-        assert!(town.node(0).gather().await.volumes.is_empty());
+        assert!(node(&town, 0).gather().await.volumes.is_empty());
     });
 }
 
 #[test]
 fn a_head_that_is_cut_off_from_all_others_never_serves_old_data() {
     run(async || {
-        let town = Town::new(5, 1).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let first = town.server_of(volume).await;
+        let town = town(5, 1).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = server_of(&town, volume).await;
         let (near, far) =
-            (target(&town.node(first)).await, target(&town.node((first + 1) % 5)).await);
+            (target(&node(&town, first)).await, target(&node(&town, (first + 1) % 5)).await);
         write(&near, 1).await;
         check(&far, 1).await;
-        let own = town.hosts[first].name.clone();
-        for host in town.hosts.iter().filter(|host| host.name != own) {
+        let own = town.host(first).name.clone();
+        for host in town.hosts().iter().filter(|host| host.name != own) {
             town.net.cut(&own, &host.name);
         }
         let cut = Instant::now();
@@ -490,7 +240,7 @@ fn a_head_that_is_cut_off_from_all_others_never_serves_old_data() {
             }
         }
         check(&far, 3).await;
-        town.net.heal();
+        town.net.heal(true);
         let _either = timeout(Duration::from_mins(1), late).await.expect("it ends");
         town.until_met(5).await;
         // What was written beside it may have come before or after.
@@ -504,23 +254,22 @@ fn a_head_that_is_cut_off_from_all_others_never_serves_old_data() {
 #[test]
 fn without_the_store_a_cluster_serves_on_and_nobody_is_judged() {
     run(async || {
-        let town = Town::new(4, 1).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let first = town.server_of(volume).await;
-        let export = target(&town.node((first + 1) % 4)).await;
+        let town = town(4, 1).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = server_of(&town, volume).await;
+        let export = target(&node(&town, (first + 1) % 4)).await;
         write(&export, 1).await;
-        town.store_away(true);
+        store_away(&town, true);
         for round in 0..10 {
             sleep(Duration::from_mins(1)).await;
             write(&export, round).await;
             check(&export, round).await;
         }
-        town.store_away(false);
+        store_away(&town, false);
         sleep(Duration::from_secs(30)).await;
-        assert_eq!(town.server_of(volume).await, first, "nobody was taken for dead");
+        assert_eq!(server_of(&town, volume).await, first, "nobody was taken for dead");
         check(&export, 9).await;
-        let whole = || town.node(first).heads().iter().all(|head| head.reduced().0 == 0);
+        let whole = || node(&town, first).heads().iter().all(|head| head.reduced().0 == 0);
         until("it is whole", Duration::from_mins(2), whole).await;
     });
 }
@@ -528,13 +277,12 @@ fn without_the_store_a_cluster_serves_on_and_nobody_is_judged() {
 #[test]
 fn a_node_that_stops_in_order_is_followed_at_once() {
     run(async || {
-        let town = Town::new(4, 1).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let first = town.server_of(volume).await;
-        let export = target(&town.node((first + 1) % 4)).await;
+        let town = town(4, 1).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = server_of(&town, volume).await;
+        let export = target(&node(&town, (first + 1) % 4)).await;
         write(&export, 1).await;
-        let node = town.node(first);
+        let node = node(&town, first);
         let stops = tokio::task::spawn_local(async move { node.stop().await });
         let started = Instant::now();
         write(&export, 2).await;
@@ -542,9 +290,8 @@ fn a_node_that_stops_in_order_is_followed_at_once() {
         assert!(took < Duration::from_millis(500), "{took:?}");
         check(&export, 2).await;
         stops.await.expect("it stops");
-        town.kill(first);
-        town.start(first);
-        town.until_met(4).await;
+        kill(&town, first).await;
+        start_again(&town, first).await;
         check(&export, 2).await;
     });
 }
@@ -552,29 +299,21 @@ fn a_node_that_stops_in_order_is_followed_at_once() {
 #[test]
 fn a_head_comes_to_a_client_on_a_node_without_disks_and_leaves_after_it() {
     run(async || {
-        let mut town = Town::new(3, 2).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        town.add_host(0);
-        town.start(3);
-        let knows = |host: &Host| {
-            let node = host.node.borrow().clone();
-            node.is_some_and(|node| node.registry.ids().len() == 6)
-        };
-        until("the gateway knows all disks", Duration::from_secs(20), || knows(&town.hosts[3]))
-            .await;
+        let town = town(3, 2).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let gateway = town.add_host(0).await;
+        town.start(&gateway);
+        town.until_met(4).await;
         // Nothing comes there by itself.
         sleep(Duration::from_secs(20)).await;
-        assert_ne!(town.server_of(volume).await, 3);
+        assert_ne!(server_of(&town, volume).await, 3);
 
-        let open = || async {
-            LocalExports(town.node(3)).open("p/v").await.expect("it is exported there too")
-        };
-        let export = open().await;
+        let open = LocalExports(node(&town, 3));
+        let export = open.open("p/v").await.expect("it is exported there too");
         let longest = Cell::new(Duration::ZERO);
         let comes = async {
             let mut number = 0;
-            while town.server_of(volume).await != 3 || number % 32 != 0 {
+            while server_of(&town, volume).await != 3 || number % 32 != 0 {
                 let started = Instant::now();
                 export.write(number % 32 * PIECE as u64, piece(number % 32, 1)).await.expect("ok");
                 longest.set(longest.get().max(started.elapsed()));
@@ -586,15 +325,15 @@ fn a_head_comes_to_a_client_on_a_node_without_disks_and_leaves_after_it() {
         assert!(longest.get() < Duration::from_millis(200), "{:?}", longest.get());
         check(&export, 1).await;
         sleep(Duration::from_secs(30)).await;
-        assert_eq!(town.server_of(volume).await, 3, "it stays with its client");
+        assert_eq!(server_of(&town, volume).await, 3, "it stays with its client");
 
         // A second client elsewhere does not draw it away, and it leaves when its own is gone.
-        let other = LocalExports(town.node(0)).open("p/v").await.expect("it is exported");
+        let other = LocalExports(node(&town, 0)).open("p/v").await.expect("it is exported");
         sleep(Duration::from_secs(10)).await;
-        assert_eq!(town.server_of(volume).await, 3);
+        assert_eq!(server_of(&town, volume).await, 3);
         drop(export);
         let back = async {
-            while town.server_of(volume).await != 0 {
+            while server_of(&town, volume).await != 0 {
                 sleep(Duration::from_millis(100)).await;
             }
         };

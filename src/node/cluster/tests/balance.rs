@@ -20,17 +20,17 @@ struct Noticed {
 
 async fn make_volumes(town: &Town, scheme: PoolScheme, domain: FailureDomain) {
     let pool = CreatePool { name: "p".into(), scheme, failure_domain: domain, min_size: None };
-    town.node(0).create_pool(pool).await.expect("there are domains enough");
+    node(town, 0).create_pool(pool).await.expect("there are domains enough");
     for number in 0..VOLUMES {
         let name = format!("p/v{number}");
         let volume = CreateVolume { name, size: PIECES * PIECE as u64 };
-        let node = town.node(usize::try_from(number % 4).expect("small"));
+        let node = node(town, usize::try_from(number % 4).expect("small"));
         node.create_volume(volume).await.expect("there is room");
     }
 }
 
 async fn export(town: &Town, number: u64) -> Rc<dyn BlockTarget> {
-    Exports(town.node(0)).open(&format!("p/v{number}")).await.expect("it is exported")
+    Exports(node(town, 0)).open(&format!("p/v{number}")).await.expect("it is exported")
 }
 
 /// Overwrites the first block of pieces here and there, and reads what was written, until it is told to stop.
@@ -66,8 +66,8 @@ async fn fill(target: &Rc<dyn BlockTarget>) {
 /// Slots in use and all slots of each disk, by host.
 fn fills(town: &Town) -> Vec<(usize, u32, u32)> {
     let mut fills = Vec::new();
-    for (index, host) in town.hosts.iter().enumerate() {
-        let node = host.node.borrow().clone();
+    for (index, host) in town.hosts().iter().enumerate() {
+        let node = host.node();
         for slot in node.iter().flat_map(|node| node.slots()) {
             let Some(disk) = slot.disk() else { continue };
             let info = disk.info().expect("it is online");
@@ -114,7 +114,7 @@ async fn until_balanced(town: &Town, hosts: std::ops::Range<usize>) -> f64 {
 /// Waits until a node is not removed for this reason; whatever the reason, it must not be removed.
 async fn until_refused(town: &Town, name: &str, why: &str) {
     for _ in 0..200 {
-        let refused = town.node(0).remove_node(name).await.expect_err("it must not be removed");
+        let refused = node(town, 0).remove_node(name).await.expect_err("it must not be removed");
         if refused.to_string().contains(why) {
             return;
         }
@@ -130,10 +130,10 @@ fn held(town: &Town, hosts: &[usize]) -> u64 {
 }
 
 /// As many nodes come as there are.
-async fn grow(town: &mut Town) {
-    for index in 4..8 {
-        town.add_host(1);
-        town.start(index);
+async fn grow(town: &Town) {
+    for _ in 4..8 {
+        let host = town.add_host(1).await;
+        town.start(&host);
     }
     town.until_met(8).await;
     let begun = Instant::now();
@@ -152,7 +152,7 @@ async fn shrink(town: &Town) {
     until_refused(town, "n2", "is in use").await;
     let (held_there, before) = (held(town, &gone), moved(town) + rebuilt(town));
     for index in gone {
-        town.node(0).drain_node(&format!("n{index}"), true).await.expect("there are others");
+        node(town, 0).drain_node(&format!("n{index}"), true).await.expect("there are others");
     }
     until_refused(town, "n2", "still has data of").await;
     let empty = || held(town, &gone) == 0;
@@ -162,25 +162,23 @@ async fn shrink(town: &Town) {
     assert!(moved <= held_there * 115 / 100, "{moved} of {held_there}");
     until_refused(town, "n5", "runs").await;
     for index in gone {
-        let node = town.node(index);
-        node.stop().await;
-        town.kill(index);
+        node(town, index).stop().await;
+        kill(town, index).await;
         sleep(Duration::from_secs(3)).await;
-        let removed = town.node(0).remove_node(&format!("n{index}")).await;
+        let removed = node(town, 0).remove_node(&format!("n{index}")).await;
         removed.expect("it is empty and does not run");
     }
     let spread = until_balanced(town, 0..8).await;
     println!("off by {spread:.1} %: {:?}", fills(town));
     assert!(spread <= 10.0, "{spread}");
-    let views = town.node(0).gather().await;
-    assert_eq!((views.disks.len(), town.node(0).list_nodes().await.len()), (6, 6));
+    let views = node(town, 0).gather().await;
+    assert_eq!((views.disks.len(), node(town, 0).list_nodes().await.len()), (6, 6));
 }
 
 #[test]
 fn four_nodes_grow_to_eight_under_load_and_two_are_drained_and_removed() {
     run(async || {
-        let mut town = Town::new(4, 1).await;
-        town.start_all().await;
+        let town = town(4, 1).await;
         make_volumes(&town, PoolScheme::Replicas { copies: 3 }, FailureDomain::Node).await;
         let noticed: Rc<Noticed> = Rc::default();
         let mut loads = Vec::new();
@@ -191,7 +189,7 @@ fn four_nodes_grow_to_eight_under_load_and_two_are_drained_and_removed() {
             loads.push(tokio::task::spawn_local(load(target, noticed.clone(), env)));
         }
         sleep(Duration::from_secs(20)).await;
-        grow(&mut town).await;
+        grow(&town).await;
         shrink(&town).await;
         noticed.stop.set(true);
         for load in loads {

@@ -13,16 +13,16 @@ use crate::shard::local::LocalClient;
 use crate::shard::{Authority, Scheme, SegmentKind, ShardSpec, SlotClass};
 
 impl Town {
-    fn kill_all(&self) {
-        for index in 0..self.hosts.len() {
-            self.kill(index);
+    async fn kill_all(&self) {
+        for host in self.hosts() {
+            self.kill(&host, false).await;
         }
     }
 
     /// Opens the disks of all nodes, none of which runs.
     async fn lend_all(&self) -> BTreeMap<DiskId, Found> {
         let mut found = BTreeMap::new();
-        for host in &self.hosts {
+        for host in self.hosts() {
             let devices = host.devices.0.borrow().clone();
             for (path, device) in devices {
                 let disk = Disk::open(Rc::new(device)).await.expect("it is a disk");
@@ -45,43 +45,27 @@ impl Town {
         drop(found);
         let store = self.store.client(Rc::default());
         put_content(&store, rebuilt.content.clone()).await.expect("the store is empty");
-        self.kill_all();
+        self.kill_all().await;
         rebuilt
     }
 
-    /// What a node is started with, for one that may refuse.
+    /// Starts a node that may refuse.
     async fn try_start(&self, index: usize) -> Result<(), String> {
-        let host = &self.hosts[index];
-        let cluster = ClusterOptions {
-            id: host.id,
-            host: host.name.clone(),
-            rack: "r".into(),
-            address: host.name.clone(),
-            admin: format!("{}:1", host.name),
-            exports: vec![],
-            wire: Rc::new(Pipes { net: self.net.clone(), env: self.env.clone() }),
-            lease: Duration::from_secs(2),
-            out_after: Duration::from_secs(20),
-        };
-        let options = NodeOptions {
-            name: host.name.clone(),
-            env: self.env.clone(),
-            store: Rc::new(self.store.client(self.store_faults.clone())),
-            opener: host.devices.clone(),
-            cluster: Some(cluster),
-            head: HeadConfig::default(),
-            index_cache_bytes: 16 << 20,
-            care: care::Care::default(),
-            space: space::SpaceLevels::default(),
-            unix_seconds: || 0,
-        };
+        let host = self.host(index);
         let paths: Vec<String> = host.devices.0.borrow().keys().cloned().collect();
-        let started = Node::start(options, &paths).await;
+        let started = Node::start(self.options(&host)(), &paths).await;
         started.map(|_| ()).map_err(|error| error.to_string())
     }
 
+    async fn start_all(&self) {
+        for host in self.hosts() {
+            self.start(&host);
+        }
+        self.until_met(self.hosts().len()).await;
+    }
+
     async fn checkpoint(&self, volume: VolumeId) {
-        let node = self.node(self.server_of(volume).await);
+        let node = node(self, server_of(self, volume).await);
         let slot = node.volumes.borrow()[&volume].clone();
         slot.serving().expect("it serves").checkpoint().await.expect("the store is there");
     }
@@ -113,43 +97,42 @@ async fn stray(disk: &Rc<Disk>) -> VolumeId {
 #[test]
 fn a_lost_store_is_rebuilt_from_the_disks_of_all_nodes() {
     run(async || {
-        let town = Town::new(4, 2).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let first = town.server_of(volume).await;
-        let export = target(&town.node((first + 1) % 4)).await;
+        let town = town(4, 2).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let first = server_of(&town, volume).await;
+        let export = target(&node(&town, (first + 1) % 4)).await;
         write(&export, 1).await;
-        let disks = town.node(0).schema.disks().await.expect("listed");
+        let disks = node(&town, 0).schema.disks().await.expect("listed");
         let disks: Vec<_> = disks.into_iter().map(|disk| disk.record).collect();
-        let pools = town.node(0).pools.borrow().clone();
+        let pools = node(&town, 0).pools.borrow().clone();
         // Clients go on while the store is away; what they write no store knows of.
-        town.store_away(true);
+        store_away(&town, true);
         town.store.wipe();
-        town.store_away(false);
+        store_away(&town, false);
         write(&export, 2).await;
         sleep(Duration::from_mins(1)).await;
         write(&export, 3).await;
-        assert_eq!(town.server_of(volume).await, first, "an empty store is not believed");
+        assert_eq!(server_of(&town, volume).await, first, "an empty store is not believed");
         assert_eq!(town.revision().await, 0, "nothing is written into it");
-        let unknown = stray(&town.node(2).slots()[0].disk().expect("online")).await;
+        let unknown = stray(&node(&town, 2).slots()[0].disk().expect("online")).await;
         drop(export);
-        town.kill_all();
+        town.kill_all().await;
 
         let rebuilt = town.recover().await;
         assert_eq!((rebuilt.incarnation, &*rebuilt.volumes), (2, &["p/v".to_owned()][..]));
         assert!(rebuilt.notes.iter().any(|note| note.contains(&unknown.to_string())));
         town.start_all().await;
-        let second = town.server_of(volume).await;
-        let export = target(&town.node((second + 1) % 4)).await;
+        let second = server_of(&town, volume).await;
+        let export = target(&node(&town, (second + 1) % 4)).await;
         check(&export, 3).await;
         write(&export, 4).await;
         check(&export, 4).await;
-        let again = town.node(0).schema.disks().await.expect("listed");
+        let again = node(&town, 0).schema.disks().await.expect("listed");
         assert_eq!(again.into_iter().map(|disk| disk.record).collect::<Vec<_>>(), disks);
-        assert_eq!(*town.node(3).pools.borrow(), pools);
-        let kept = town.node(2).slots()[0].disk().expect("online").list(unknown).expect("listed");
+        assert_eq!(*node(&town, 3).pools.borrow(), pools);
+        let kept = node(&town, 2).slots()[0].disk().expect("online").list(unknown).expect("listed");
         assert_eq!(kept.shards.len(), 1, "absence deletes nothing");
-        let whole = || town.node(second).heads().iter().all(|head| head.reduced().0 == 0);
+        let whole = || node(&town, second).heads().iter().all(|head| head.reduced().0 == 0);
         until("it is whole", Duration::from_mins(2), whole).await;
     });
 }
@@ -161,18 +144,19 @@ async fn moved_on(
     export: &Rc<dyn BlockTarget>,
 ) -> (Snapshot, usize) {
     town.checkpoint(volume).await;
-    let first = town.server_of(volume).await;
+    let first = server_of(town, volume).await;
     let snapshot = town.store.snapshot();
-    let schema = town.node(first).schema.clone();
-    let drained = schema.set_member_state(&town.hosts[first].name, MemberState::Draining);
+    let schema = node(town, first).schema.clone();
+    let name = town.host(first).name.clone();
+    let drained = schema.set_member_state(&name, MemberState::Draining);
     drained.await.expect("it is there");
     let moved = || {
-        let node = town.node(first);
+        let node = node(town, first);
         let there = node.volumes.borrow().contains_key(&volume);
         !there
     };
     until("it moves", Duration::from_mins(1), moved).await;
-    let second = town.server_of(volume).await;
+    let second = server_of(town, volume).await;
     assert_ne!(first, second);
     for version in 2..5 {
         write(export, version).await;
@@ -184,10 +168,9 @@ async fn moved_on(
 #[test]
 fn nodes_believe_no_old_copy_of_the_store() {
     run(async || {
-        let town = Town::new(4, 1).await;
-        town.start_all().await;
-        let volume = create(&town.node(0), PoolScheme::Replicas { copies: 3 }).await;
-        let export = target(&town.node(0)).await;
+        let town = town(4, 1).await;
+        let volume = create(&node(&town, 0), PoolScheme::Replicas { copies: 3 }).await;
+        let export = target(&node(&town, 0)).await;
         write(&export, 1).await;
         let (old, second) = moved_on(&town, volume, &export).await;
         town.store.restore(&old);
@@ -197,7 +180,7 @@ fn nodes_believe_no_old_copy_of_the_store() {
             write(&export, version).await;
             check(&export, version).await;
         }
-        assert_eq!(town.server_of(volume).await, second, "old places are not believed");
+        assert_eq!(server_of(&town, volume).await, second, "old places are not believed");
         let told =
             |node: &Rc<Node>| node.cluster.as_ref().is_some_and(|c| c.keys.replaced().is_some());
         assert!(town.nodes().iter().all(told), "every node knows");
@@ -205,12 +188,12 @@ fn nodes_believe_no_old_copy_of_the_store() {
         // One that starts refuses, however new the old copy has become since, and leaves no trace in it.
         let other = (second + 1) % 4;
         drop(export);
-        town.kill(other);
+        kill(&town, other).await;
         let before = town.revision().await;
         for _ in 0..5 {
             let why = town.try_start(other).await.expect_err("it is an old copy");
             assert!(why.contains("the store is an old copy"), "{why}");
-            town.kill(other);
+            kill(&town, other).await;
         }
         assert_eq!(town.revision().await, before);
         let stranger = town.store.client(Rc::default());
@@ -221,10 +204,10 @@ fn nodes_believe_no_old_copy_of_the_store() {
         let why = town.try_start(other).await.expect_err("it is an old copy");
         assert!(why.contains("has seen root") && why.contains("sdsd recover"), "{why}");
 
-        town.kill_all();
+        town.kill_all().await;
         town.store.wipe();
         town.recover().await;
         town.start_all().await;
-        check(&target(&town.node(0)).await, 16).await;
+        check(&target(&node(&town, 0)).await, 16).await;
     });
 }
