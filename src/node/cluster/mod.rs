@@ -344,7 +344,11 @@ impl Cluster {
             }
             let peer = self.options.wire.connect(self.own.clone(), alive.id, name, &alive.address);
             let (id, instance, address) = (alive.id, alive.instance, alive.address.clone());
-            links.insert(name.to_owned(), Link { id, instance, address, peer });
+            let old = links.insert(name.to_owned(), Link { id, instance, address, peer });
+            if let Some(old) = old {
+                // A create that it still has must not arrive after the delete that the new one sends.
+                old.peer.close();
+            }
         }
     }
 

@@ -156,6 +156,12 @@ impl Peer {
         Self(holder)
     }
 
+    /// Ends the connection for good: what was not sent never will be, and requests fail as unreachable. For
+    /// who makes another [`Peer`] to the same node: the order of requests is kept within one only.
+    pub fn close(&self) {
+        self.0.0.closed.notify_one();
+    }
+
     /// What was said when it was made.
     pub fn label(&self) -> &str {
         &self.0.0.label
