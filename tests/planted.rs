@@ -97,10 +97,6 @@ planted! {
 planted! {
     whole_cluster, cluster::run, CLUSTER, Bug::CLUSTER,
     skip_fence: SkipFence,
-    serve_before_lease: ServeBeforeLease,
-    lease_from_answer: LeaseFromAnswer,
-    stays_released: StaysReleased,
     drained_too_early: DrainedTooEarly,
-    far_return_untold: FarReturnUntold,
     leaves_for_good: LeavesForGood,
 }
