@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use sds::env::Env;
-use sds::id::DiskId;
+use sds::id::{DiskId, VolumeId};
+use sds::meta::members::PlaceRecord;
 use sds::placement::balance::{Disk, Part};
 use sds::placement::choose::{Candidate, Request, choose};
 use sds::placement::copysets::{Copysets, Domain, SCATTER_WIDTH};
+use sds::placement::heads::{Seat, plan};
 use sds::shard::domain::{Domains, Level};
 
 const RACKS: u32 = 5;
@@ -114,12 +116,32 @@ fn bench_balance(c: &mut Criterion) {
     c.bench_function("part of balance", |b| b.iter(|| Part::of(black_box(&disks))));
 }
 
+/// What the manager works out four times a second: with nothing to do, and when a node is gone.
+fn bench_heads(c: &mut Criterion) {
+    let names: Vec<String> = (0..NODES).map(|node| format!("node{node:02}")).collect();
+    let seat = |number: u32| Seat {
+        volume: VolumeId::from_bytes(id(number)),
+        place: Some((PlaceRecord::on(&names[(number % NODES) as usize]), 1)),
+    };
+    let seats: Vec<Seat> = (0..VOLUMES).map(seat).collect();
+    assert!(plan(&seats, &names, |_| true, true).is_empty(), "they are spread already");
+    c.bench_function("manager, nothing to do", |b| {
+        b.iter(|| plan(black_box(&seats), &names, |_| true, true));
+    });
+    let up = |node: &str| node != "node07";
+    let left: Vec<String> = names.iter().filter(|name| up(name)).cloned().collect();
+    println!("a node is gone: {} volumes get another one", plan(&seats, &left, up, true).len());
+    c.bench_function("manager, a node is gone", |b| {
+        b.iter(|| plan(black_box(&seats), &left, up, true));
+    });
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default()
         .sample_size(20)
         .warm_up_time(Duration::from_millis(500))
         .measurement_time(Duration::from_secs(3));
-    targets = bench_sets, bench_balance
+    targets = bench_sets, bench_balance, bench_heads
 }
 criterion_main!(benches);

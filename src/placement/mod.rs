@@ -9,15 +9,17 @@
 //!   room; by weight within that.
 //! - [`copysets`] bounds how many different write sets there are, so that the loss of a few disks
 //!   at once rarely hits all of one set.
+//! - [`heads`] says which node is to serve each volume.
 //! - [`balance`] says how much a head should move from full disks to empty ones.
 //!
-//! Knows disks as numbers, sizes and failure domains; nothing of clients, segments or pools.
+//! Knows disks as numbers, sizes and failure domains, volumes as ids and places; nothing of clients, segments or pools.
 //!
 //! [`choose`]: choose::choose
 
 pub mod balance;
 pub mod choose;
 pub mod copysets;
+pub mod heads;
 
 #[cfg(test)]
 mod balance_tests;
