@@ -7,6 +7,7 @@
 //! appended to a new one, with the same LSN and content; the first record there names what was
 //! closed (design 5, "Failure of a shard while writing").
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -733,9 +734,15 @@ impl Head {
         opened
     }
 
-    /// Deletes shards that nothing durable names and waits for it, a moment at most.
+    /// Deletes shards that nothing durable names and waits for it, a moment at most. Those that their
+    /// disks do not confirm are listed as freed.
     pub(super) async fn discard_now(&self, shards: Vec<(SegmentId, ShardRef)>) {
-        delete_shards(&self.disks, self.authority, shards, |_| {}).await;
+        let mut left: BTreeSet<(SegmentId, ShardRef)> = shards.iter().copied().collect();
+        delete_shards(&self.disks, self.authority, shards, |gone| {
+            left.remove(&gone);
+        })
+        .await;
+        self.state.borrow_mut().table.freed.extend(left);
         self.disks.refresh().await;
     }
 

@@ -22,9 +22,9 @@ use crate::shard::{ShardInfo, ShardState, SlotClass, VolumeOnDisk};
 
 /// Pause between two looks whether a segment that was left is sealed.
 const SEAL_POLL: Duration = Duration::from_millis(10);
-/// How often a disk that came back is asked what it holds, and the pause between.
-const FENCES_MAX: u32 = 20;
+/// Pauses between two attempts to ask a disk that came back what it holds: the first one and the longest.
 const FENCE_PAUSE: Duration = Duration::from_millis(500);
+const FENCE_PAUSE_MAX: Duration = Duration::from_secs(8);
 
 impl Head {
     /// Leaves every open segment that has a shard on a disk which was or is away: the disk closed
@@ -123,6 +123,7 @@ impl Head {
     /// early if it goes again; whoever sees it return tells of it anew.
     pub async fn disk_returned(self: &Rc<Self>, disk: DiskId) {
         let arrival = self.disks.arrival(disk);
+        tracing::debug!(volume = %self.volume, %disk, "a disk came back");
         self.state.borrow_mut().lost.remove(&disk);
         self.width_wanted.notify_waiters();
         self.leave_and_wait(disk).await;
@@ -139,9 +140,10 @@ impl Head {
     }
 
     /// Fences a disk that came back and asks what it holds, again while it does not answer; none
-    /// if it goes again.
+    /// if it goes again, or the head stops.
     async fn fence_returned(&self, disk: DiskId, arrival: Option<u64>) -> Option<VolumeOnDisk> {
-        for _ in 0..FENCES_MAX {
+        let mut pause = FENCE_PAUSE;
+        loop {
             if self.disks.arrival(disk) != arrival {
                 return None;
             }
@@ -153,9 +155,9 @@ impl Head {
                 Ok(Err(error)) => tracing::debug!(%disk, %error, "a disk that came back refuses"),
                 Err(_) => tracing::debug!(%disk, "a disk that came back does not answer"),
             }
-            tokio::time::sleep(FENCE_PAUSE).await;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(FENCE_PAUSE_MAX);
         }
-        None
     }
 
     /// Compares what a disk holds with the table; the shards that it closed and may hold whole.
@@ -188,6 +190,7 @@ impl Head {
                     && info.epoch < self.authority.epoch
                     && info.epoch.incarnation() == self.authority.epoch.incarnation() =>
                 {
+                    tracing::debug!(volume = %self.volume, segment = %info.spec.segment, %disk, creation = info.spec.creation, "a shard that nothing refers to");
                     state.table.freed.insert((info.spec.segment, there));
                 }
                 None => {}

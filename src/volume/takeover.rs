@@ -124,12 +124,17 @@ pub async fn take_over(
     let (claimed, listing, fenced, fenced_at) =
         fence_all(&context, authority, claimed, waiting).await?;
     let root = (claimed.root, claimed.revision);
-    let head = recover(context, authority, root, size, (listing, fenced)).await?;
+    let head = recover(context, authority, root, size, (listing, fenced.clone())).await?;
     head.checkpoint_until_done().await?;
     if !released && !bug(Bug::ServeBeforeLease) {
         tokio::time::sleep_until(fenced_at + head.config.lease.mul_f64(1.25)).await;
     }
     head.start();
+    // Who did not answer, and is up all the same, may hold what nobody has listed.
+    for disk in head.disks.ids().into_iter().filter(|disk| !fenced.contains(disk)) {
+        let head = head.clone();
+        tokio::task::spawn_local(async move { head.disk_returned(disk).await });
+    }
     Ok(head)
 }
 
