@@ -72,6 +72,16 @@ fn signal(child: &Child, name: &str) {
     assert!(status.success(), "{command}");
 }
 
+/// Whether every thread of a process is stopped: a signal takes a moment on a machine that is busy.
+fn is_stopped(child: &Child) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).expect("it runs");
+    tasks.flatten().all(|task| {
+        // One that has just ended is not in the way.
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with('T'))
+    })
+}
+
 impl Etcd {
     /// Starts an etcd of so many members and waits until all serve.
     pub(crate) fn start(members: usize) -> Self {
@@ -220,6 +230,11 @@ impl Etcd {
     /// Stops the process of a member as a debugger does: it neither answers nor hangs up.
     pub(crate) fn pause(&self, index: usize) {
         signal(self.child(index), "STOP");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !is_stopped(self.child(index)) {
+            assert!(Instant::now() < deadline, "the member does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Lets a paused member go on.
