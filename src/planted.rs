@@ -37,6 +37,8 @@ pub enum Bug {
     MiscountLive,
     /// Of a shard that is moved to another disk, only one half is copied.
     MoveHalf,
+    /// A checkpoint whose caller goes away loses what it was to merge.
+    MergeGivenUp,
     /// The read lease is counted from the answer instead of the sending.
     LeaseFromAnswer,
     /// A head leaves `released` in the root that it takes over.
@@ -87,6 +89,7 @@ impl Bug {
         Self::RepairFromStaleShard,
         Self::MiscountLive,
         Self::MoveHalf,
+        Self::MergeGivenUp,
     ];
 }
 

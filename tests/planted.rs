@@ -93,6 +93,7 @@ planted! {
     repair_from_stale_shard: RepairFromStaleShard,
     miscount_live: MiscountLive,
     move_half: MoveHalf,
+    merge_given_up: MergeGivenUp,
 }
 
 planted! {

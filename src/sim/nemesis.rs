@@ -6,7 +6,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::rivals::{challenge, restart_disks};
 use super::run::Context;
@@ -33,6 +33,7 @@ pub(super) async fn run(context: Rc<Context>) {
             13 => go_beyond(&context).await,
             14 => go_for_long(&context),
             15 => retire(&context).await,
+            16 => give_up(&context),
             34..=36 => scrub(&context),
             37 => add_disk(&context).await,
             38.. => super::resize::resize(&context),
@@ -213,6 +214,17 @@ fn store(context: &Context) {
             faults.late.set(Duration::from_millis(500));
         }
     }
+}
+
+/// Somebody asks for a checkpoint and does not wait for its end.
+fn give_up(context: &Context) {
+    let Some(running) = context.heads.borrow().last().cloned() else { return };
+    context.cover_noted("who asked for a checkpoint goes away");
+    let patience = Duration::from_micros(context.env.random_below(20_000));
+    // Neither its end nor its failure concerns anybody.
+    tokio::task::spawn_local(
+        async move { drop(timeout(patience, running.head.checkpoint()).await) },
+    );
 }
 
 /// Not a fault, but it runs while they strike.

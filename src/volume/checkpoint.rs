@@ -257,6 +257,28 @@ impl MetaWriter<'_> {
     }
 }
 
+/// A merge under way. If it fails, or is given up, what it was to merge is put back: there is no other
+/// copy of it but the log, which the next checkpoint would cut off.
+struct Merging<'a> {
+    head: &'a Head,
+    frozen: Option<Rc<Overlay>>,
+    relocate: Relocate,
+}
+
+impl Drop for Merging<'_> {
+    fn drop(&mut self) {
+        let Some(frozen) = self.frozen.take() else { return };
+        if bug(Bug::MergeGivenUp) {
+            return;
+        }
+        let mut state = self.head.state.borrow_mut();
+        state.frozen = None;
+        state.restore(&frozen);
+        drop(state);
+        *self.head.relocate.borrow_mut() = std::mem::take(&mut self.relocate);
+    }
+}
+
 /// Where the log stood when a checkpoint began.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Capture {
@@ -308,8 +330,17 @@ impl Head {
     }
 
     /// Makes a durable checkpoint of everything acknowledged so far. Record headers name it from
-    /// now on; the root does when the store allows ([`Head::publish`]).
+    /// now on; the root does when the store allows ([`Head::publish`]). It goes on to its end when its
+    /// caller is gone.
     pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
+        if bug(Bug::MergeGivenUp) {
+            return self.store_checkpoint_here().await;
+        }
+        let head = self.clone();
+        self.in_task(async move { head.store_checkpoint_here().await }).await
+    }
+
+    async fn store_checkpoint_here(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
         if self.owes_reserve() {
             // What the last one took of the reserve comes back when the root names it.
@@ -370,32 +401,24 @@ impl Head {
             (frozen, state.tree, state.size.div_ceil(BLOCK_SIZE as u64), state.acked)
         };
         let relocate = std::mem::take(&mut *self.relocate.borrow_mut());
-        let merged = self.merge_frozen(&frozen, tree, blocks, &relocate).await;
+        let mut merging = Merging { head: self, frozen: Some(frozen.clone()), relocate };
+        let (tree, deltas) = self.merge_frozen(&frozen, tree, blocks, &merging.relocate).await?;
+        merging.frozen = None;
         let mut state = self.state.borrow_mut();
         state.frozen = None;
-        match merged {
-            Ok((tree, deltas)) => {
-                state.tree = tree;
-                state.generation += 1;
-                state.merged_lsn = lsn;
-                for extent in frozen.iter() {
-                    if let Target::Data(addr) = extent.target {
-                        let blocks = i64::try_from(extent.len).expect("within one segment");
-                        state.table.add_recent(addr.segment, -blocks);
-                    }
-                }
-                state.table.add_live(&deltas);
-                drop(state);
-                self.wake.notify_one();
-                Ok(())
-            }
-            Err(error) => {
-                state.restore(&frozen);
-                drop(state);
-                *self.relocate.borrow_mut() = relocate;
-                Err(error)
+        state.tree = tree;
+        state.generation += 1;
+        state.merged_lsn = lsn;
+        for extent in frozen.iter() {
+            if let Target::Data(addr) = extent.target {
+                let blocks = i64::try_from(extent.len).expect("within one segment");
+                state.table.add_recent(addr.segment, -blocks);
             }
         }
+        state.table.add_live(&deltas);
+        drop(state);
+        self.wake.notify_one();
+        Ok(())
     }
 
     async fn merge_frozen(

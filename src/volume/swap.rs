@@ -270,19 +270,19 @@ impl Head {
         self.in_task(swapped).await
     }
 
-    /// A swap goes on to its end when its caller is gone: given up half-way, its sequence would be
-    /// used for another root, and the one be taken for the other. Only a head that stops for good
-    /// leaves it.
-    async fn in_task<T: 'static>(
+    /// What may not be given up half-way goes on to its end when its caller is gone: a swap, whose
+    /// sequence would be used for another root, and the one be taken for the other; a checkpoint. Only
+    /// a head that stops for good leaves it.
+    pub(super) async fn in_task<T: 'static>(
         self: &Rc<Self>,
-        swap: impl Future<Output = Result<T, HeadError>> + 'static,
+        steps: impl Future<Output = Result<T, HeadError>> + 'static,
     ) -> Result<T, HeadError> {
         let head = self.clone();
         let task = tokio::task::spawn_local(async move {
             tokio::select! {
                 biased;
                 why = head.until_stopped() => Err(HeadError::Stopped(why)),
-                result = swap => result,
+                result = steps => result,
             }
         });
         match task.await {
