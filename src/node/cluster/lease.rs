@@ -12,6 +12,8 @@ use crate::meta::{LeaseId, MetaError};
 
 /// Pause after the store did not answer.
 const RETRY: Duration = Duration::from_millis(250);
+/// How many looks in a row may not find what was told before it is told again.
+const UNKNOWN_MAX: u32 = 2;
 /// How long the store may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -31,7 +33,7 @@ impl Node {
             match self.take_lease(cluster, &alive).await {
                 Ok(lease) => {
                     cluster.lease.set(Some(lease));
-                    self.renew(cluster, lease).await;
+                    self.renew(cluster, &alive, lease).await;
                     cluster.lease.set(None);
                 }
                 Err(error) => tracing::warn!(%error, "the store is not told that this node runs"),
@@ -58,9 +60,16 @@ impl Node {
     }
 
     /// Renews the lease until it is lost.
-    async fn renew(&self, cluster: &Cluster, lease: LeaseId) {
+    async fn renew(&self, cluster: &Cluster, alive: &AliveRecord, lease: LeaseId) {
+        let mut unknown = 0;
         while !self.stopping.get() {
             sleep(cluster.options.lease / 4).await;
+            unknown = if self.is_told(cluster, alive) { 0 } else { unknown + 1 };
+            // What was told a moment ago may not have come back yet.
+            if unknown > UNKNOWN_MAX {
+                unknown = 0;
+                self.tell_again(alive, lease).await;
+            }
             match timeout(PATIENCE, self.schema.store().lease_keep_alive(lease)).await {
                 Ok(Err(MetaError::LeaseNotFound(_))) => {
                     tracing::warn!("the lease of this node ended: others may take its volumes");
@@ -69,6 +78,22 @@ impl Node {
                 Ok(Err(error)) => tracing::debug!(%error, "the lease is not renewed"),
                 Ok(Ok(_)) | Err(_) => {}
             }
+        }
+    }
+
+    /// Whether the store says that this process runs, as far as is known here. It does not where a change that an earlier
+    /// process, or an earlier attempt, had sent was made late: then the key goes with the lease of that one.
+    fn is_told(&self, cluster: &Cluster, alive: &AliveRecord) -> bool {
+        let view = cluster.view.borrow();
+        view.alive.get(&self.options.name).is_some_and(|(told, _)| told.instance == alive.instance)
+    }
+
+    async fn tell_again(&self, alive: &AliveRecord, lease: LeaseId) {
+        tracing::warn!("the store does not say that this node runs: it is told again");
+        match timeout(PATIENCE, self.schema.set_alive(&self.options.name, alive, lease)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the store is not told that this node runs"),
+            Err(_) => tracing::warn!("the store is not told that this node runs: no answer in time"),
         }
     }
 
