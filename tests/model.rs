@@ -159,6 +159,66 @@ fn release() {
     );
 }
 
+/// A volume moves in order while its log set lies on domains of several disks, one of which goes.
+#[test]
+fn release_domains() {
+    holds(
+        "release_domains",
+        Config {
+            domains: [0, 0, 1, 2],
+            sets: vec![(0b0111, 1)],
+            lease: 1,
+            budget: Used { releases: 1, ..used(1, 2) },
+            ..base()
+        },
+    );
+}
+
+/// The same with a store that does not say what became of the swap.
+#[test]
+fn release_doubt() {
+    holds(
+        "release_doubt",
+        Config { lease: 1, doubt: true, budget: Used { releases: 1, ..used(1, 2) }, ..lone() },
+    );
+}
+
+/// The set changes, the head releases the volume, and the old disks go on answering.
+#[test]
+fn release_change() {
+    holds(
+        "release_change",
+        Config { lease: 1, budget: Used { swaps: 1, releases: 1, ..used(1, 2) }, ..lone() },
+    );
+}
+
+/// `recover` runs while the old head serves and reads on its lease.
+#[test]
+fn recover_lease() {
+    holds(
+        "recover_lease",
+        Config {
+            sets: vec![(0b0011, 1)],
+            lease: 1,
+            budget: Used { losses: 1, releases: 1, ..used(1, 2) },
+            ..base()
+        },
+    );
+}
+
+/// `recover` over domains of several disks, while the old head goes on.
+#[test]
+fn recover_domains() {
+    holds(
+        "recover_domains",
+        Config {
+            domains: [0, 0, 1, 2],
+            budget: Used { losses: 1, downs: 1, crashes: 1, ..used(1, 2) },
+            ..three()
+        },
+    );
+}
+
 #[test]
 fn change() {
     holds(

@@ -30,6 +30,7 @@ pub enum Bug {
     ServeBeforeLease,
     LeaseFromReceipt,
     ReleaseEarly,
+    StaysReleased,
     ServeBeforeForce,
     UseSetBeforeForce,
     FreeInDoubt,

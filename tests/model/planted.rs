@@ -123,6 +123,19 @@ fn release_early() {
 }
 
 #[test]
+fn stays_released() {
+    finds(
+        Bug::StaysReleased,
+        Config {
+            sets: vec![(0b0011, 1)],
+            lease: 1,
+            budget: Used { releases: 1, ..used(1, 2) },
+            ..base()
+        },
+    );
+}
+
+#[test]
 fn serve_before_force() {
     finds(
         Bug::ServeBeforeForce,

@@ -18,7 +18,7 @@ impl Rules {
             epoch: base.epoch + 1,
             head: id,
             sequence: base.sequence + 1,
-            released: false,
+            released: base.released && self.has(Bug::StaysReleased),
             set: u8::try_from(set).expect("few sets"),
             former: self.former(&base, false),
             checkpoint: base.checkpoint,

@@ -139,14 +139,16 @@ fn blackout(context: &Rc<Context>) {
     context.spawn(async move {
         let context = task;
         context.cover_noted("the power fails everywhere");
-        let hosts: Vec<Rc<Host>> =
-            context.members().into_iter().map(|index| context.host(index)).collect();
-        for host in &hosts {
-            context.town.kill(host, true).await;
+        let struck = context.members();
+        for index in &struck {
+            context.town.kill(&context.host(*index), true).await;
         }
-        for host in &hosts {
+        for index in struck {
             sleep(millis(&context, 1500)).await;
-            context.town.start(host);
+            // It may have been taken out meanwhile.
+            if context.members().contains(&index) {
+                context.town.start(&context.host(index));
+            }
         }
     });
 }
