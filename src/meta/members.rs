@@ -16,8 +16,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::envelope::Kind;
-use super::record::{self, Record, check_name};
-use super::schema::{NODE_KEY, Schema, SchemaError, SchemaResult};
+use super::record::{self, DiskRecord, DiskState, Record, check_name};
+use super::schema::{NODE_KEY, Schema, SchemaError, SchemaResult, Stored, TRIES_MAX, disk_key};
 use super::{Condition, LeaseId, Txn};
 use crate::id::{NodeId, VolumeId};
 
@@ -296,22 +296,45 @@ impl Schema {
         Ok(self.store().txn(txn).await?.committed().is_some())
     }
 
-    /// Changes what an operator wants of a node.
+    /// Has a node be drained, with its disks that are in use, or has it and them be used again: at once, so that of two
+    /// orders one comes after the other. The disks that changed.
     ///
     /// # Errors
-    /// [`SchemaError::NotFound`], [`SchemaError::Busy`], [`SchemaError::Store`],
-    /// [`SchemaError::Record`].
-    pub async fn set_member_state(
-        &self,
-        name: &str,
-        state: MemberState,
-    ) -> SchemaResult<MemberRecord> {
+    /// [`SchemaError::NotFound`], [`SchemaError::Store`].
+    pub async fn drain_member(&self, name: &str, drain: bool) -> SchemaResult<Vec<DiskRecord>> {
         check_name("node", name).map_err(SchemaError::Invalid)?;
-        let change = |member: &mut MemberRecord| {
-            member.state = state;
-            Ok(())
+        let (state, from, to) = if drain {
+            (MemberState::Draining, DiskState::Online, DiskState::Draining)
+        } else {
+            (MemberState::Active, DiskState::Draining, DiskState::Online)
         };
-        self.update(&member_key(name), || format!("node '{name}'"), change).await
+        let missing = || SchemaError::NotFound(format!("node '{name}'"));
+        for _ in 0..TRIES_MAX {
+            let key = member_key(name);
+            let member: Stored<MemberRecord> = self.read(&key).await?.ok_or_else(missing)?;
+            let mut disks = self.disks().await?;
+            disks.retain(|disk| {
+                let disk = &disk.record;
+                disk.node == name && disk.state == from && !disk.removing
+            });
+            let record = MemberRecord { state, ..member.record.clone() };
+            if record == member.record && disks.is_empty() {
+                return Ok(vec![]);
+            }
+            let mut txn = Txn::new()
+                .when(Condition::KeyAt(key.clone(), member.revision))
+                .put(key, encode(&record)?);
+            for disk in &mut disks {
+                disk.record.state = to;
+                let key = disk_key(disk.record.id);
+                let unchanged = Condition::KeyAt(key.clone(), disk.revision);
+                txn = txn.when(unchanged).put(key, encode(&disk.record)?);
+            }
+            if self.commit(txn).await? {
+                return Ok(disks.into_iter().map(|disk| disk.record).collect());
+            }
+        }
+        Err(SchemaError::Busy(format!("node '{name}'")))
     }
 
     /// Removes a node that neither runs nor has disks.
@@ -367,7 +390,7 @@ mod tests {
     async fn a_name_belongs_to_one_node() {
         let (_, schema) = store();
         schema.join(&member(1, "a")).await.expect("the name is free");
-        schema.set_member_state("a", MemberState::Draining).await.expect("it is there");
+        schema.drain_member("a", true).await.expect("it is there");
         let again = MemberRecord { rack: "r2".into(), joined_at_unix_s: 9, ..member(1, "a") };
         let kept = schema.join(&again).await.expect("it is the same node");
         assert_eq!(

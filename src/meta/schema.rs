@@ -50,7 +50,7 @@ pub const ROOT_PREFIX: &str = "/sds/root/";
 pub const SCRUB_PREFIX: &str = "/sds/scrub/";
 
 /// How often a change is tried again when another one came between.
-const TRIES_MAX: usize = 16;
+pub(super) const TRIES_MAX: usize = 16;
 
 /// Key of a disk.
 pub fn disk_key(id: DiskId) -> String {
@@ -150,7 +150,7 @@ impl Schema {
         &self.store
     }
 
-    async fn read<R: Record>(&self, key: &str) -> SchemaResult<Option<Stored<R>>> {
+    pub(super) async fn read<R: Record>(&self, key: &str) -> SchemaResult<Option<Stored<R>>> {
         let Some(found) = self.store.get(key).await? else { return Ok(None) };
         Ok(Some(Stored { record: decode(key, &found.value)?, revision: found.revision }))
     }
@@ -164,7 +164,7 @@ impl Schema {
     }
 
     /// Whether the transaction was committed.
-    async fn commit(&self, txn: Txn) -> SchemaResult<bool> {
+    pub(super) async fn commit(&self, txn: Txn) -> SchemaResult<bool> {
         Ok(self.store.txn(txn).await?.committed().is_some())
     }
 

@@ -93,7 +93,9 @@ impl Node {
         match timeout(PATIENCE, self.schema.set_alive(&self.options.name, alive, lease)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "the store is not told that this node runs"),
-            Err(_) => tracing::warn!("the store is not told that this node runs: no answer in time"),
+            Err(_) => {
+                tracing::warn!("the store is not told that this node runs: no answer in time")
+            }
         }
     }
 

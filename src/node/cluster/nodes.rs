@@ -105,14 +105,12 @@ impl Node {
             )));
         }
         let state = if drain { MemberState::Draining } else { MemberState::Active };
-        self.schema.set_member_state(name, state).await.map_err(api_error)?;
-        let (from, to) =
-            if drain { (Kept::Online, Kept::Draining) } else { (Kept::Draining, Kept::Online) };
-        for record in Self::disks_of(cluster, name) {
-            if record.state == from && !record.removing {
-                self.update_disk(record.id, |disk| disk.state = to).await?;
-                self.take_up(record.id);
+        for record in self.schema.drain_member(name, drain).await.map_err(api_error)? {
+            let id = record.id;
+            if let Some(slot) = self.disks.borrow().get(&id) {
+                slot.record.replace(record);
             }
+            self.take_up(id);
         }
         let seen = || {
             let view = cluster.view.borrow();

@@ -153,7 +153,7 @@ fn any_node_exports_a_volume_and_follows_its_head() {
         let second = server_of(&town, volume).await;
         let name = town.host(second).name.clone();
         let schema = node(&town, client).schema.clone();
-        let drained = schema.set_member_state(&name, MemberState::Draining);
+        let drained = schema.drain_member(&name, true);
         drained.await.expect("it is there");
         let longest = Cell::new(Duration::ZERO);
         let moved = async {

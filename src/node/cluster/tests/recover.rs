@@ -148,7 +148,7 @@ async fn moved_on(
     let snapshot = town.store.snapshot();
     let schema = node(town, first).schema.clone();
     let name = town.host(first).name.clone();
-    let drained = schema.set_member_state(&name, MemberState::Draining);
+    let drained = schema.drain_member(&name, true);
     drained.await.expect("it is there");
     let moved = || {
         let node = node(town, first);
