@@ -202,10 +202,11 @@ async fn scrub_once(context: &Rc<Context>, volume: &Rc<Tested>) -> Option<ScrubR
 }
 
 /// Waits for full redundancy and checks every invariant. What is found late in the end, or was closed
-/// a moment ago, is still being repaired or sealed: it gets the time for it.
+/// a moment ago, is still being repaired or sealed: it gets the time for it. So does a disk that is suspect because what
+/// balance moves held up an append: disks are slow here, and some heads wait for 60 ms only.
 async fn settle(context: &Rc<Context>, volume: &Rc<Tested>) {
     let mut judged = Ok(());
-    for _ in 0..20 {
+    for _ in 0..60 {
         judged = settle_once(context, volume).await;
         if judged.is_ok() {
             context.cover("reckoned");
