@@ -66,8 +66,7 @@ impl Duel {
         let [zeroes, content, cold] = self.blocks;
         let feed = async {
             if feeds {
-                // In two streams, as an answer may take long.
-                tokio::join!(self.feed(cold), self.feed(cold));
+                self.feed(cold).await;
             }
         };
         tokio::join!(self.read(zeroes), self.read(content), self.rival(), feed);

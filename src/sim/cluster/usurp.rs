@@ -62,12 +62,28 @@ pub(super) fn strike(context: &Rc<Context>) {
     others.retain(|other| *other != index && context.host(*other).node().is_some());
     let Some(next) = others.get(context.pick(others.len())).copied() else { return };
     let Some(busy) = Busy::claim(context, index) else { return };
-    let deaf = Deaf::EACH[context.pick(Deaf::EACH.len())];
+    // Mostly nothing else happens to the next one.
+    let spared = context.env.chance(3, 4).then(|| Busy::claim(context, next));
+    let mut deaf = Deaf::EACH[context.pick(Deaf::EACH.len())];
+    if deaf == Deaf::Late && carriers(context, [index, next]) <= usize::from(volume.scheme.parity) {
+        deaf = Deaf::Store;
+    }
     context.cover_noted(deaf.told());
     let hosts = (busy.host(), context.host(next));
     context.note(&format!("{} from {} to {}", volume.name, hosts.0.name, hosts.1.name));
     let duel = Duel::new(context.clone(), volume, hosts, head.authority.epoch);
-    context.spawn(async move { Usurped { duel, deaf, busy }.run().await });
+    context.spawn(async move {
+        Usurped { duel, deaf, busy }.run().await;
+        drop(spared);
+    });
+}
+
+/// How many machines other than these run and have disks: an append that one's own disk answers at once goes
+/// on elsewhere when the other answers are late.
+fn carriers(context: &Context, but: [usize; 2]) -> usize {
+    let others = context.members().into_iter().filter(|index| !but.contains(index));
+    let nodes = others.filter_map(|index| context.host(index).node());
+    nodes.filter(|node| !node.own_disks().is_empty()).count()
 }
 
 /// A head that is being replaced.
@@ -113,9 +129,7 @@ impl Usurped {
     async fn part(&self) {
         let (context, net) = (&self.duel.context, &self.duel.context.town.net);
         let late = self.deaf == Deaf::Late;
-        // Where the others suffice: an append that its own disks answer at once goes on elsewhere when the rest is late.
-        let others = context.town.nodes().len().saturating_sub(2);
-        if late && others > usize::from(self.duel.volume.scheme.parity) {
+        if late {
             self.duel.old.devices.all().iter().for_each(SimDevice::vanish);
         }
         if late || context.env.chance(1, 2) {
@@ -133,7 +147,7 @@ impl Usurped {
         self.duel.old.store.set_unavailable(true);
         let lease = context.town.config.head.lease;
         // Probes are given up after a lease; appends are not.
-        let late = lease * (4 + u32::try_from(context.pick(10)).unwrap_or(0)) / 10;
+        let late = lease * (7 + u32::try_from(context.pick(9)).unwrap_or(0)) / 10;
         for other in self.others() {
             match self.deaf {
                 Deaf::Late if other != self.duel.next.name => net.delay_way(&other, own, late),
