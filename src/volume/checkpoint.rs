@@ -309,8 +309,21 @@ impl Head {
 
     /// Makes a durable checkpoint of everything acknowledged so far. Record headers name it from
     /// now on; the root does when the store allows ([`Head::publish`]).
+    ///
+    /// In a task of its own: whoever gives up waiting (repair does, when the head is released) must not leave half a
+    /// merge behind, whose part of the overlay the next one would not know.
     pub(super) async fn store_checkpoint(self: &Rc<Self>) -> Result<(), HeadError> {
+        let head = self.clone();
+        let stored = tokio::task::spawn_local(async move { head.store_in_turn().await });
+        let ended = |_| Err(HeadError::Stopped("it ended while a checkpoint was made".into()));
+        stored.await.unwrap_or_else(ended)
+    }
+
+    async fn store_in_turn(self: &Rc<Self>) -> Result<(), HeadError> {
         let _lock = self.checkpoint_lock.lock().await;
+        if let Some(why) = self.stopped() {
+            return Err(HeadError::Stopped(why));
+        }
         if self.owes_reserve() {
             // What the last one took of the reserve comes back when the root names it.
             self.publish().await?;
