@@ -38,7 +38,6 @@ fn main() -> ExitCode {
         let Some(bug) = Bug::ALL
             .iter()
             .chain(Bug::CLUSTER)
-            .chain(Bug::SOUGHT)
             .find(|bug| format!("{bug:?}") == *name)
         else {
             println!("no bug {name}; there are {:?} and {:?}", Bug::ALL, Bug::CLUSTER);

@@ -239,22 +239,34 @@ impl Schema {
 
     /// Says that the node runs, as long as `lease` is kept.
     ///
+    /// A try whose outcome is unknown may be made late, after the next one. It must not bind the key to its own
+    /// lease, which nobody renews; so each try changes what it has seen, or nothing.
+    ///
     /// # Errors
-    /// [`SchemaError::Store`], [`SchemaError::NotFound`] if the node was removed.
+    /// [`SchemaError::Store`], [`SchemaError::NotFound`] if the node was removed, [`SchemaError::Busy`] if a try
+    /// made before was done meanwhile.
     pub async fn set_alive(
         &self,
         name: &str,
         alive: &AliveRecord,
         lease: LeaseId,
     ) -> SchemaResult<()> {
-        let txn = Txn::new().when(Condition::KeyExists(member_key(name))).put_leased(
-            alive_key(name),
-            encode(alive)?,
-            lease,
-        );
-        match self.store().txn(txn).await?.committed() {
-            Some(_) => Ok(()),
-            None => Err(SchemaError::NotFound(format!("node '{name}'"))),
+        let key = alive_key(name);
+        let unchanged = match self.store().get(&key).await? {
+            Some(seen) => Condition::KeyAt(key.clone(), seen.revision),
+            None => Condition::KeyMissing(key.clone()),
+        };
+        let txn = Txn::new()
+            .when(Condition::KeyExists(member_key(name)))
+            .when(unchanged)
+            .put_leased(key, encode(alive)?, lease);
+        if self.store().txn(txn).await?.committed().is_some() {
+            return Ok(());
+        }
+        let node = format!("node '{name}'");
+        match self.store().get(&member_key(name)).await? {
+            Some(_) => Err(SchemaError::Busy(node)),
+            None => Err(SchemaError::NotFound(node)),
         }
     }
 
@@ -419,23 +431,51 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_try_made_late_does_not_undo_the_next_one() {
+        LocalSet::new()
+            .run_until(async {
+                let client = Rc::new(MemoryStore::new(Env::from_seed(1)));
+                let (schema, faults) = (Schema::new(client.clone()), client.faults().clone());
+                schema.join(&member(1, "a")).await.expect("the name is free");
+                let ttl = Duration::from_secs(2);
+                let first = client.lease_grant(ttl).await.expect("granted");
+                faults.unknown_late.set(1000);
+                faults.late.set(Duration::from_secs(1));
+                schema.set_alive("a", &alive(), first).await.expect_err("nobody answers");
+                faults.heal();
+                let second = client.lease_grant(ttl).await.expect("granted");
+                schema.set_alive("a", &alive(), second).await.expect("it is a node");
+                for _ in 0..10 {
+                    tokio::time::sleep(ttl / 2).await;
+                    client.lease_keep_alive(second).await.expect("it is kept");
+                    let told = client.get(&alive_key("a")).await.expect("it answers");
+                    assert!(told.is_some(), "the node that runs is said to be gone");
+                }
+            })
+            .await;
+    }
+
+    fn alive() -> AliveRecord {
+        AliveRecord {
+            id: NodeId::from_bytes([1; 16]),
+            instance: 1,
+            address: "a:1".into(),
+            admin: "a:2".into(),
+            exports: vec![],
+            version: "0".into(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_node_that_runs_is_not_removed() {
         LocalSet::new()
             .run_until(async {
                 let (client, schema) = store();
                 let lease = client.lease_grant(Duration::from_mins(1)).await.expect("granted");
-                let alive = AliveRecord {
-                    id: NodeId::from_bytes([1; 16]),
-                    instance: 1,
-                    address: "a:1".into(),
-                    admin: "a:2".into(),
-                    exports: vec![],
-                    version: "0".into(),
-                };
-                let error = schema.set_alive("a", &alive, lease).await.expect_err("no such node");
+                let error = schema.set_alive("a", &alive(), lease).await.expect_err("no such node");
                 assert!(matches!(error, SchemaError::NotFound(_)), "{error}");
                 schema.join(&member(1, "a")).await.expect("the name is free");
-                schema.set_alive("a", &alive, lease).await.expect("it is a node");
+                schema.set_alive("a", &alive(), lease).await.expect("it is a node");
                 let error = schema.remove_member("a").await.expect_err("it runs");
                 assert!(matches!(error, SchemaError::Invalid(_)), "{error}");
                 client.lease_revoke(lease).await.expect("it is there");

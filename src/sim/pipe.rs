@@ -23,6 +23,8 @@ const CAPACITY: usize = 256 << 10;
 pub struct PipeFaults {
     /// Bytes take so long.
     pub delay: Cell<Duration>,
+    /// What goes to an end takes so much longer, by end.
+    late: [Cell<Duration>; 2],
     /// The connection is cut once so many bytes were written, by either side.
     pub cut_after: Cell<Option<u64>>,
     /// The bit of the byte with this number is flipped.
@@ -61,6 +63,11 @@ impl PipeFaults {
     pub fn hold_to(&self, end: usize, held: bool) {
         self.held[end].set(held);
         self.wake();
+    }
+
+    /// What goes to one end, the first (0) or the second (1) of [`pipe`], takes so much longer from now on.
+    pub fn delay_to(&self, end: usize, late: Duration) {
+        self.late[end].set(late);
     }
 
     /// Whether it was cut.
@@ -227,7 +234,8 @@ impl AsyncWrite for PipeEnd {
             return Poll::Ready(Ok(len));
         }
         half.bytes += len;
-        half.queue.push_back((Instant::now() + faults.delay.get(), data));
+        let takes = faults.delay.get() + faults.late[1 - self.number].get();
+        half.queue.push_back((Instant::now() + takes, data));
         faults.wake();
         Poll::Ready(Ok(len))
     }

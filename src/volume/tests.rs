@@ -507,3 +507,20 @@ fn a_volume_is_released_though_a_disk_fails_under_its_last_checkpoint() {
         });
     }
 }
+
+#[test]
+fn a_checkpoint_whose_caller_is_gone_loses_nothing() {
+    with_head(async |world, running| {
+        write(running, 13, 1).await;
+        running.head.checkpoint().await.expect("nothing is wrong");
+        write(running, 13, 2).await;
+        // It has begun, and waits for its disks.
+        let mut begun = Box::pin(running.head.checkpoint());
+        timeout(Duration::from_micros(20), &mut begun).await.expect_err("it takes longer");
+        drop(begun);
+        assert_eq!(read(running, 13).await[0], 2);
+        running.head.release().await.expect("nothing is wrong");
+        let next = take_over_again(world, running).await;
+        assert_eq!(read(&next, 13).await[0], 2, "what was acknowledged is there");
+    });
+}

@@ -19,6 +19,9 @@ use crate::export::{BlockTarget, ExportDirectory, TargetError};
 use crate::node::Exports;
 use crate::sim::oracle::{Outcome, SECTOR, Write};
 
+/// Pause of a client that is to rest.
+const RESTS: Duration = Duration::from_millis(20);
+
 /// A connection of a client to an export.
 pub(super) struct Session {
     host: Rc<Host>,
@@ -44,7 +47,8 @@ impl Session {
         Some(Self { host, process, target, gone })
     }
 
-    fn lasts(&self) -> bool {
+    /// Whether the process that it was made to is there still, and wants clients.
+    pub(super) fn lasts(&self) -> bool {
         self.host.is_running() && self.host.starts() == self.process && !self.host.is_closing()
     }
 
@@ -186,6 +190,10 @@ fn range(env: &Env, sectors: u64) -> (u64, u64) {
 pub(super) async fn run(context: Rc<Context>, volume: Rc<Tested>, number: usize) {
     let mut session = None;
     while !context.stop.get() {
+        if volume.rests() {
+            sleep(RESTS).await;
+            continue;
+        }
         if session.as_ref().is_none_or(|session: &Session| !session.lasts())
             || context.env.chance(1, 40)
         {

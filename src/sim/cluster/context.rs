@@ -32,6 +32,8 @@ pub(super) struct Tested {
     doubts: RefCell<Vec<(Epoch, Write)>>,
     /// The head of each epoch that was seen to serve.
     heads: RefCell<BTreeMap<Epoch, HeadId>>,
+    /// How many want its ordinary clients to make no requests.
+    rests: Cell<u32>,
 }
 
 impl Tested {
@@ -44,11 +46,17 @@ impl Tested {
             oracle: RefCell::default(),
             doubts: RefCell::default(),
             heads: RefCell::default(),
+            rests: Cell::new(0),
         })
     }
 
     pub(super) fn sectors(&self) -> u64 {
         self.bytes / SECTOR as u64
+    }
+
+    /// Whether its ordinary clients make no requests for now.
+    pub(super) fn rests(&self) -> bool {
+        self.rests.get() > 0
     }
 
     /// A head was seen to serve.
@@ -72,6 +80,22 @@ impl Tested {
             self.oracle.borrow_mut().end(write, Outcome::Settled);
         }
         Ok(())
+    }
+}
+
+/// The ordinary clients of a volume make no further requests until this is dropped.
+pub(super) struct Rest(Rc<Tested>);
+
+impl Rest {
+    pub(super) fn of(volume: &Rc<Tested>) -> Self {
+        volume.rests.set(volume.rests.get() + 1);
+        Self(volume.clone())
+    }
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        self.0.rests.set(self.0.rests.get() - 1);
     }
 }
 

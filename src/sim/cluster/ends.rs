@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep};
 
 use super::clients::{Kind, Session};
 use super::context::{Context, Tested};
+use super::nemesis::millis;
 use super::operator;
 use crate::id::DiskId;
 use crate::volume::ScrubReport;
@@ -43,6 +44,55 @@ fn heal(context: &Rc<Context>) {
         host.pause(false);
         host.devices.all().iter().for_each(crate::sim::device::SimDevice::end_faults);
     }
+}
+
+/// Starts the process on every machine where none runs.
+async fn start_all(context: &Rc<Context>) {
+    for index in context.members() {
+        let host = context.host(index);
+        if host.is_closing() {
+            // It was being stopped: that ends now.
+            context.town.kill(&host, false).await;
+        }
+        context.town.start(&host);
+    }
+}
+
+/// Whether a pool needs all machines with disks, so that the logs of its volumes are narrow without one.
+fn is_tight(context: &Context) -> bool {
+    let hosts = context.members().into_iter().map(|index| context.host(index));
+    let domains = hosts.filter(|host| !host.devices.paths().is_empty()).count();
+    context.volumes().iter().any(|volume| usize::from(volume.scheme.parity) + 1 == domains)
+}
+
+/// Once all is well, a machine is away for so long that it counts as lost, and returns. Nothing else
+/// happens meanwhile, so heads that live through it have to take it back. Whether that was done.
+async fn outlast(context: &Rc<Context>) -> bool {
+    let of = if is_tight(context) { 2 } else { 8 };
+    if !context.env.chance(1, of) || !context.drained.borrow().is_empty() {
+        return false;
+    }
+    let begun = Instant::now();
+    while ailing(context).is_some() {
+        if begun.elapsed() > WELL_WITHIN || context.failure().is_some() {
+            return false;
+        }
+        sleep(LOOK).await;
+    }
+    let mut away = context.members();
+    away.retain(|index| {
+        let node = context.host(*index).node();
+        node.is_some_and(|node| node.served().is_empty() && !node.own_disks().is_empty())
+    });
+    let Some(index) = away.get(context.pick(away.len())).copied() else { return false };
+    let host = context.host(index);
+    context.cover_noted("in the end, a machine is away for long");
+    context.note(&host.name);
+    context.town.kill(&host, context.env.chance(1, 2)).await;
+    let counts = context.town.config.out_after + context.town.config.head.replace_after;
+    sleep(counts + millis(context, 4000)).await;
+    context.town.start(&host);
+    true
 }
 
 /// Why the cluster is not well yet; none if it is.
@@ -86,17 +136,13 @@ pub(super) async fn reckon(context: &Rc<Context>) {
     context.calm.set(true);
     context.end_tasks().await;
     heal(context);
-    for index in context.members() {
-        let host = context.host(index);
-        if host.is_closing() {
-            // It was being stopped: that ends now.
-            context.town.kill(&host, false).await;
-        }
-        context.town.start(&host);
-    }
+    start_all(context).await;
     context.note("everything heals");
-    let healed = Instant::now();
+    let mut healed = Instant::now();
     operator::finish(context).await;
+    if outlast(context).await {
+        healed = Instant::now();
+    }
     let mut since = None;
     while context.failure().is_none() {
         sleep(LOOK).await;

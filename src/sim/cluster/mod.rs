@@ -5,6 +5,7 @@
 //!  run ──► town (hosts, net, store) ──► nodes, as they are
 //!   ├────► clients ──► exports of any node          judged by the oracle
 //!   ├────► nemesis ──► network, storage, operator   what strikes
+//!   │         └──────► usurp ──► duel               two heads at once
 //!   └────► ends                                     everything heals and is judged
 //! ```
 //!
@@ -14,6 +15,7 @@
 
 mod clients;
 mod context;
+mod duel;
 mod ends;
 pub mod host;
 mod nemesis;

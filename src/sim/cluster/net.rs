@@ -48,6 +48,8 @@ pub struct Net {
     cut: RefCell<BTreeSet<(String, String)>>,
     /// Ways that are slower than usual.
     slow: RefCell<BTreeMap<(String, String), Duration>>,
+    /// What passes from the first to the second takes so much longer; not so the way back.
+    late: RefCell<BTreeMap<(String, String), Duration>>,
     connections: RefCell<Vec<Connection>>,
 }
 
@@ -110,8 +112,10 @@ impl Net {
     pub fn heal(&self, torn: bool) {
         let cut = std::mem::take(&mut *self.cut.borrow_mut());
         self.slow.borrow_mut().clear();
+        self.late.borrow_mut().clear();
         self.each(|connection, faults| {
             faults.delay.set(USUAL_DELAY);
+            (0..2).for_each(|end| faults.delay_to(end, Duration::ZERO));
             let was = cut.contains(&way(&connection.from, &connection.to))
                 || cut.contains(&way(&connection.to, &connection.from));
             if was && torn {
@@ -146,6 +150,16 @@ impl Net {
         self.each(|connection, faults| {
             if connection.is_between(a, b) {
                 faults.delay.set(delay);
+            }
+        });
+    }
+
+    /// What passes from one node to another takes so much longer, and no longer the other way.
+    pub fn delay_way(&self, from: &str, to: &str, late: Duration) {
+        self.late.borrow_mut().insert(way(from, to), late);
+        self.each(|connection, faults| {
+            if connection.is_between(from, to) {
+                faults.delay_to(usize::from(connection.to == to), late);
             }
         });
     }
@@ -190,6 +204,10 @@ impl Dial for Way {
             let faults = Rc::new(PipeFaults::default());
             let delay = net.slow.borrow().get(&way(from, to)).copied();
             faults.delay.set(delay.unwrap_or(USUAL_DELAY));
+            for (end, way) in [(0, way(to, from)), (1, way(from, to))] {
+                let late = net.late.borrow().get(&way).copied();
+                faults.delay_to(end, late.unwrap_or_default());
+            }
             let (ours, theirs) = pipe(&faults);
             listener.ok_or_else(refused)?.send(Arrival::Stream(theirs)).map_err(|_| refused())?;
             let faults = Rc::downgrade(&faults);
