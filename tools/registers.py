@@ -115,10 +115,10 @@ def read_history(paths):
     return history, counts["error"], counts["lost"]
 
 
-def stall(history, since, until):
-    """Longest time that a request took which was answered and was under way then."""
-    within = [ended - begun for _, _, _, begun, ended in history if begun <= until and since <= ended != NEVER]
-    return max(within, default=0.0)
+def stall(history, since, until=NEVER):
+    """Longest time that a request took which was answered and was under way then, and when that one began."""
+    within = [(ended - begun, begun) for _, _, _, begun, ended in history if begun <= until and since <= ended != NEVER]
+    return max(within, default=(0.0, since))
 
 
 # The client: a process of its own, because a process is in one network namespace.
