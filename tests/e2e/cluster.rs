@@ -135,8 +135,8 @@ impl Cluster {
     }
 
     /// Kills every node with disks, one after the other, under a client at the unix socket of the gateway, which
-    /// is the last node. The head comes to this client, so none of the nodes has it.
-    fn every_storage_node_dies(&self, gateway: usize, volume: &str) {
+    /// is the last node. The head comes to this client, so none of the nodes has it. Gives the longest request.
+    fn every_storage_node_dies(&self, gateway: usize, volume: &str) -> f64 {
         let name = format!("n{gateway}");
         let socket = self.dir.path().join(&name).join("nbd.sock");
         let load = self.load_at(&format!("nbd+unix:///{volume}?socket={}", socket.display()), 300);
@@ -150,7 +150,7 @@ impl Cluster {
             self.wait_whole(gateway);
         }
         assert_eq!(self.head(gateway), name);
-        println!("longest request while every other node dies: {:.2} s", interrupted(load));
+        interrupted(load)
     }
 }
 
@@ -177,7 +177,10 @@ fn report(load: Child, code: i32) -> f64 {
     let job = &report["jobs"][0];
     assert_eq!(job["error"], 0, "{text}{error}");
     let longest = |kind: &str| {
-        assert!(job[kind]["total_ios"].as_u64() > Some(100), "next to nothing was written or compared: {text}");
+        assert!(
+            job[kind]["total_ios"].as_u64() > Some(100),
+            "next to nothing was written or compared: {text}"
+        );
         job[kind]["clat_ns"]["max"].as_f64().expect("a number")
     };
     longest("read").max(longest("write")) / 1e9
@@ -253,7 +256,8 @@ fn any_of_five_nodes_dies_under_load_and_clients_of_a_gateway_see_no_error() {
     });
     cluster.ctl(6, &["node", "undrain", &head]);
 
-    cluster.every_storage_node_dies(6, "p/v");
+    let longest = cluster.every_storage_node_dies(6, "p/v");
+    println!("longest request while every other node dies: {longest:.2} s");
     run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
     cluster.ctl(6, &["volume", "rm", "p/v", "--yes"]);
     cluster.wait("deleted", 6, |cluster| {
@@ -287,6 +291,7 @@ fn a_coded_pool_of_six_nodes_survives_any_and_etcd_may_go_away() {
     let stranger = stranger.env("HOME", "/nonexistent").output().expect("sdsctl can be run");
     assert!(!stranger.status.success(), "somebody without credentials gives orders");
 
-    cluster.every_storage_node_dies(7, "p/v");
+    let longest = cluster.every_storage_node_dies(7, "p/v");
+    println!("longest request while every other node dies: {longest:.2} s");
     run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
 }
