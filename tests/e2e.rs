@@ -38,3 +38,5 @@ mod store;
 mod strangers;
 #[path = "e2e/support.rs"]
 mod support;
+#[path = "e2e/survive.rs"]
+mod survive;

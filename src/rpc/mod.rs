@@ -28,7 +28,8 @@
 //! - A change to a volume whose outcome is unknown is over before the next one of this process begins
 //!   (`remote_volume.rs` says how); `forward.rs` may therefore repeat it.
 //! - A request to a disk is sent as soon as it is made, not when its future is polled; a dropped future leaves it running.
-//! - No request hangs: while there is no connection, requests fail after [`RpcConfig::down_patience`].
+//! - No request hangs: while there is no connection, requests fail after [`RpcConfig::down_patience`]; or
+//!   earlier, when the connection broke and the node then refused others: its process died.
 //! - A disk that does not answer holds up no other one: the window of a connection is shared so that a
 //!   part of it is always left to the others.
 //! - Memory is bounded on both sides; a peer that breaks the protocol is told so, counted, and its
@@ -79,7 +80,7 @@ pub struct RpcConfig {
     pub connect_timeout: Duration,
     /// Longest time between attempts to connect.
     pub backoff_max: Duration,
-    /// How long requests wait for a connection that is down.
+    /// How long requests wait for a connection that is down, at most.
     pub down_patience: Duration,
     /// Time after which a request is given up. Far longer than callers wait who know better.
     pub deadline: Duration,

@@ -116,42 +116,73 @@ impl Cluster {
         });
     }
 
-    /// Random writes to a volume through a node, which are read back and compared, for some seconds.
+    /// Random writes to a volume through a node, and reads that compare what was written, for some seconds.
     pub(super) fn load(&self, node: usize, volume: &str, seconds: u32) -> Child {
-        let uri = format!("--uri={}{volume}", self.address(node).nbd);
-        let runtime = format!("--runtime={seconds}");
+        self.load_at(&format!("{}{volume}", self.address(node).nbd), seconds)
+    }
+
+    fn load_at(&self, uri: &str, seconds: u32) -> Child {
         let mut command = Command::new("fio");
-        command.args([
-            "--name=load",
-            "--ioengine=nbd",
-            &uri,
-            "--rw=randrw",
-            "--bs=4k",
-            "--iodepth=8",
-        ]);
-        command.args([
-            "--size=48M",
-            "--verify=crc32c",
-            "--time_based",
-            &runtime,
-            "--output-format=json",
-        ]);
-        command.args(["--verify_fatal=1", "--verify_state_save=0"]).current_dir(self.dir.path());
+        command.args(["--name=load", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=8"]);
+        command.args([format!("--uri={uri}"), format!("--runtime={seconds}")]);
+        // Reads are those that compare. Without a backlog there are none before all was written once, and with
+        // others in between fio leaves many of them out.
+        command.args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64"]);
+        command.args(["--size=48M", "--verify_state_save=0", "--time_based"]);
+        command.arg("--output-format=json").current_dir(self.dir.path());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
         child.expect("fio can be run")
+    }
+
+    /// Kills every node with disks, one after the other, under a client at the unix socket of the gateway, which
+    /// is the last node. The head comes to this client, so none of the nodes has it. Gives the longest request.
+    fn every_storage_node_dies(&self, gateway: usize, volume: &str) -> f64 {
+        let name = format!("n{gateway}");
+        let socket = self.dir.path().join(&name).join("nbd.sock");
+        let load = self.load_at(&format!("nbd+unix:///{volume}?socket={}", socket.display()), 300);
+        self.wait("the head is at its client", gateway, |cluster| cluster.head(gateway) == name);
+        for node in 1..gateway {
+            let node_name = format!("n{node}");
+            self.order(&["kill", &node_name]);
+            // Shorter and longer than a lease.
+            std::thread::sleep(Duration::from_secs(if node % 2 == 0 { 1 } else { 3 }));
+            self.order(&["start", &node_name]);
+            self.wait_whole(gateway);
+        }
+        assert_eq!(self.head(gateway), name);
+        interrupted(load)
     }
 }
 
 /// Longest request of a load that ended well, seconds.
 pub(super) fn longest(load: Child) -> f64 {
+    report(load, 0)
+}
+
+/// The same of one that runs still and is ended here.
+fn interrupted(mut load: Child) -> f64 {
+    assert!(load.try_wait().expect("a child").is_none(), "it ended early: {}", report(load, 0));
+    let told = Command::new("kill").args(["-INT", &load.id().to_string()]).status();
+    assert!(told.is_ok_and(|status| status.success()));
+    report(load, 128)
+}
+
+fn report(load: Child, code: i32) -> f64 {
     let done = load.wait_with_output().expect("fio ends");
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
-    assert!(done.status.success(), "{text}{}", String::from_utf8_lossy(&done.stderr));
+    let error = String::from_utf8_lossy(&done.stderr);
+    assert_eq!(done.status.code(), Some(code), "{text}{error}");
     let report: Value =
         serde_json::from_str(&text[text.find('{').expect("a report")..]).expect("JSON");
     let job = &report["jobs"][0];
-    assert_eq!(job["error"], 0, "{text}");
-    let longest = |kind: &str| job[kind]["clat_ns"]["max"].as_f64().expect("a number");
+    assert_eq!(job["error"], 0, "{text}{error}");
+    let longest = |kind: &str| {
+        assert!(
+            job[kind]["total_ios"].as_u64() > Some(100),
+            "next to nothing was written or compared: {text}"
+        );
+        job[kind]["clat_ns"]["max"].as_f64().expect("a number")
+    };
     longest("read").max(longest("write")) / 1e9
 }
 
@@ -173,26 +204,28 @@ impl Drop for Cluster {
 }
 
 #[test]
-fn any_node_dies_under_load_and_clients_of_others_see_no_error() {
-    let cluster = Cluster::up(4, &[]);
+fn any_of_five_nodes_dies_under_load_and_clients_of_a_gateway_see_no_error() {
+    let cluster = Cluster::up(5, &["--gateways", "1"]);
     cluster.ctl(1, &["pool", "create", "p", "--replicas", "3", "--failure-domain", "node"]);
     cluster.ctl(2, &["volume", "create", "p/v", "--size", "64M"]);
     let (refused, said) =
         cluster.ctl_raw(1, &["pool", "create", "q", "--ec", "4+2", "--failure-domain", "node"]);
     assert!(!refused && said.contains("needs 6 of them"), "{said}");
     let nodes = cluster.json(3, &["node", "ls"]);
-    assert_eq!(nodes.as_array().expect("a list").len(), 4, "{nodes}");
+    assert_eq!(nodes.as_array().expect("a list").len(), 6, "{nodes}");
     assert_eq!(cluster.head(1), "n2");
+    let uri = format!("{}p/v", cluster.address(6).nbd);
+    run("qemu-io", &["-f", "raw", &uri, "-c", "write -P 5 48M 16M"]);
 
-    // Clients are at the first node: a node without the head, then that with it.
-    let load = cluster.load(1, "p/v", 12);
-    std::thread::sleep(Duration::from_secs(3));
+    // Clients are at the gateway's TCP port: a node without the head, then that with it.
+    let load = cluster.load(6, "p/v", 8);
+    std::thread::sleep(Duration::from_secs(2));
     cluster.order(&["kill", "n3"]);
     println!("longest request while a node without the head dies: {:.2} s", longest(load));
     cluster.order(&["start", "n3"]);
     cluster.wait_whole(1);
-    let load = cluster.load(1, "p/v", 15);
-    std::thread::sleep(Duration::from_secs(3));
+    let load = cluster.load(6, "p/v", 12);
+    std::thread::sleep(Duration::from_secs(2));
     cluster.order(&["kill", "n2"]);
     println!("longest request while the node with the head dies: {:.2} s", longest(load));
     assert_ne!(cluster.head(1), "n2");
@@ -203,41 +236,45 @@ fn any_node_dies_under_load_and_clients_of_others_see_no_error() {
 
     // The head's node stops in order, then is drained: no error, and less of a stall.
     let head = cluster.head(1);
-    let load = cluster.load(if head == "n1" { 4 } else { 1 }, "p/v", 12);
-    std::thread::sleep(Duration::from_secs(3));
+    let load = cluster.load(6, "p/v", 8);
+    std::thread::sleep(Duration::from_secs(2));
     cluster.order(&["stop", &head]);
     println!("longest request while the node with the head stops: {:.2} s", longest(load));
     cluster.order(&["start", &head]);
     cluster.wait_whole(1);
     let head = cluster.head(1);
-    let from = if head == "n1" { 4 } else { 1 };
-    let load = cluster.load(from, "p/v", 12);
-    std::thread::sleep(Duration::from_secs(3));
-    cluster.ctl(from, &["node", "drain", &head]);
+    let load = cluster.load(6, "p/v", 8);
+    std::thread::sleep(Duration::from_secs(2));
+    cluster.ctl(6, &["node", "drain", &head]);
     println!("longest request while the node with the head is drained: {:.2} s", longest(load));
-    cluster.wait("drained", from, |cluster| {
-        let node = cluster.json(from, &["node", "show", &head]);
-        let disks = cluster.json(from, &["disk", "ls"]);
+    cluster.wait("drained", 6, |cluster| {
+        let node = cluster.json(6, &["node", "show", &head]);
+        let disks = cluster.json(6, &["disk", "ls"]);
         let disks = disks.as_array().expect("a list").iter();
         let taken = disks.filter(|d| d["node"] == head.as_str()).map(|d| d["slots_used"].as_u64());
         node["volumes"] == 0 && taken.sum::<Option<u64>>() == Some(0)
     });
-    cluster.ctl(from, &["node", "undrain", &head]);
-    cluster.ctl(from, &["volume", "rm", "p/v", "--yes"]);
-    cluster.wait("deleted", from, |cluster| {
-        cluster.json(from, &["volume", "ls"]).as_array().is_some_and(Vec::is_empty)
+    cluster.ctl(6, &["node", "undrain", &head]);
+
+    let longest = cluster.every_storage_node_dies(6, "p/v");
+    println!("longest request while every other node dies: {longest:.2} s");
+    run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
+    cluster.ctl(6, &["volume", "rm", "p/v", "--yes"]);
+    cluster.wait("deleted", 6, |cluster| {
+        cluster.json(6, &["volume", "ls"]).as_array().is_some_and(Vec::is_empty)
     });
 }
 
 #[test]
 fn a_coded_pool_of_six_nodes_survives_any_and_etcd_may_go_away() {
-    let cluster = Cluster::up(6, &["--tls"]);
+    let cluster = Cluster::up(6, &["--tls", "--gateways", "1"]);
     cluster.ctl(1, &["pool", "create", "p", "--ec", "4+2", "--failure-domain", "node"]);
     cluster.ctl(1, &["volume", "create", "p/v", "--size", "64M"]);
     let uri = format!("{}p/v", cluster.address(4).nbd);
     run("qemu-io", &["-f", "raw", &uri, "-c", "write -P 5 48M 16M"]);
-    let load = cluster.load(3, "p/v", 12);
-    std::thread::sleep(Duration::from_secs(3));
+    let load = cluster.load(7, "p/v", 12);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(cluster.head(7), "n1");
     cluster.order(&["kill", "n1"]);
     println!("longest request while the node with the head dies: {:.2} s", longest(load));
     run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
@@ -253,4 +290,8 @@ fn a_coded_pool_of_six_nodes_survives_any_and_etcd_may_go_away() {
     stranger.args(["--endpoint", &cluster.address(1).admin, "status"]);
     let stranger = stranger.env("HOME", "/nonexistent").output().expect("sdsctl can be run");
     assert!(!stranger.status.success(), "somebody without credentials gives orders");
+
+    let longest = cluster.every_storage_node_dies(7, "p/v");
+    println!("longest request while every other node dies: {longest:.2} s");
+    run("qemu-io", &["-f", "raw", &uri, "-c", "read -P 5 48M 16M"]);
 }

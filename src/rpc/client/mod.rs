@@ -202,7 +202,7 @@ impl Peer {
         let config = &shared.config;
         let mut state = shared.state.borrow_mut();
         let now = Instant::now();
-        if !state.is_up() && now - state.down_since >= config.down_patience {
+        if state.is_away(now, config.down_patience) {
             add(&shared.metrics.requests, 1);
             add(&shared.metrics.unreachable, 1);
             return Err(ShardError::Unreachable);
@@ -288,7 +288,7 @@ async fn watch_deadlines(shared: Rc<Shared>, holder: std::rc::Weak<Holder>) {
                 shared.ticking.set(false);
             }
             let now = Instant::now();
-            if !state.is_up() && now - state.down_since >= shared.config.down_patience {
+            if state.is_away(now, shared.config.down_patience) {
                 state.fail_queued();
             }
             state.expire(now);
@@ -327,6 +327,7 @@ async fn keep(shared: Rc<Shared>, dial: impl Dial) {
             Err(error) => {
                 add(&shared.metrics.connects_failed, 1);
                 failures = failures.max(1);
+                shared.state.borrow_mut().missed();
                 error.to_string()
             }
         };

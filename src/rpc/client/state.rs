@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::time::Instant;
@@ -23,6 +24,9 @@ use crate::shard::ShardError;
 const NO_REQUEST: u64 = u64::MAX;
 /// Unsent pongs beyond which the peer is not in its senses.
 const PONGS_MAX: u32 = 16;
+/// Attempts to reach a node again that may fail before requests stop waiting for it. The first is made at once, the
+/// others some tens of milliseconds apart.
+const MISSES_MAX: u32 = 2;
 
 /// Requests to a volume with more payload are large: small ones do not wait for them.
 const SMALL_BYTES_MAX: usize = 16 << 10;
@@ -120,6 +124,8 @@ pub(super) struct State {
     /// None while there is no connection.
     window: Option<Window>,
     pub(super) down_since: Instant,
+    /// Attempts to reach the node again since the last connection broke; none where there was none yet.
+    misses: Option<u32>,
     /// The task that moves frames.
     pub(super) io: Option<Waker>,
     ping: Option<(u64, Instant)>,
@@ -138,6 +144,7 @@ impl State {
             output: Output::new(version),
             window: None,
             down_since: Instant::now(),
+            misses: None,
             io: None,
             ping: None,
             pings: 0,
@@ -149,6 +156,17 @@ impl State {
 
     pub(super) fn is_up(&self) -> bool {
         self.window.is_some()
+    }
+
+    /// Whether there is no connection and requests no longer wait for one.
+    pub(super) fn is_away(&self, now: Instant, patience: Duration) -> bool {
+        let missed = self.misses.is_some_and(|misses| misses >= MISSES_MAX);
+        !self.is_up() && (missed || now - self.down_since >= patience)
+    }
+
+    /// The node was not reached.
+    pub(super) fn missed(&mut self) {
+        self.misses = self.misses.map(|misses| misses.saturating_add(1));
     }
 
     /// Requests that are not answered yet, awaited or not.
@@ -299,6 +317,7 @@ impl State {
         self.output.set_version(version);
         self.window = Some(Window::new(window));
         (self.ping, self.pongs, self.goodbye) = (None, 0, None);
+        self.misses = Some(0);
     }
 
     /// The connection has gone: what was sent has an unknown outcome, what was not still waits.

@@ -130,5 +130,13 @@ fn nobody_waits_long_for_a_server_that_is_away() {
         until_up(remote.peer()).await;
         net.pipes.borrow().last().unwrap().cut();
         remote.info().await.unwrap();
+        // One whose process died refuses connections.
+        sleep(Duration::from_secs(2)).await;
+        net.unplugged.set(true);
+        net.pipes.borrow().last().unwrap().cut();
+        sleep(Duration::from_millis(1)).await;
+        let began = Instant::now();
+        assert_eq!(remote.info().await, Err(ShardError::Unreachable));
+        assert!(began.elapsed() <= Duration::from_millis(150), "{:?}", began.elapsed());
     });
 }
