@@ -35,10 +35,7 @@ fn main() -> ExitCode {
         println!("no log: {error}");
     }
     if let Some(name) = &args.bug {
-        let Some(bug) = Bug::ALL
-            .iter()
-            .chain(Bug::CLUSTER)
-            .find(|bug| format!("{bug:?}") == *name)
+        let Some(bug) = Bug::ALL.iter().chain(Bug::CLUSTER).find(|bug| format!("{bug:?}") == *name)
         else {
             println!("no bug {name}; there are {:?} and {:?}", Bug::ALL, Bug::CLUSTER);
             return ExitCode::from(2);

@@ -126,6 +126,8 @@ pub(super) struct Context {
     pub(super) spares: RefCell<Vec<usize>>,
     /// Names of nodes that were taken out, and are to be forgotten.
     pub(super) removed: RefCell<Vec<String>>,
+    /// Disks that were to be removed, with their machines, and are removed as soon as they are empty.
+    pub(super) leaving: RefCell<BTreeSet<(usize, DiskId)>>,
     /// An operator is at work.
     pub(super) operator: Cell<bool>,
     tasks: RefCell<Vec<JoinHandle<()>>>,
@@ -150,6 +152,7 @@ impl Context {
             lost: RefCell::default(),
             spares: RefCell::default(),
             removed: RefCell::default(),
+            leaving: RefCell::default(),
             operator: Cell::new(false),
             tasks: RefCell::default(),
         })

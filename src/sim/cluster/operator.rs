@@ -196,6 +196,14 @@ pub(super) async fn finish(context: &Rc<Context>) {
             sleep(LOOK).await;
         }
     }
+    for _ in 0..50 {
+        let drained = context.drained.borrow().clone();
+        if context.leaving.borrow().iter().all(|(index, _)| drained.contains(index)) {
+            break;
+        }
+        keep_disks(context).await;
+        sleep(LOOK).await;
+    }
     go_on_removing(context).await;
 }
 
@@ -215,8 +223,26 @@ async fn undrain(context: &Rc<Context>, index: usize) -> bool {
         }
         context.cover("a drained node is used again");
         context.drained.borrow_mut().remove(&index);
+        keep_disks(context).await;
     }
     done
+}
+
+/// Takes back what was ordered of disks that could not be removed yet, of nodes that are used again: otherwise they
+/// go as soon as they are empty.
+async fn keep_disks(context: &Rc<Context>) {
+    let leaving = context.leaving.borrow().clone();
+    for (index, disk) in leaving {
+        if context.drained.borrow().contains(&index) {
+            continue;
+        }
+        let Some(host) = other(context, usize::MAX) else { return };
+        let kept = order(&host, move |reply| Command::DiskOnline { disk, reply }).await;
+        context.note(&format!("disk {disk} is to stay: {:?}", kept.as_ref().map(|_| ())));
+        if kept.is_ok() || context.gone().contains(&disk) {
+            context.leaving.borrow_mut().remove(&(index, disk));
+        }
+    }
 }
 
 /// A disk was removed: no head may need it. (One that is not the newest does not know better.)
@@ -245,7 +271,10 @@ async fn remove(context: &Rc<Context>, index: usize, disks: &[DiskId]) -> bool {
                     done = true;
                     break;
                 }
-                Err(why) => context.note(&why),
+                Err(why) => {
+                    context.leaving.borrow_mut().insert((index, disk));
+                    context.note(&why);
+                }
             }
             sleep(LOOK).await;
         }
@@ -254,6 +283,7 @@ async fn remove(context: &Rc<Context>, index: usize, disks: &[DiskId]) -> bool {
             return false;
         }
         check_unneeded(context, disk);
+        context.leaving.borrow_mut().remove(&(index, disk));
         context.lost.borrow_mut().insert(disk);
     }
     context.cover_noted("the disks of a node are removed");
