@@ -215,12 +215,6 @@ async fn undrain(context: &Rc<Context>, index: usize) -> bool {
     context.note(&format!("undrained: {:?}", answer.as_ref().map(|_| ())));
     let done = answer.is_ok();
     if done {
-        // What was ordered to be removed as soon as it is empty is not, then.
-        let disks = context.host(index).node().map(|node| node.own_disks()).unwrap_or_default();
-        for (_, disk) in disks {
-            let again = order(&host, move |reply| Command::DiskOnline { disk, reply }).await;
-            context.note(&format!("{disk} online: {:?}", again.map(|_| ())));
-        }
         context.cover("a drained node is used again");
         context.drained.borrow_mut().remove(&index);
         keep_disks(context).await;
