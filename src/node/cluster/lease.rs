@@ -90,12 +90,10 @@ impl Node {
 
     async fn tell_again(&self, alive: &AliveRecord, lease: LeaseId) {
         tracing::warn!("the store does not say that this node runs: it is told again");
-        match timeout(PATIENCE, self.schema.set_alive(&self.options.name, alive, lease)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "the store is not told that this node runs"),
-            Err(_) => {
-                tracing::warn!("the store is not told that this node runs: no answer in time")
-            }
+        let told = timeout(PATIENCE, self.schema.set_alive(&self.options.name, alive, lease)).await;
+        // It is looked at again anyway.
+        if let Ok(Err(error)) = told {
+            tracing::warn!(%error, "the store is not told that this node runs");
         }
     }
 

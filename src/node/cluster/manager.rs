@@ -1,7 +1,8 @@
 //! The manager: gives every volume a node that runs.
 //!
 //! One node holds the manager's key by its lease. It places volumes that have no place, or whose node
-//! is gone: it has no lease any more, and does not answer this node either. A node that answers but has
+//! is gone: it has no lease any more, and does not answer this node either; or its process died: the connection broke,
+//! and where it led others are refused. A node that answers but has
 //! lost the store goes on serving, so its volumes are left alone. Nobody is judged until the store has
 //! answered for two leases on end.
 //!

@@ -352,13 +352,18 @@ impl Cluster {
         }
     }
 
-    /// Whether a node is to be counted on: it has a lease, or answers here.
+    /// Whether a node is to be counted on: it answers here, or has a lease and did not die for all that is known here. Who is
+    /// wrong about that costs a move: whoever takes a volume over fences the head that may live.
     fn is_up(&self, node: &str) -> bool {
-        if node == self.own.name || self.view.borrow().alive.get(node).is_some() {
+        if node == self.own.name {
             return true;
         }
         let links = self.links.borrow();
-        links.get(node).is_some_and(|link| far::is_up(&link.peer))
+        match links.get(node) {
+            Some(link) if far::is_up(&link.peer) => true,
+            Some(link) if link.peer.is_refused() => false,
+            _ => self.view.borrow().alive.get(node).is_some(),
+        }
     }
 }
 

@@ -182,6 +182,11 @@ impl Peer {
         self.0.0.connection.subscribe()
     }
 
+    /// Whether the process that was there has surely died: the connection broke, and others are refused.
+    pub fn is_refused(&self) -> bool {
+        self.0.0.state.borrow().is_refused()
+    }
+
     /// Makes a request. It is on its way when this returns. Without an answer after `patience` its
     /// outcome is unknown.
     pub(super) fn request(
@@ -327,7 +332,9 @@ async fn keep(shared: Rc<Shared>, dial: impl Dial) {
             Err(error) => {
                 add(&shared.metrics.connects_failed, 1);
                 failures = failures.max(1);
-                shared.state.borrow_mut().missed();
+                let refused = matches!(&error, HandshakeError::Io(error)
+                    if error.kind() == io::ErrorKind::ConnectionRefused);
+                shared.state.borrow_mut().missed(refused);
                 error.to_string()
             }
         };

@@ -126,6 +126,8 @@ pub(super) struct State {
     pub(super) down_since: Instant,
     /// Attempts to reach the node again since the last connection broke; none where there was none yet.
     misses: Option<u32>,
+    /// Of these, the last ones that were refused: nobody listens there.
+    refused: u32,
     /// The task that moves frames.
     pub(super) io: Option<Waker>,
     ping: Option<(u64, Instant)>,
@@ -145,6 +147,7 @@ impl State {
             window: None,
             down_since: Instant::now(),
             misses: None,
+            refused: 0,
             io: None,
             ping: None,
             pings: 0,
@@ -164,9 +167,15 @@ impl State {
         !self.is_up() && (missed || now - self.down_since >= patience)
     }
 
+    /// Whether there was a connection, and nobody listens any more where it led: the process died.
+    pub(super) fn is_refused(&self) -> bool {
+        !self.is_up() && self.misses.is_some() && self.refused >= MISSES_MAX
+    }
+
     /// The node was not reached.
-    pub(super) fn missed(&mut self) {
+    pub(super) fn missed(&mut self, refused: bool) {
         self.misses = self.misses.map(|misses| misses.saturating_add(1));
+        self.refused = if refused { self.refused.saturating_add(1) } else { 0 };
     }
 
     /// Requests that are not answered yet, awaited or not.
@@ -317,7 +326,7 @@ impl State {
         self.output.set_version(version);
         self.window = Some(Window::new(window));
         (self.ping, self.pongs, self.goodbye) = (None, 0, None);
-        self.misses = Some(0);
+        (self.misses, self.refused) = (Some(0), 0);
     }
 
     /// The connection has gone: what was sent has an unknown outcome, what was not still waits.
