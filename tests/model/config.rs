@@ -39,6 +39,7 @@ pub enum Bug {
     OneFormerMirror,
     RecoverReadsFirst,
     RecoverPartly,
+    RecoverReleased,
 }
 
 /// A configuration: log sets, budgets, switches.

@@ -80,8 +80,10 @@ impl Rules {
         for disk in (0..DISKS).filter(|disk| has(recovery.visited, *disk)) {
             state.disks[disk].raise(INCARNATION, RECOVERER);
         }
-        state.root =
-            Some(Root { epoch: INCARNATION, head: RECOVERER, sequence: 0, ..recovery.best });
+        // The head that served may read on for as long as its lease.
+        let released = self.has(Bug::RecoverReleased);
+        let (epoch, head, sequence) = (INCARNATION, RECOVERER, 0);
+        state.root = Some(Root { epoch, head, sequence, released, ..recovery.best });
         state.recovery = Recovery::default();
         Some(())
     }

@@ -218,3 +218,16 @@ fn recover_partly() {
         Config { budget: Used { losses: 1, crashes: 1, ..used(1, 2) }, ..three() },
     );
 }
+
+#[test]
+fn recover_released() {
+    finds(
+        Bug::RecoverReleased,
+        Config {
+            sets: vec![(0b0011, 1)],
+            lease: 1,
+            budget: Used { losses: 1, ..used(1, 1) },
+            ..base()
+        },
+    );
+}
