@@ -246,6 +246,7 @@ async fn settle(context: &Context, running: &Running) -> Result<(), String> {
     let head = &running.head;
     let id = running.volume.id;
     if damaged_tables(context).is_empty() {
+        rot(context);
         let scrubbed = scrub_twice(context, running).await;
         // Unless the scrub was what found them out.
         if damaged_tables(context).is_empty() {
@@ -274,6 +275,26 @@ async fn settle_at_last(context: &Context, running: &Running) -> Result<(), Stri
         sleep(Duration::from_millis(500)).await;
     }
     result
+}
+
+/// Bits rot that nobody reads from then on: only a scrub can find them. Of one disk, since all else is whole by now.
+fn rot(context: &Context) {
+    let config = &context.world.config;
+    let alone = context.world.neighbour.is_none() && config.spares == 0 && !config.overcommitted;
+    if !alone || context.gentle || !context.env.chance(1, 2) {
+        return;
+    }
+    let hurt = context.hurt.borrow().first().copied();
+    let any = || usize::try_from(context.env.random_below(config.disks as u64)).expect("small");
+    let index = hurt.unwrap_or_else(any);
+    context.hurt.borrow_mut().insert(index);
+    context.cover_noted("bits rot before the last scrub but one");
+    let device = context.world.devices.borrow()[index].clone();
+    for _ in 0..60 {
+        let quarter = config.disk_bytes / 4;
+        let at = quarter + context.env.random_below(config.disk_bytes - quarter);
+        device.flip_bit(at, u8::try_from(context.env.random_below(8)).expect("small"));
+    }
 }
 
 /// A scrub may find what faults left behind; once that is repaired, another finds nothing.
