@@ -82,8 +82,8 @@ impl Rules {
         }
         // The head that served may read on for as long as its lease.
         let released = self.has(Bug::RecoverReleased);
-        let (epoch, head, sequence) = (INCARNATION, RECOVERER, 0);
-        state.root = Some(Root { epoch, head, sequence, released, ..recovery.best });
+        let (epoch, sequence, head) = (INCARNATION, 0, RECOVERER);
+        state.root = Some(Root { epoch, sequence, head, released, ..recovery.best });
         state.recovery = Recovery::default();
         Some(())
     }
